@@ -1,0 +1,62 @@
+"""mapsurgery: adapt any pretrained torch model with MAP (arXiv 2505.23094), in place.
+
+    W' = alpha W/||W||_F + beta BA/||BA||_F
+
+Free functions on an ordinary model: `plan`, `patch`, `verify`, train it, `save`, `load`, `report`, `merge` or `unpatch`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .methods import Init
+from .native import native_info
+from .optim import param_groups
+from .report import Report, report
+from .state import adapter_state_dict, load_adapter_state_dict
+from .storage import load, save
+from .surgery import (
+    AdaptedLayer,
+    MapConv1d,
+    MapConv2d,
+    MapConv3d,
+    MapLinear,
+    Plan,
+    disabled,
+    merge,
+    patch,
+    plan,
+    unmerge,
+    unpatch,
+)
+from .verify import VerificationError, Verification, verify
+
+try:
+    __version__ = version("mapsurgery")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AdaptedLayer",
+    "Init",
+    "MapConv1d",
+    "MapConv2d",
+    "MapConv3d",
+    "MapLinear",
+    "Plan",
+    "Report",
+    "Verification",
+    "VerificationError",
+    "adapter_state_dict",
+    "disabled",
+    "load",
+    "load_adapter_state_dict",
+    "merge",
+    "native_info",
+    "param_groups",
+    "patch",
+    "plan",
+    "report",
+    "save",
+    "unmerge",
+    "unpatch",
+    "verify",
+]

@@ -1,0 +1,164 @@
+"""What every adapter is: the child module that holds a layer's frozen weight beside its own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class Adapter(nn.Module):
+    """A frozen weight W and the parameters that turn it into W'.
+
+    It knows nothing of models or layers: it computes W', and the products with W' that layers need. A subclass adds its
+    parameters and says what W' is; a new method or update family is a subclass in a file of its own.
+
+    Args:
+        weight: the layer's own Parameter. It is held, not copied.
+        transposed: weight is (in, out), as in transformers' Conv1D, rather than (out, in, ...).
+        name: the layer's path, for messages.
+
+    Attributes:
+        base_weight: the frozen weight, in the layer's own layout.
+        weight_norm: (1,) buffer, ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
+        enabled: False inside `mapsurgery.disabled`: the layer computes with W.
+        pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
+    """
+
+    ROLES: dict[str, str] = {}
+    """Own parameters -> "down", "up" or "magnitude": what `param_groups` tells apart."""
+
+    def __init__(self, weight: nn.Parameter, *, transposed: bool = False, name: str = "") -> None:
+        super().__init__()
+        self.base_weight = weight
+        self.transposed = transposed
+        self.layer_name = name
+        self.enabled = True
+        self.pending = weight.is_meta
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.register_buffer("weight_norm", torch.full((1,), float("nan"), dtype=dtype, device=weight.device))
+        self.weight_norm: Tensor
+
+    # What a subclass defines ------------------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Set the adapter's own parameters to their start; needs ||W||_F."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'^T + bias; x (..., K), result (..., m)."""
+        raise NotImplementedError
+
+    def conv(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        """Convolution of x (N, C, *spatial) or (C, *spatial) with W'."""
+        raise NotImplementedError
+
+    def effective_weight(self) -> Tensor:
+        """W' in the layout and dtype of `base_weight`, differentiable."""
+        raise NotImplementedError
+
+    def merge_into(self, weight: Tensor) -> None:
+        """weight, holding W in the layer's layout, becomes W' in place."""
+        raise NotImplementedError
+
+    def unmerge_from(self, weight: Tensor) -> None:
+        """weight, holding W' in the layer's layout, becomes W in place, up to the rounding of merging.
+
+        Raises:
+            ValueError: W cannot be recovered (its factor is 0).
+        """
+        raise NotImplementedError
+
+    def measures(self) -> dict[str, float]:
+        """Plain numbers for `mapsurgery.report`."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that rebuild the adapter on the same weight (arguments of the constructor)."""
+        raise NotImplementedError
+
+    # What all share ---------------------------------------------------------------------------------------------
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's trained parameters by name: everything but the frozen weight."""
+        return {name: getattr(self, name) for name in self.ROLES}
+
+    def matrix(self, weight: Tensor | None = None) -> Tensor:
+        """The weight (or one of its shape) as (m, K): a view where strides allow."""
+        weight = self.base_weight if weight is None else weight
+        return weight.t() if self.transposed else weight.flatten(1)
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """An (m, K) matrix in the layout of the weight."""
+        return matrix.t() if self.transposed else matrix.reshape(self.base_weight.shape)
+
+    def take_norm(self, norm: float | None = None) -> None:
+        """Set ||W||_F, measured here unless given.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
+        """
+        norm = ops.frobenius_norm(self.base_weight.detach()) if norm is None else norm
+        if not norm < float("inf"):
+            raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")
+        self.weight_norm.fill_(norm)
+
+    @torch.no_grad()
+    def weight_arrived(self) -> None:
+        """The frozen weight was replaced (a checkpoint was loaded): take its norm, and finish a start that waited for it."""
+        if self.base_weight.is_meta:
+            return
+        device = self.base_weight.device
+        if self.weight_norm.is_meta:
+            self.weight_norm = torch.empty_like(self.weight_norm, device=device)
+        self.take_norm()
+        if self.pending:
+            for name, parameter in self.own_parameters().items():
+                if parameter.is_meta:
+                    fresh = torch.empty_like(parameter, device=device)
+                    setattr(self, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
+            self.reset_parameters()
+            self.pending = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        """`model.half()` must not round ||W||_F: the norm moves between devices only."""
+        norm = self.weight_norm
+        super()._apply(fn, recurse)
+        if not norm.is_meta:
+            self.weight_norm = norm.to(self.weight_norm.device)
+        elif not self.weight_norm.is_meta:
+            self.weight_norm = self.weight_norm.to(norm.dtype)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """A checkpoint of the original model holds none of the adapter's own entries: then none is missing."""
+        own = [prefix + name for name in (*self.ROLES, "weight_norm")]
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        base_only = not any(key in state_dict for key in own)
+        missing_keys.extend(key for key in missing if not (base_only and key in own))
+        if not base_only and not any(key in missing for key in own):
+            self.pending = False
+        elif prefix + "base_weight" in state_dict and own[-1] not in state_dict:
+            self.weight_arrived()

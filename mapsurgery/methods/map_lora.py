@@ -1,0 +1,172 @@
+"""MAP on LoRA's update: W' = alpha W/||W||_F + beta BA/||BA||_F (LoMAP of arXiv 2505.23094)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..ops import reference
+from .base import Adapter
+from .init import Init
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class MapLora(Adapter):
+    """Two magnitudes and two low-rank factors on a frozen weight W, seen as the matrix (m, K).
+
+    Args:
+        weight, transposed, name: see `Adapter`.
+        rank: r, 1 <= r <= min(m, K).
+        init: the start.
+        dropout: probability of dropping an input of the update path (not of the base) in training.
+        dtype: of A, B, alpha and beta.
+        weight_norm: ||W||_F where it is known already; measured when None.
+
+    Attributes:
+        A: (r, K). B: (m, r). alpha, beta: (1,), never 0-dim because FSDP2 rejects 0-dim parameters.
+    """
+
+    ROLES = {"A": "down", "B": "up", "alpha": "magnitude", "beta": "magnitude"}
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        rank: int,
+        init: Init,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+        name: str = "",
+        weight_norm: float | None = None,
+    ) -> None:
+        super().__init__(weight, transposed=transposed, name=name)
+        m = weight.shape[1] if transposed else weight.shape[0]
+        place: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        self.rank, self.init, self.dropout = rank, init, dropout
+        self.A = nn.Parameter(torch.empty(rank, weight.numel() // m, **place))
+        self.B = nn.Parameter(torch.empty(m, rank, **place))
+        self.alpha = nn.Parameter(torch.empty(1, **place))
+        self.beta = nn.Parameter(torch.empty(1, **place))
+        if not self.pending:
+            self.take_norm(weight_norm)
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A uniform as nn.Linear's weight (LoRA's choice), B zero or as A, alpha and beta by `init`."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        if self.init.kind == "random":
+            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.B)
+        unit = 1.0 if self.init.relative else (self.weight_norm if self.weight_norm.item() > 0 else 1.0)
+        self.alpha.fill_(1.0).mul_(unit)
+        self.beta.fill_(self.init.first_beta).mul_(unit)
+
+    def settings(self) -> dict[str, Any]:
+        return {"rank": self.rank, "init": self.init, "dropout": self.dropout, "dtype": self.alpha.dtype}
+
+    def _factors(self) -> tuple[Any, ...]:
+        """The arguments that every operator shares."""
+        if self.pending:
+            self.weight_arrived()
+        return self.A, self.B, self.alpha, self.beta, self.weight_norm, self.init.tau, self.init.relative
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.training and self.dropout > 0:
+            s_w, s_d = self._scales(x)
+            h = F.linear(F.dropout(x, self.dropout), self.A.to(x.dtype))
+            return F.linear(x * s_w, self.matrix(), bias) + F.linear(h * s_d, self.B.to(x.dtype))
+        return ops.map_linear(x, self.matrix(), bias, *self._factors())
+
+    def conv(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        if self.training and self.dropout > 0:
+            conv = _CONV[len(stride)]
+            s_w, s_d = self._scales(x)
+            shape = self.base_weight.shape[1:]
+            down = self.A.to(x.dtype).reshape(-1, *shape).repeat(groups, *[1] * len(shape))
+            up = self.B.to(x.dtype).reshape(*self.B.shape, *[1] * len(stride))
+            h = conv(F.dropout(x, self.dropout), down, None, stride, padding, dilation, groups)
+            return conv(x * s_w, self.base_weight, bias, stride, padding, dilation, groups) + conv(
+                h * s_d, up, groups=groups
+            )
+        return ops.map_conv(x, self.base_weight, bias, *self._factors(), stride, padding, dilation, groups)
+
+    def _scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """s_w and s_d, differentiable, in the dtype of x: dropout makes the two paths see different inputs."""
+        scales = reference.map_scales(*self._factors())[0].to(x.dtype)
+        return scales[reference.S_W], scales[reference.S_D]
+
+    def effective_weight(self) -> Tensor:
+        return self.like_weight(ops.effective_weight(self.matrix(), *self._factors()))
+
+    def merge_into(self, weight: Tensor) -> None:
+        self._in_place(ops.merge_, weight)
+
+    def unmerge_from(self, weight: Tensor) -> None:
+        if not self.alpha.any():
+            raise ValueError(f"{self.layer_name}: alpha is 0, so the merged weight holds nothing of the base any more")
+        self._in_place(ops.unmerge_, weight)
+
+    @torch.no_grad()
+    def _in_place(self, operation: Callable[..., None], weight: Tensor) -> None:
+        """Run an in-place operator on the weight as (m, K), its columns in the order in which they lie in memory.
+
+        A channels_last kernel is no (m, K) view in the order of its dimensions, but is one with A's columns permuted.
+        """
+        A, *others = self._factors()
+        if self.transposed:
+            return operation(weight.t(), A, *others)
+        order = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
+        A = A.reshape(-1, *weight.shape[1:]).permute(0, *order).flatten(1)
+        ordered = weight.permute(0, *order)
+        matrix = ordered.flatten(1)
+        operation(matrix, A, *others)
+        if matrix.data_ptr() != weight.data_ptr():  # no view of any order: flatten made a copy
+            ordered.copy_(matrix.unflatten(1, ordered.shape[1:]))
+
+    @torch.no_grad()
+    def measures(self) -> dict[str, float]:
+        """Magnitudes in units of ||W||_F, and how W' differs from W; float64 on the factors, nothing of W's size kept.
+
+        ||W' - W||^2 = (s_w - 1)^2 w^2 + 2 (s_w - 1) s_d <W, BA> + s_d^2 ||BA||^2, <W, BA> = <B^T W, A>.
+        """
+        A, B = self.A.double(), self.B.double()
+        scales, gram_a, gram_b = reference.map_scales(A, B, *self._factors()[2:])
+        s_w, s_d = scales[reference.S_W].item(), scales[reference.S_D].item()
+        w, p = self.weight_norm.item(), reference.lowrank_norm(A, B)[0].item()
+        W = self.matrix()
+        inner = ((B.to(torch.float32).t() @ W.to(torch.float32)).double() * A).sum().item()
+        change = (s_w - 1) ** 2 * w**2 + 2 * (s_w - 1) * s_d * inner + s_d**2 * p**2
+        # Singular values of BA are those of R_B R_A^T (r x r): the rank that is used is exp of their entropy.
+        singular = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.t()).R.t())
+        share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        entropy = -(share * share.clamp_min(1e-300).log()).sum().item()
+        unit = w or 1.0
+        magnitude = 1.0 if self.init.relative else unit
+        return {
+            "rank": self.rank,
+            "weight_norm": w,
+            "alpha": self.alpha.item() / magnitude,
+            "beta": self.beta.item() / magnitude,
+            "update_norm": abs(s_d) * p / unit,
+            "change": math.sqrt(max(change, 0.0)) / unit,
+            "cosine": inner / (w * p) if w > 0 and p > 0 else 0.0,
+            "effective_rank": math.exp(entropy) if p > 0 else 0.0,
+        }

@@ -1,0 +1,322 @@
+"""Adapter files: one safetensors file with its metadata, written whole or not at all, checked before it touches a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import ops
+from .methods import find
+from .state import adapter_state_dict, changed_buffers, entry, load_adapter_state_dict
+from .surgery import record
+from .surgery.layers import why_not
+from .surgery.patch import apply_plan, unpatch
+from .surgery.plan import Config, Plan, PlannedLayer, module_paths, planned_layer
+
+FORMAT = "mapsurgery"
+FORMAT_VERSION = 1
+
+Model = TypeVar("Model", bound=nn.Module)
+Path = str | os.PathLike[str]
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write the adapters, the parameters that `train` named and the buffers that training changed to one safetensors file.
+
+    The metadata holds the format and library versions, the configuration, and for each layer its type, shape, rank and
+    ||W||_F of the base. The file is written beside its destination and renamed: a crash leaves the old file or the new one.
+
+    Raises:
+        ValueError: the model is not patched, or a layer's weight is still on meta.
+        OSError: the file cannot be written; an existing one is left as it was.
+    """
+    root, memory = record.find_patched(model)
+    tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "library_version": _library_version(),
+        "config": json.dumps(memory.config.to_dict()),
+        "layers": json.dumps({name: _describe(name, layer) for name, layer in record.adapted_layers(root).items()}),
+        "trained": json.dumps(list(memory.trained)),
+        "buffers": json.dumps(changed_buffers(root, memory)),
+    }
+    _write_atomically(tensors, metadata, os.fspath(path))
+
+
+def _library_version() -> str:
+    try:
+        return version("mapsurgery")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _describe(path: str, layer: Any) -> dict[str, Any]:
+    adapter = layer.adapter
+    if adapter.base_weight.is_meta or adapter.pending:
+        raise ValueError(f"{path}: its weight is not loaded (meta device): there is no adapter to save yet")
+    return {
+        "type": layer.original_class.__name__,
+        "shape": list(adapter.base_weight.shape),
+        "dtype": str(adapter.base_weight.dtype).removeprefix("torch."),
+        "rank": adapter.settings()["rank"],
+        "weight_norm": adapter.weight_norm.item(),
+    }
+
+
+def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: str) -> None:
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, _new_file_mode())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _new_file_mode() -> int:
+    """What open() would give a new file: mkstemp's are private to the user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+@dataclass(frozen=True)
+class _File:
+    """An adapter file, parsed and checked in itself."""
+
+    path: str
+    config: Config
+    layers: dict[str, dict[str, Any]]
+    trained: tuple[str, ...]
+    buffers: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+
+def load(model: Model, path: Path) -> Model:
+    """Patch a fresh model as the file says, and put the file's adapter into it.
+
+    Args:
+        model: the base model that the adapter was trained on, not patched, its weights loaded.
+        path: a file that `save` wrote. It is data only: nothing in it is executed or unpickled.
+
+    Returns:
+        The same model, patched; layers that `train` named at `patch` are trainable again.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of an unknown version or inconsistent, or does not fit the model: a layer is missing,
+            has another shape or another weight (by ||W||_F). The message names it, and the model is as it was.
+    """
+    file = _read(os.fspath(path))
+    plan = _plan_of(model, file)
+    apply_plan(model, plan)
+    try:
+        load_adapter_state_dict(model, file.tensors)
+    except BaseException:
+        unpatch(model)
+        raise
+    return model
+
+
+def _read(path: str) -> _File:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no such adapter file: {path}")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is a safetensors file, but not one that mapsurgery.save wrote")
+            _check_version(path, metadata.get("format_version"))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file (truncated or damaged): {error}") from error
+    file = _File(
+        path=path,
+        config=_config(path, _json(path, metadata, "config", dict)),
+        layers=_json(path, metadata, "layers", dict),
+        trained=_names(path, metadata, "trained"),
+        buffers=_names(path, metadata, "buffers"),
+        tensors=tensors,
+    )
+    _check_consistent(file)
+    return file
+
+
+def _check_version(path: str, found: str | None) -> None:
+    if found != str(FORMAT_VERSION):
+        raise ValueError(f"{path} has format version {found!r}; this mapsurgery reads version {FORMAT_VERSION}")
+
+
+def _json(path: str, metadata: Mapping[str, str], key: str, kind: type) -> Any:
+    try:
+        value = json.loads(metadata[key])
+    except KeyError:
+        raise ValueError(f"{path}: its metadata has no {key!r}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {key!r} in its metadata is not valid JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: {key!r} in its metadata must be a {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _names(path: str, metadata: Mapping[str, str], key: str) -> tuple[str, ...]:
+    names = _json(path, metadata, key, list)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: {key!r} in its metadata must be a list of names")
+    return tuple(names)
+
+
+def _config(path: str, value: dict[str, Any]) -> Config:
+    from .methods import Init
+
+    try:
+        dtype = value["dtype"]
+        torch_dtype = None if dtype is None else getattr(torch, dtype)
+        return Config.checked(**{**value, "init": Init(**value["init"]), "dtype": torch_dtype})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
+
+
+_LAYER_FIELDS = {"type": str, "shape": list, "dtype": str, "rank": int, "weight_norm": (int, float)}
+
+
+def _check_consistent(file: _File) -> None:
+    """The tensors are those that the metadata announces, finite, and of shapes that fit one another."""
+    roles = find(file.config.method, file.config.update).ROLES
+    expected = {*file.trained, *file.buffers}
+    if not file.layers:
+        raise ValueError(f"{file.path}: its metadata names no layers")
+    for name, layer in file.layers.items():
+        if not isinstance(layer, dict):
+            raise ValueError(f"{file.path}: the entry of layer {name} is not a dictionary")
+        for key, kind in _LAYER_FIELDS.items():
+            if not isinstance(layer.get(key), kind) or isinstance(layer[key], bool):
+                raise ValueError(f"{file.path}: layer {name} has {key} = {layer.get(key)!r} in the metadata")
+        if not 0 <= layer["weight_norm"] < float("inf"):
+            raise ValueError(f"{file.path}: layer {name} has weight_norm = {layer['weight_norm']}")
+        expected |= {entry(name, role) for role in roles}
+    missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
+    if missing or unknown:
+        raise ValueError(f"{file.path}: tensors missing: {missing[:5]}, tensors that nothing announces: {unknown[:5]}")
+    for name, tensor in file.tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{file.path}: {name} holds NaN or infinite values")
+
+
+def _plan_of(model: nn.Module, file: _File) -> Plan:
+    """The plan that the file describes, every layer checked against the model, before anything is touched."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(record.own(module) is not None for module in model.modules()):
+        raise ValueError("the model is patched already: unpatch it, or load_adapter_state_dict into it")
+    paths_of = module_paths(model)
+    modules = {path: module for module, paths in paths_of.items() for path in paths}
+    problems: list[str] = []
+    layers: list[PlannedLayer] = []
+    for name, described in file.layers.items():
+        problem = _problem_with(modules.get(name), described)
+        if problem is None:
+            layer = planned_layer(modules[name], paths_of[modules[name]], "(file)", described["rank"])
+            problem = _problem_with_factors(layer, name, described, file)
+        if problem is None:
+            dtype = file.tensors[entry(name, "alpha")].dtype
+            layers.append(replace(layer, weight_norm=float(described["weight_norm"]), dtype=dtype))
+        else:
+            problems.append(f"layer {name!r} {problem}")
+    problems += _problems_with_extras(model, file)
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise ValueError(f"{file.path} does not fit this model: " + "; ".join(problems[:8]) + more)
+    _check_base(file, layers)
+    parameters = dict(model.named_parameters())
+    return Plan(
+        config=file.config,
+        layers=tuple(layers),
+        skipped=(),
+        counts={},
+        trained=file.trained,
+        trained_parameters=sum(parameters[name].numel() for name in file.trained),
+        model_parameters=sum(parameter.numel() for parameter in parameters.values()),
+    )
+
+
+def _problem_with(module: nn.Module | None, described: dict[str, Any]) -> str | None:
+    if module is None:
+        return "is missing"
+    reason = why_not(module)
+    if reason is not None:
+        return f"cannot be adapted here: {reason}"
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    if list(weight.shape) != described["shape"]:
+        return f"has shape {tuple(weight.shape)}, the file's was {tuple(described['shape'])}"
+    return "is on meta: load the model's weights first" if weight.is_meta else None
+
+
+def _problem_with_factors(layer: PlannedLayer, name: str, described: dict[str, Any], file: _File) -> str | None:
+    m, K = layer.matrix
+    rank = described["rank"]
+    if rank != layer.rank:
+        return f"has rank {rank} in the file, this layer allows 1 to {min(m, K)}"
+    for role, shape in (("A", (rank, K)), ("B", (m, rank)), ("alpha", (1,)), ("beta", (1,))):
+        tensor = file.tensors[entry(name, role)]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            return f"needs {role} of shape {shape} for rank {rank}, the file's is {tuple(tensor.shape)} {tensor.dtype}"
+    return None
+
+
+def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
+    """Trained parameters and buffers that the model lacks or has in another shape."""
+    own: dict[str, Tensor] = dict(model.named_parameters()) | record.persistent_buffers(model)
+    problems = []
+    for kind, names in (("trained parameter", file.trained), ("buffer", file.buffers)):
+        for name in names:
+            found = tuple(file.tensors[name].shape)
+            if name not in own:
+                problems.append(f"{kind} {name!r} is missing")
+            elif tuple(own[name].shape) != found:
+                problems.append(f"{kind} {name!r} has shape {tuple(own[name].shape)}, the file's is {found}")
+    return problems
+
+
+def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
+    """The weights are those that the adapter was trained on, as far as ||W||_F tells."""
+    wrong = []
+    for layer in layers:
+        weight: Tensor = layer.module._parameters["weight"]  # type: ignore[assignment]
+        found, expected = ops.frobenius_norm(weight.detach()), layer.weight_norm
+        assert expected is not None
+        if not abs(found - expected) <= _norm_tolerance(weight, file.layers[layer.path]["dtype"]) * expected:
+            wrong.append(f"{layer.path} has ||W||_F = {found:.8g}, the adapter was trained on {expected:.8g}")
+    if wrong:
+        raise ValueError(
+            f"{file.path} was trained on another base ({len(wrong)} of {len(layers)} layers differ): "
+            + "; ".join(wrong[:5])
+        )
+
+
+def _norm_tolerance(weight: Tensor, saved_dtype: str) -> float:
+    """Relative: float32 rounding of a norm; more where the base was cast to or from a half type since.
+
+    Rounding n elements, each by at most eps/2 and independently, moves the norm by about eps/sqrt(n).
+    """
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if dtype == saved_dtype:
+        return 1e-6
+    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(getattr(torch, saved_dtype, torch.float32)).eps)
+    return 1e-6 + 4 * eps / weight.numel() ** 0.5

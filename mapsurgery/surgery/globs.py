@@ -1,0 +1,49 @@
+"""Glob matching of dotted paths: case-sensitive, ``*`` crosses dots, a match on a container takes what it contains."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+
+def as_patterns(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
+    """A tuple of patterns from one pattern or several.
+
+    Raises:
+        TypeError: something in it is not a string; names the argument and the value.
+    """
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} must be glob strings, got {pattern!r}")
+    return patterns
+
+
+def containers(path: str) -> list[str]:
+    """The path itself and every path that contains it: "a.b.c" -> ["a.b.c", "a", "a.b"]."""
+    parts = path.split(".")
+    return [path, *(".".join(parts[:i]) for i in range(1, len(parts)))]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern takes this path, by its own name or by that of a module that contains it."""
+    return any(fnmatchcase(candidate, pattern) for candidate in containers(path))
+
+
+def first_match(paths: Sequence[str], patterns: Iterable[str]) -> str | None:
+    """The first pattern that takes one of the names of a module."""
+    return next((pattern for pattern in patterns if any(matches(path, pattern) for path in paths)), None)
+
+
+def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
+    """Existing paths that look most like a pattern which matched nothing, for an error message."""
+    bare = pattern.replace("*", "").strip(".") or pattern
+    # Compared with whole paths and with their last names: "atn" should find "blocks.0.attn".
+    candidates: dict[str, str] = {}
+    for path in paths:
+        if path:
+            candidates.setdefault(path, path)
+            candidates.setdefault(path.rpartition(".")[2], path)
+    found = difflib.get_close_matches(bare, candidates, n=3 * count, cutoff=0.4)
+    return list(dict.fromkeys(candidates[name] for name in found))[:count]

@@ -1,0 +1,162 @@
+"""The operation and its undoing: `patch`, `unpatch`, `disabled`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import Adapter, Init
+from . import record
+from .adapted import AdaptedLayer, attach, detach
+from .plan import Config, Patterns, Plan, build, make_plan
+from .record import Record
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch(
+    model: Model,
+    targets: Patterns,
+    *,
+    exclude: Patterns = (),
+    rank: int = 8,
+    rank_pattern: Mapping[str, int] | None = None,
+    method: str = "map",
+    update: str = "lora",
+    init: str | Init = "soft",
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+    train: Patterns = (),
+) -> Model:
+    """Adapt layers of a model in place with MAP: W' = alpha W/||W||_F + beta BA/||BA||_F (arXiv 2505.23094).
+
+    A layer is a target when its own dotted path or that of a module which contains it matches one of the globs
+    (case-sensitive, ``*`` crosses dots). Everything but the adapters and what `train` names is frozen. The weights are
+    read once, for ||W||_F, and never copied.
+
+    Args:
+        model: any torch model. Layers that can be adapted: nn.Linear, nn.Conv1d/2d/3d, transformers' Conv1D and their
+            subclasses; `plan` shows the others with the reason.
+        targets: globs of layers to adapt.
+        exclude: globs of layers to leave.
+        rank: of the update. More than min(out, in) of a layer is reduced to that there, as the plan says.
+        rank_pattern: {glob: rank} for some of the layers; the first that matches counts.
+        method, update: what W' is; this version has "map" with "lora".
+        init: the start, "soft" (default), "zero", "random" or an `Init`.
+        dropout: probability of dropping an input of the update path in training.
+        dtype: of the adapter's parameters; None is float32 (float64 on float64 weights).
+        train: globs of further parameters to train in full and to save (a new head, norms), matched against the names of
+            parameters and of the modules that contain them. A layer whose weight is trained is not adapted.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: bad arguments, a pattern that matches nothing (the nearest names are in the message) or
+            only what cannot be adapted (the reasons are), a model that is patched already, NaN in a weight. The model
+            is then as it was.
+    """
+    config = Config.checked(targets, exclude, rank, rank_pattern, method, update, init, dropout, dtype, train)
+    return apply_plan(model, make_plan(model, config))
+
+
+def apply_plan(model: Model, plan: Plan) -> Model:
+    """Carry out a plan: everything that can fail comes first, and what fails later is rolled back."""
+    adapters = [build(layer, plan.config) for layer in plan.layers]
+    memory = _remember(model, plan)
+    done: list[tuple[AdaptedLayer, nn.Parameter]] = []
+    try:
+        for layer, adapter in zip(plan.layers, adapters, strict=True):
+            attach(layer.module, adapter)
+            done.append((layer.module, adapter.base_weight))  # type: ignore[arg-type]
+    except BaseException:
+        for module, weight in done:
+            detach(module, weight)
+        raise
+    freeze(model, adapters, memory.trained)
+    record.put(model, memory)
+    for module in model.modules():
+        module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
+    return model
+
+
+MERGED = "_mapsurgery_merged"
+"""Plain attribute of a merged layer: what `unmerge` needs."""
+
+
+def _remember(model: nn.Module, plan: Plan) -> Record:
+    parameters = dict(model.named_parameters())
+    changing: dict[str, Tensor] = {name: parameters[name] for name in plan.trained} | record.persistent_buffers(model)
+    return Record(
+        config=plan.config,
+        trained=plan.trained,
+        requires_grad={name: parameter.requires_grad for name, parameter in parameters.items()},
+        originals={name: None if t.is_meta else t.detach().clone() for name, t in changing.items()},
+    )
+
+
+def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]) -> None:
+    """Leave requires_grad to the adapters' own parameters and to what `train` named."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for adapter in adapters:
+        for parameter in adapter.own_parameters().values():
+            parameter.requires_grad_(True)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
+
+
+def restore_requires_grad(model: nn.Module, memory: Record) -> None:
+    """requires_grad of every parameter as before the patch; parameters that came later keep theirs."""
+    for name, parameter in model.named_parameters():
+        if name in memory.requires_grad:
+            parameter.requires_grad_(memory.requires_grad[name])
+
+
+@torch.no_grad()
+def unpatch(model: Model) -> Model:
+    """Remove the adapters: the original classes, names and bits, requires_grad included.
+
+    Trained parameters (`train`) and persistent buffers (BatchNorm statistics) go back to what they were at `patch` as well;
+    save them first if they are wanted.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    root, memory = record.find_patched(model)
+    for layer in record.adapted_layers(root).values():
+        detach(layer, layer.adapter.base_weight)
+    tensors: dict[str, Tensor] = dict(root.named_parameters()) | record.persistent_buffers(root)
+    for name, original in memory.originals.items():
+        if original is not None and name in tensors and tensors[name].shape == original.shape:
+            tensors[name].copy_(original)
+    restore_requires_grad(root, memory)
+    record.drop(root)
+    return model
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Within the block the model computes with its frozen weights, as if no layer were adapted.
+
+    What `train` names keeps its trained values. Blocks may be nested.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    adapters = [layer.adapter for layer in record.adapted_layers(model).values()]
+    before = [adapter.enabled for adapter in adapters]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield model
+    finally:
+        for adapter, enabled in zip(adapters, before, strict=True):
+            adapter.enabled = enabled

@@ -1,0 +1,86 @@
+"""What a patched model remembers of itself, so that it can be undone, saved and merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..methods import Adapter
+from .adapted import AdaptedLayer
+from .plan import Config, module_paths
+
+_ATTRIBUTE = "_mapsurgery"
+
+
+@dataclass
+class Record:
+    """Kept as a plain attribute of the patched model: it travels with deepcopy and pickle, and is in no state_dict.
+
+    Attributes:
+        config: the checked arguments of `patch`.
+        trained: names of the parameters that `train` asked for.
+        requires_grad: of every parameter before the patch, by its original name.
+        originals: copies of the trained parameters and persistent buffers as they were, by name; training changes these,
+            and `unpatch` gives them back. None for a tensor on meta.
+    """
+
+    config: Config
+    trained: tuple[str, ...]
+    requires_grad: dict[str, bool]
+    originals: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a state_dict of the model holds, by name; those of adapters left out."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        if not isinstance(module, Adapter)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def put(model: nn.Module, record: Record) -> None:
+    setattr(model, _ATTRIBUTE, record)
+
+
+def drop(model: nn.Module) -> None:
+    delattr(model, _ATTRIBUTE)
+
+
+def own(model: nn.Module) -> Record | None:
+    """The record of this very module."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
+    """The module that `patch` was called on, inside whatever wraps it (DataParallel, torch.compile ...), and its record.
+
+    Raises:
+        ValueError: nothing in the model is patched, or several parts were patched on their own.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found = [(path, module) for path, module in model.named_modules() if own(module) is not None]
+    if not found:
+        raise ValueError(f"the model ({type(model).__name__}) is not patched: call mapsurgery.patch first")
+    if len(found) > 1:
+        names = ", ".join(path or "the model itself" for path, _ in found)
+        raise ValueError(f"parts of the model were patched one by one ({names}): call this on each of them")
+    record = own(found[0][1])
+    assert record is not None
+    return found[0][1], record
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers of a model by their first name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = {paths[0]: m for m, paths in module_paths(model).items() if isinstance(m, AdaptedLayer)}
+    if not layers:
+        raise ValueError(f"the model ({type(model).__name__}) has no adapted layers: call mapsurgery.patch first")
+    return layers

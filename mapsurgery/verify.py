@@ -1,0 +1,196 @@
+"""Proof that no adapter does nothing: `verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .methods import Adapter
+from .surgery import disabled, record
+from .tables import render
+
+_UPDATE = ("down", "up")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of `verify`: path -> verdict ("ok", or what is wrong). ``print`` shows it."""
+
+    verdicts: dict[str, str]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The layers whose adapter does not act or does not learn."""
+        return {path: verdict for path, verdict in self.verdicts.items() if verdict != "ok"}
+
+    def __str__(self) -> str:
+        good = len(self.verdicts) - len(self.failures)
+        title = f"{good} of {len(self.verdicts)} adapters act on the output and learn"
+        return render(title, ["layer", "verdict"], list(self.failures.items())) if self.failures else title
+
+
+class VerificationError(RuntimeError):
+    """An adapter does nothing. `verification` holds all verdicts."""
+
+    def __init__(self, message: str, verification: Verification | None = None) -> None:
+        super().__init__(message)
+        self.verification = verification
+
+
+def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
+    """Run the model on an example, forward and backward, and prove that every adapter acts and learns.
+
+    Checked: from where it is now, each adapter gets a finite, non-zero gradient on A or B; with its parameters perturbed, on
+    every one of them (in eval mode, and for layers that only run in training, in train mode); the output then differs from
+    the base's; and inference (no_grad, eval, fast paths on) gives what eval with autograd gives. The model is left as it
+    was: parameters, gradients, buffers, mode, random state.
+
+    Args:
+        inputs, kwargs: what the model's forward takes.
+
+    Returns:
+        A printable `Verification`, all of whose verdicts are "ok".
+
+    Raises:
+        VerificationError: listing the adapters that are frozen, unused, dead or not finite, or saying that inference
+            bypasses the adapters.
+        ValueError: the model is not patched, or its output holds no floating tensor.
+    """
+    adapters = {path: layer.adapter for path, layer in record.adapted_layers(model).items()}
+    with _left_as_it_was(model, adapters):
+        call: Callable[[], list[Tensor]] = lambda: _tensors(model(*inputs, **kwargs))  # noqa: E731
+        model.eval()
+        learning = _gradients(adapters, call)
+        _perturb(adapters)
+        acting = _gradients(adapters, call)
+        if any(_is_unused(adapter, acting[path]) for path, adapter in adapters.items()):
+            model.train()
+            in_training = _gradients(adapters, call)
+            acting = {path: acting[path] or in_training[path] for path in adapters}
+            learning = {path: learning[path] or in_training[path] for path in adapters}
+            model.eval()
+        verdicts = {path: _verdict(a, learning[path], acting[path]) for path, a in adapters.items()}
+        result = Verification(verdicts)
+        if result.failures:
+            listed = "; ".join(f"{path}: {verdict}" for path, verdict in list(result.failures.items())[:20])
+            raise VerificationError(f"{len(result.failures)} of {len(verdicts)} adapters fail: {listed}", result)
+        _check_inference(model, call, result)
+    return result
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Floating tensors of an output of any structure."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found.append(leaf)
+    if not found:
+        raise ValueError(f"the model's output ({type(output).__name__}) holds no floating tensor to verify with")
+    return found
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, adapters: dict[str, Adapter]) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    grads = {parameter: parameter.grad for parameter in model.parameters()}
+    kept = [(t, t.detach().clone()) for t in model.buffers()]
+    kept += [(p, p.detach().clone()) for a in adapters.values() for p in a.own_parameters().values()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    for parameter in grads:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+        for parameter, grad in grads.items():
+            parameter.grad = grad
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _gradients(adapters: dict[str, Adapter], call: Callable[[], list[Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Gradients of a random projection of the outputs (a plain sum is constant after a normalisation) by layer and name."""
+    outputs = [output for output in call() if output.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+    found = {}
+    for path, adapter in adapters.items():
+        own = adapter.own_parameters()
+        found[path] = {name: p.grad for name, p in own.items() if p.grad is not None}
+        for parameter in own.values():
+            parameter.grad = None
+    return found
+
+
+@torch.no_grad()
+def _perturb(adapters: dict[str, Adapter]) -> None:
+    """Move every adapter to a generic point, where each of its parameters matters."""
+    for adapter in adapters.values():
+        for name, parameter in adapter.own_parameters().items():
+            if adapter.ROLES[name] in _UPDATE:
+                size = parameter.square().mean().sqrt()
+                parameter.add_(torch.randn_like(parameter) * torch.where(size > 0, size, parameter.shape[-1] ** -0.5))
+            elif not parameter.any():
+                parameter.fill_(0.1)
+
+
+def _trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in adapter.own_parameters().items() if p.requires_grad}
+
+
+def _is_unused(adapter: Adapter, grads: dict[str, Tensor]) -> bool:
+    return bool(_trainable(adapter)) and not grads
+
+
+def _verdict(adapter: Adapter, learning: dict[str, Tensor], acting: dict[str, Tensor]) -> str:
+    trainable = _trainable(adapter)
+    if not trainable:
+        return "frozen: none of its parameters requires a gradient"
+    absent = [name for name in trainable if name not in acting]
+    if absent:
+        return (
+            f"unused: no gradient reaches {', '.join(absent)} (not called with this input, or its output is not used)"
+        )
+    if not all(grad.isfinite().all() for grads in (learning, acting) for grad in grads.values()):
+        return "not finite: its gradient holds NaN or infinity"
+    # With a zero base weight alpha multiplies nothing.
+    zero_base = not adapter.weight_norm.any()
+    still = [n for n in trainable if not acting[n].any() and not (zero_base and adapter.ROLES[n] == "magnitude")]
+    if still:
+        return f"dead: the gradient of {', '.join(still)} is 0"
+    updates = [name for name in trainable if adapter.ROLES[name] in (*_UPDATE, "magnitude") and name != "alpha"]
+    if updates and not any(learning[name].any() for name in updates if name in learning):
+        return "dead: from where it is now, no gradient reaches its update"
+    return "ok"
+
+
+@torch.no_grad()
+def _check_inference(model: nn.Module, call: Callable[[], list[Tensor]], result: Verification) -> None:
+    with torch.enable_grad():
+        expected = [output.detach() for output in call()]
+    found = call()
+    with disabled(model):
+        base = call()
+    for i, (want, got) in enumerate(zip(expected, found, strict=True)):
+        error, size = (want - got).norm().item(), want.norm().item()
+        # Fast paths order their sums differently; a bypassed adapter differs by the adapter's whole effect.
+        if not error <= 64 * torch.finfo(want.dtype).eps * max(size, 1e-30):
+            raise VerificationError(
+                f"inference differs from eval with autograd by {error / max(size, 1e-30):.2e} of output {i}: a fast path does"
+                " not go through the adapters",
+                result,
+            )
+    if all(torch.equal(a, b) for a, b in zip(expected, base, strict=True)):
+        raise VerificationError("the adapted output equals the base's: the adapters do not act on it", result)
