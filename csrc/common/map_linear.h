@@ -1,0 +1,97 @@
+// map_linear and its backward: one orchestration of matrix products for both devices.
+//
+// `Device` (cpu/device.h, cuda/device.h) supplies the products and the few fused element-wise passes. The scalars of
+// the layer stay where `scales` is: a Scale names one of them, and only Device decides whether the host may read it.
+#pragma once
+
+#include "common/aten.h"
+#include "common/checks.h"
+#include "common/factor_grads.h"
+#include "common/tensor.h"
+
+namespace mapsurgery {
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Device>
+Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                   const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                   bool relative) {
+  check_factors(A, B);
+  check_scalars(alpha, beta, weight_norm, A);
+  check_matrix(weight, A, B);
+  check_input(x, A);
+  check_size("x", x, -1, weight.size(1), "the weight's columns");
+  check_bias(bias, weight.size(0), A);
+  typename Device::Guard guard(x);
+
+  const ScalarType dtype = x.scalar_type();
+  auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
+  const Tensor X = as_rows(x);
+  Tensor h = Device::mm(X, transposed(cast(A, dtype)));
+  Tensor y = Device::scaled_mm(X, transposed(cast(weight, dtype)), {scales, S_W},
+                               bias ? std::optional(cast(*bias, dtype)) : std::nullopt);
+  Device::add_scaled_mm_(y, h, transposed(cast(B, dtype)), {scales, S_D});
+  if (x.dim() != 2) {
+    y = reshaped(y, with_last(sizes_of(x), weight.size(0)));
+    h = reshaped(h, with_last(sizes_of(x), A.size(0)));
+  }
+  return {y, h, scales, gram_a, gram_b};
+}
+
+// A matrix that GEMM can take as it stands; else (the expanded gradient of a sum) one copy instead of one per product.
+inline Tensor gemm_ready(const Tensor& t) {
+  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
+  const bool columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
+  return rows || columns ? t : torch::stable::contiguous(t);
+}
+
+template <class Device>
+Grads map_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weight, const Tensor& A,
+                          const Tensor& B, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b,
+                          bool need_x, bool need_weight, bool need_bias, bool need_factors, bool need_alpha) {
+  check_saved(A, B, scales, gram_a, gram_b);
+  check_matrix(weight, A, B);
+  check_input(x, A);
+  check_size("x", x, -1, weight.size(1), "the weight's columns");
+  check_grad(grad, x);
+  check_size("grad", grad, -1, weight.size(0), "the weight's rows");
+  check_dtype("h", h, x.scalar_type(), "the dtype of x");
+  check_size("h", h, -1, A.size(0), "the rank");
+  check_device("h", h, "x", x);
+  typename Device::Guard guard(x);
+
+  const ScalarType dtype = x.scalar_type();
+  const Tensor G = gemm_ready(as_rows(grad)), X = as_rows(x), H = as_rows(h);
+  check_size("grad", G, 0, X.size(0), "the rows of x");
+  check_size("h", H, 0, X.size(0), "the rows of x");
+  Tensor dx = nothing(dtype, x), dweight = nothing(dtype, x), dbias = nothing(dtype, x), GB;
+  FactorGrads factors = no_factor_grads(A, B, scales);
+  Tensor dalpha = nothing(scales.scalar_type(), x);
+
+  if (need_x || need_factors) GB = Device::mm(G, cast(B, dtype));
+  if (need_x || need_alpha) {
+    Tensor GW = Device::mm(G, cast(weight, dtype));
+    if (need_alpha) {
+      dalpha = Device::dot_and_scale_(in_layout_of(X, GW), GW, need_x, scales, DS_W).scaled;
+    } else {
+      Device::scale_(GW, {scales, S_W});
+    }
+    if (need_x) {
+      Device::add_scaled_mm_(GW, GB, cast(A, dtype), {scales, S_D});
+      dx = reshaped(GW, sizes_of(x));
+    }
+  }
+  if (need_weight) {
+    dweight = cast(Device::scaled_mm(transposed(G), X, {scales, S_W}, std::nullopt), weight.scalar_type());
+  }
+  if (need_bias) dbias = sum_over(G, {0});
+  if (need_factors) {
+    factors = factor_grads<Device>(Device::mm(transposed(GB), X), Device::mm(transposed(G), H),
+                                   Device::dot(GB, in_layout_of(H, GB), scales, DS_D), A, B, scales, gram_a, gram_b);
+  }
+  return {dx, dweight, dbias, factors.A, factors.B, dalpha, factors.beta};
+}
+
+}  // namespace mapsurgery

@@ -1,0 +1,175 @@
+#include <algorithm>
+
+#include "cpu/device.h"
+#include "cpu/rows.h"
+
+namespace mapsurgery {
+namespace {
+
+constexpr int64_t kBuffer = 1024;  // numbers widened at a time; stays in the first-level cache
+// Numbers per partial sum: fixed, so that a sum does not depend on the number of threads.
+constexpr int64_t kPartial = 16 * kBuffer;
+constexpr int64_t kGrain = 32 * kBuffer;
+
+// Calls f(begin, count) for pieces of [0, n) of at most kBuffer numbers, in parallel.
+template <class F>
+void for_pieces(int64_t n, const F& f) {
+  const int64_t pieces = (n + kBuffer - 1) / kBuffer;
+  torch::stable::parallel_for(0, pieces, kGrain / kBuffer, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i * kBuffer, std::min(kBuffer, n - i * kBuffer));
+  });
+}
+
+// n numbers of src as acc_t: in place where they are that already, else in the buffer.
+template <class acc_t, class T>
+const acc_t* widened(const T* src, acc_t* buffer, int64_t n) {
+  if constexpr (std::is_same_v<acc_t, T>) {
+    return src;
+  } else {
+    load_row(buffer, src, 1, n);
+    return buffer;
+  }
+}
+
+// Replaces n numbers of row by f(numbers as acc_t).
+template <class T, class F>
+void update(T* row, int64_t n, const F& f) {
+  using acc_t = accumulate_t<T>;
+  if constexpr (std::is_same_v<acc_t, T>) {
+    f(row);
+  } else {
+    acc_t buffer[kBuffer];
+    load_row(buffer, row, 1, n);
+    f(buffer);
+    store_row(row, 1, buffer, n);
+  }
+}
+
+template <class T, class U>
+double dot_piece(const T* a, const U* b, int64_t n) {
+  using acc_t = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<U, double>, double, float>;
+  acc_t a_buffer[kBuffer], b_buffer[kBuffer];
+  return dot_row(widened(a, a_buffer, n), widened(b, b_buffer, n), n);
+}
+
+template <class F>
+double sum_pieces(int64_t n, const F& f) {
+  std::vector<double> partial((n + kPartial - 1) / kPartial);
+  torch::stable::parallel_for(0, partial.size(), kGrain / kPartial, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t stop = std::min(n, (i + 1) * kPartial);
+      for (int64_t j = i * kPartial; j < stop; j += kBuffer) partial[i] += f(j, std::min(kBuffer, stop - j));
+    }
+  });
+  double sum = 0;
+  for (double p : partial) sum += p;
+  return sum;
+}
+
+Dot as_dot(double value, const Tensor& scales, ScaleIndex index) {
+  const ScalarType acc = scales.scalar_type();
+  Dot result{empty({1}, acc, scales), empty({1}, acc, scales)};
+  const double scaled = value * Cpu::read({scales, index});
+  dispatch_accumulate(acc, [&](auto type) {
+    using acc_t = typename decltype(type)::type;
+    *static_cast<acc_t*>(result.value.data_ptr()) = static_cast<acc_t>(value);
+    *static_cast<acc_t*>(result.scaled.data_ptr()) = static_cast<acc_t>(scaled);
+  });
+  return result;
+}
+
+}  // namespace
+
+double Cpu::read(Scale scale) {
+  return dispatch_accumulate(scale.scales.scalar_type(), [&](auto type) -> double {
+    return static_cast<const typename decltype(type)::type*>(scale.scales.data_ptr())[scale.index];
+  });
+}
+
+Dot Cpu::dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
+  const double value = dispatch_floating(a.scalar_type(), [&](auto a_type) {
+    return dispatch_floating(b.scalar_type(), [&](auto b_type) {
+      const auto* a_data = static_cast<const typename decltype(a_type)::type*>(a.data_ptr());
+      const auto* b_data = static_cast<const typename decltype(b_type)::type*>(b.data_ptr());
+      return sum_pieces(a.numel(), [&](int64_t i, int64_t n) { return dot_piece(a_data + i, b_data + i, n); });
+    });
+  });
+  return as_dot(value, scales, index);
+}
+
+Dot Cpu::dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor& scales, ScaleIndex index) {
+  if (!scale_b) return dot(a, b, scales, index);
+  const double s_w = read({scales, S_W});
+  const double value = dispatch_floating(b.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using acc_t = accumulate_t<T>;
+    const T* a_data = static_cast<const T*>(a.data_ptr());
+    T* b_data = static_cast<T*>(b.data_ptr());
+    return sum_pieces(b.numel(), [&](int64_t i, int64_t n) {
+      acc_t a_buffer[kBuffer];
+      const acc_t* a_row = widened(a_data + i, a_buffer, n);
+      double sum = 0;
+      update(b_data + i, n, [&](acc_t* b_row) {
+        sum = dot_row<acc_t>(a_row, b_row, n);
+        affine_row(b_row, static_cast<acc_t>(s_w), acc_t(0), n);
+      });
+      return sum;
+    });
+  });
+  return as_dot(value, scales, index);
+}
+
+void Cpu::scale_(Tensor& t, Scale scale) { scale_and_bias_(t, scale, std::nullopt, 1); }
+
+void Cpu::scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& bias, int64_t channel_stride) {
+  const double factor = read(scale);
+  dispatch_floating(t.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using acc_t = accumulate_t<T>;
+    T* data = static_cast<T*>(t.data_ptr());
+    const acc_t s = static_cast<acc_t>(factor);
+    if (!bias) {
+      for_pieces(t.numel(), [&](int64_t i, int64_t n) {
+        update(data + i, n, [&](acc_t* row) { affine_row(row, s, acc_t(0), n); });
+      });
+      return;
+    }
+    // Runs of numbers that share one bias (channels outer) or take the biases in turn (channels inner).
+    const int64_t channels = bias->size(0);
+    const Tensor wide = cast(*bias, accumulate_dtype(t.scalar_type()));
+    const acc_t* shift = static_cast<const acc_t*>(wide.data_ptr());
+    const int64_t run = channel_stride == 1 ? channels : channel_stride;
+    const int64_t runs = run > 0 ? t.numel() / run : 0;
+    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, run)), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t i = 0; i < run; i += kBuffer) {
+          const int64_t n = std::min(kBuffer, run - i);
+          update(data + r * run + i, n, [&](acc_t* row) {
+            if (channel_stride == 1) {
+              affine_row(row, s, shift + i, n);
+            } else {
+              affine_row(row, s, shift[r % channels], n);
+            }
+          });
+        }
+      }
+    });
+  });
+}
+
+void Cpu::add_scaled_(Tensor& t, const Tensor& other, Scale scale) {
+  const double factor = read(scale);
+  dispatch_floating(t.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using acc_t = accumulate_t<T>;
+    T* data = static_cast<T*>(t.data_ptr());
+    const T* other_data = static_cast<const T*>(other.data_ptr());
+    for_pieces(t.numel(), [&](int64_t i, int64_t n) {
+      acc_t buffer[kBuffer];
+      const acc_t* other_row = widened(other_data + i, buffer, n);
+      update(data + i, n, [&](acc_t* row) { add_row(row, static_cast<acc_t>(factor), other_row, n); });
+    });
+  });
+}
+
+}  // namespace mapsurgery

@@ -1,0 +1,80 @@
+// lowrank_norm and map_scales: the Gram matrices are GEMMs of torch's, the r x r contraction is in double.
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/checks.h"
+#include "cpu/device.h"
+
+namespace mapsurgery {
+namespace {
+
+struct Grams {
+  Tensor a;
+  Tensor b;
+};
+
+Grams grams(const Tensor& A, const Tensor& B) {
+  const ScalarType acc = accumulate_dtype(A.scalar_type());
+  const Tensor wide_A = cast(A, acc), wide_B = cast(B, acc);
+  return {Cpu::mm(wide_A, transposed(wide_A)), Cpu::mm(transposed(wide_B), wide_B)};
+}
+
+template <class acc_t>
+GramSums contract(const Grams& grams) {
+  const acc_t* a = static_cast<const acc_t*>(grams.a.data_ptr());
+  const acc_t* b = static_cast<const acc_t*>(grams.b.data_ptr());
+  const int64_t rank = grams.a.size(0);
+  GramSums sums{0, 0};
+  for (int64_t i = 0; i < rank * rank; ++i) sums.square += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  for (int64_t i = 0; i < rank; ++i) {
+    sums.trace += static_cast<double>(a[i * rank + i]) + static_cast<double>(b[i * rank + i]);
+  }
+  return sums;
+}
+
+double value_of(const Tensor& scalar) {
+  return dispatch_floating(scalar.scalar_type(), [&](auto type) {
+    return static_cast<double>(*static_cast<const typename decltype(type)::type*>(scalar.data_ptr()));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B) {
+  check_factors(A, B);
+  const Grams gram = grams(A, B);
+  Tensor norm = empty({1}, gram.a.scalar_type(), A);
+  dispatch_accumulate(norm.scalar_type(), [&](auto type) {
+    using acc_t = typename decltype(type)::type;
+    *static_cast<acc_t*>(norm.data_ptr()) = norm_of<acc_t>(contract<acc_t>(gram).square);
+  });
+  return {norm, gram.a, gram.b};
+}
+
+std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
+                                              const Tensor& beta, const Tensor& weight_norm, double tau,
+                                              bool relative) {
+  check_factors(A, B);
+  check_scalars(alpha, beta, weight_norm, A);
+  return Cpu::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> Cpu::map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
+                                                   const Tensor& beta, const Tensor& weight_norm, double tau,
+                                                   bool relative) {
+  const Grams gram = grams(A, B);
+  Tensor scales = empty({NUM_SCALES}, gram.a.scalar_type(), A);
+  dispatch_accumulate(scales.scalar_type(), [&](auto type) {
+    using acc_t = typename decltype(type)::type;
+    compute_scales(contract<acc_t>(gram), value_of(alpha), value_of(beta), value_of(weight_norm), tau, relative,
+                   static_cast<acc_t*>(scales.data_ptr()));
+  });
+  return {scales, gram.a, gram.b};
+}
+
+}  // namespace mapsurgery
+
+STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
+  m.impl("lowrank_norm", TORCH_BOX(&mapsurgery::lowrank_norm));
+  m.impl("map_scales", TORCH_BOX(&mapsurgery::map_scales));
+}

@@ -1,0 +1,105 @@
+#include "cpu/rows.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdlib>
+
+// One binary, the widest vectors of the machine it runs on: GCC compiles each loop three times and picks at load time.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define MAPSURGERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MAPSURGERY_SIMD
+#endif
+
+namespace mapsurgery {
+
+template <class acc_t, class T>
+MAPSURGERY_SIMD void load_row(acc_t* __restrict dst, const T* __restrict src, int64_t stride, int64_t n) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<acc_t>(src[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<acc_t>(src[i * stride]);
+  }
+}
+
+template <class acc_t, class T>
+MAPSURGERY_SIMD void store_row(T* __restrict dst, int64_t stride, const acc_t* __restrict src, int64_t n) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(src[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i * stride] = static_cast<T>(src[i]);
+  }
+}
+
+template <class acc_t>
+MAPSURGERY_SIMD acc_t dot_row(const acc_t* a, const acc_t* b, int64_t n) {
+  // Independent partial sums: the compiler may not reorder one sum, but it vectorises these.
+  constexpr int64_t kLanes = 32;
+  acc_t lanes[kLanes] = {};
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += a[i + k] * b[i + k];
+  }
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += a[i] * b[i];
+  acc_t sum = 0;
+  for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+  return sum;
+}
+
+template <class acc_t>
+MAPSURGERY_SIMD void affine_row(acc_t* row, acc_t factor, acc_t shift, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] = factor * row[i] + shift;
+}
+
+template <class acc_t>
+MAPSURGERY_SIMD void affine_row(acc_t* __restrict row, acc_t factor, const acc_t* __restrict shift, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] = factor * row[i] + shift[i];
+}
+
+template <class acc_t>
+MAPSURGERY_SIMD void add_row(acc_t* __restrict row, acc_t factor, const acc_t* __restrict other, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] += factor * other[i];
+}
+
+template <class acc_t>
+MAPSURGERY_SIMD void add_rows(acc_t* __restrict row, const acc_t* factors, int64_t stride, const acc_t* __restrict rows,
+                              int64_t row_stride, int64_t count, int64_t n) {
+  constexpr int64_t kUnroll = 8;  // rows summed per pass, so that `row` is read and written once for all of them
+  int64_t k = 0;
+  for (; k + kUnroll <= count; k += kUnroll) {
+    acc_t f[kUnroll];
+    for (int64_t j = 0; j < kUnroll; ++j) f[j] = factors[(k + j) * stride];
+    const acc_t* __restrict r = rows + k * row_stride;
+    for (int64_t i = 0; i < n; ++i) {
+      acc_t sum = row[i];
+      for (int64_t j = 0; j < kUnroll; ++j) sum += f[j] * r[j * row_stride + i];
+      row[i] = sum;
+    }
+  }
+  for (; k < count; ++k) {
+    const acc_t f = factors[k * stride];
+    const acc_t* __restrict r = rows + k * row_stride;
+    for (int64_t i = 0; i < n; ++i) row[i] += f * r[i];
+  }
+}
+
+#define INSTANTIATE_CONVERSIONS(acc_t, T)                                 \
+  template void load_row<acc_t, T>(acc_t*, const T*, int64_t, int64_t);   \
+  template void store_row<acc_t, T>(T*, int64_t, const acc_t*, int64_t)
+
+#define INSTANTIATE(acc_t)                                                                  \
+  INSTANTIATE_CONVERSIONS(acc_t, double);                                                   \
+  INSTANTIATE_CONVERSIONS(acc_t, float);                                                    \
+  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::BFloat16);                              \
+  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::Half);                                  \
+  template acc_t dot_row<acc_t>(const acc_t*, const acc_t*, int64_t);                       \
+  template void affine_row<acc_t>(acc_t*, acc_t, acc_t, int64_t);                           \
+  template void affine_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t);                    \
+  template void add_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t);                       \
+  template void add_rows<acc_t>(acc_t*, const acc_t*, int64_t, const acc_t*, int64_t, int64_t, int64_t)
+
+INSTANTIATE(float);
+INSTANTIATE(double);
+
+}  // namespace mapsurgery
