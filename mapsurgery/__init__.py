@@ -2,7 +2,7 @@
 
     W' = alpha W/||W||_F + beta BA/||BA||_F
 
-Free functions on an ordinary model: `plan`, `patch`, `verify`, train it, `save`, `load`, `report`, `merge` or `unpatch`.
+Free functions on an ordinary model: `plan`, `patch`, `verify`, training, `save`, `load`, `report`, `merge`, `unpatch`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +27,7 @@ from .surgery import (
     unmerge,
     unpatch,
 )
-from .verify import VerificationError, Verification, verify
+from .verify import Verification, VerificationError, verify
 
 try:
     __version__ = version("mapsurgery")

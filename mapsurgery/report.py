@@ -17,9 +17,9 @@ class Report:
     """Numbers per layer. ``print(report)`` shows the table.
 
     Attributes:
-        layers: path -> {"rank", "weight_norm" (||W||_F), "alpha" and "beta" in units of ||W||_F, "update_norm" = norm of the
-            update term / ||W||_F, "change" = ||W' - W||_F / ||W||_F, "cosine" of W and BA, "effective_rank" = exp of the
-            entropy of the singular values of BA}. For a zero weight the unit is 1.
+        layers: path -> {"rank", "weight_norm" (||W||_F), "alpha" and "beta" in units of ||W||_F, "update_norm" = norm
+            of the update term / ||W||_F, "change" = ||W' - W||_F / ||W||_F, "cosine" of W and BA, "effective_rank" =
+            exp of the entropy of the singular values of BA}. For a zero weight the unit is 1.
     """
 
     layers: dict[str, dict[str, float]]

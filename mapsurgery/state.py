@@ -13,8 +13,10 @@ from .surgery.record import Record
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that adapting changed, and nothing else: the adapters' parameters, the parameters that `train` named, and
-    those persistent buffers (BatchNorm statistics) that are no longer what they were at `patch`.
+    """Everything that adapting changed, and nothing else.
+
+    The adapters' parameters, the parameters that `train` named, and those persistent buffers (BatchNorm statistics)
+    that are no longer what they were at `patch`.
 
     Returns:
         Tensors (detached, not copied) by their names in the model: "<layer>.adapter.A" ..., "<parameter>", "<buffer>".
@@ -38,7 +40,7 @@ def entry(path: str, name: str) -> str:
 
 
 def changed_buffers(root: nn.Module, memory: Record) -> list[str]:
-    """Names of persistent buffers that differ from what they were at `patch`; unknown ones (from meta) count as changed."""
+    """Persistent buffers that differ from what they were at `patch`; unknown ones (from meta) count as changed."""
     changed = []
     for name, buffer in record.persistent_buffers(root).items():
         before = memory.originals.get(name)

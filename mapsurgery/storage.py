@@ -1,4 +1,4 @@
-"""Adapter files: one safetensors file with its metadata, written whole or not at all, checked before it touches a model."""
+"""Adapter files: one safetensors file, written whole or not at all, checked before it touches a model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ Path = str | os.PathLike[str]
 
 
 def save(model: nn.Module, path: Path) -> None:
-    """Write the adapters, the parameters that `train` named and the buffers that training changed to one safetensors file.
+    """Write what `adapter_state_dict` gives to one safetensors file.
 
     The metadata holds the format and library versions, the configuration, and for each layer its type, shape, rank and
-    ||W||_F of the base. The file is written beside its destination and renamed: a crash leaves the old file or the new one.
+    ||W||_F of the base. The file is written beside its destination and renamed: a crash leaves the old file or the
+    new one.
 
     Raises:
         ValueError: the model is not patched, or a layer's weight is still on meta.
@@ -120,8 +121,8 @@ def load(model: Model, path: Path) -> Model:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of an unknown version or inconsistent, or does not fit the model: a layer is missing,
-            has another shape or another weight (by ||W||_F). The message names it, and the model is as it was.
+        ValueError: the file is damaged, of an unknown version or inconsistent, or does not fit the model: a layer is
+            missing, has another shape or another weight (by ||W||_F). The message names it, and the model is as it was.
     """
     file = _read(os.fspath(path))
     plan = _plan_of(model, file)

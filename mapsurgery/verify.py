@@ -47,10 +47,10 @@ class VerificationError(RuntimeError):
 def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
     """Run the model on an example, forward and backward, and prove that every adapter acts and learns.
 
-    Checked: from where it is now, each adapter gets a finite, non-zero gradient on A or B; with its parameters perturbed, on
-    every one of them (in eval mode, and for layers that only run in training, in train mode); the output then differs from
-    the base's; and inference (no_grad, eval, fast paths on) gives what eval with autograd gives. The model is left as it
-    was: parameters, gradients, buffers, mode, random state.
+    Checked: from where it is now, each adapter gets a finite, non-zero gradient on A or B; with its parameters
+    perturbed, on every one of them (in eval mode, and for layers that only run in training, in train mode); the output
+    then differs from the base's; and inference (no_grad, eval, fast paths on) gives what eval with autograd gives. The
+    model is left as it was: parameters, gradients, buffers, mode, random state.
 
     Args:
         inputs, kwargs: what the model's forward takes.
@@ -121,7 +121,7 @@ def _left_as_it_was(model: nn.Module, adapters: dict[str, Adapter]) -> Iterator[
 
 
 def _gradients(adapters: dict[str, Adapter], call: Callable[[], list[Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Gradients of a random projection of the outputs (a plain sum is constant after a normalisation) by layer and name."""
+    """Gradients by layer and name, of a random projection of the outputs: a sum is constant after a normalisation."""
     outputs = [output for output in call() if output.requires_grad]
     if outputs:
         torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
@@ -188,8 +188,8 @@ def _check_inference(model: nn.Module, call: Callable[[], list[Tensor]], result:
         # Fast paths order their sums differently; a bypassed adapter differs by the adapter's whole effect.
         if not error <= 64 * torch.finfo(want.dtype).eps * max(size, 1e-30):
             raise VerificationError(
-                f"inference differs from eval with autograd by {error / max(size, 1e-30):.2e} of output {i}: a fast path does"
-                " not go through the adapters",
+                f"inference differs from eval with autograd by {error / max(size, 1e-30):.2e} of output {i}: "
+                "a fast path does not go through the adapters",
                 result,
             )
     if all(torch.equal(a, b) for a, b in zip(expected, base, strict=True)):

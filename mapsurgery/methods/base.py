@@ -117,7 +117,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def weight_arrived(self) -> None:
-        """The frozen weight was replaced (a checkpoint was loaded): take its norm, and finish a start that waited for it."""
+        """After the frozen weight was replaced by a checkpoint's: take its norm, finish a start that waited for it."""
         if self.base_weight.is_meta:
             return
         device = self.base_weight.device

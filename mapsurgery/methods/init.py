@@ -17,13 +17,13 @@ class Init:
         kind:
             "soft": B = 0, beta = `beta` ||W||_F, and ||BA||_F is softened to sqrt(||BA||_F^2 + tau^2) with
             tau = beta/`gain`. Starts as LoRA with scaling `gain` and becomes MAP as ||BA||_F outgrows tau.
-            "zero": B = 0, beta = `beta` ||W||_F, tau = 0: the paper's formula (arXiv 2505.23094). The first optimiser step
-            moves W by the whole of beta.
+            "zero": B = 0, beta = `beta` ||W||_F, tau = 0: the paper's formula (arXiv 2505.23094). The first optimiser
+            step moves W by the whole of beta.
             "random": A and B random, beta = 0, tau = 0: the paper's formula, with a random direction to unlearn.
         beta: first beta in units of ||W||_F ("soft" and "zero"; > 0).
         gain: LoRA scaling that "soft" starts with (> 0).
         relative: alpha and beta are trained in units of ||W||_F (alpha starts at 1) instead of as absolute magnitudes
-            (alpha starts at ||W||_F). The models that can be reached are the same; the size of an optimiser's step is not.
+            (alpha starts at ||W||_F). The same models can be reached; the size of an optimiser's step is another.
     """
 
     kind: str = "soft"

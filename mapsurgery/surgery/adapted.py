@@ -1,8 +1,8 @@
 """Adapted layers: the class that a layer's object is given while it is adapted.
 
-The object stays the same, and an instance of its original class. Its frozen weight lives in a child module, ``adapter``,
-under a name of its own, and ``weight`` is a property that computes W': whoever reads it gets the adapted weight, and every
-name of ``named_parameters()`` still leads by attribute access to that very Parameter.
+The object stays the same, and an instance of its original class. Its frozen weight lives in a child module,
+``adapter``, under a name of its own, and ``weight`` is a property that computes W': whoever reads it gets the adapted
+weight, and every name of ``named_parameters()`` still leads by attribute access to that very Parameter.
 """
 
 from __future__ import annotations
@@ -109,26 +109,28 @@ class _Constructed:
 
 
 class MapLinear(_Constructed, FusedLinear, nn.Linear):
-    """nn.Linear adapted with MAP. ``MapLinear(in_features, out_features, bias=True, ..., rank=8)`` makes one; `patch` turns
-    an existing layer into one. x (..., in_features) -> (..., out_features)."""
+    """nn.Linear adapted with MAP: (..., in_features) -> (..., out_features).
+
+    ``MapLinear(in_features, out_features, bias=True, ..., rank=8)`` makes a new one; `patch` turns a layer into one.
+    """
 
     original_class = nn.Linear
 
 
 class MapConv1d(_Constructed, FusedConv, nn.Conv1d):
-    """nn.Conv1d adapted with MAP; arguments of nn.Conv1d, and ``rank=8, init="soft", dropout=0.0, adapter_dtype=None``."""
+    """nn.Conv1d adapted with MAP; takes nn.Conv1d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv1d
 
 
 class MapConv2d(_Constructed, FusedConv, nn.Conv2d):
-    """nn.Conv2d adapted with MAP; arguments of nn.Conv2d, and ``rank=8, init="soft", dropout=0.0, adapter_dtype=None``."""
+    """nn.Conv2d adapted with MAP; takes nn.Conv2d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv2d
 
 
 class MapConv3d(_Constructed, FusedConv, nn.Conv3d):
-    """nn.Conv3d adapted with MAP; arguments of nn.Conv3d, and ``rank=8, init="soft", dropout=0.0, adapter_dtype=None``."""
+    """nn.Conv3d adapted with MAP; takes nn.Conv3d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv3d
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..methods import Adapter
 from . import record
-from .adapted import AdaptedLayer, attach, detach
+from .adapted import attach, detach
 from .patch import MERGED, freeze, restore_requires_grad
 from .record import Record
 
@@ -21,7 +21,7 @@ _MERGED_RECORD = "_mapsurgery_merged_record"
 
 @dataclass
 class Merged:
-    """What a merged layer keeps: its adapter (without the weight) and, where there is one, the untouched base weight."""
+    """What a merged layer keeps: its adapter without the weight and, where there is one, the untouched base weight."""
 
     adapter: Adapter
     base: nn.Parameter | None

@@ -49,8 +49,8 @@ def patch(
         init: the start, "soft" (default), "zero", "random" or an `Init`.
         dropout: probability of dropping an input of the update path in training.
         dtype: of the adapter's parameters; None is float32 (float64 on float64 weights).
-        train: globs of further parameters to train in full and to save (a new head, norms), matched against the names of
-            parameters and of the modules that contain them. A layer whose weight is trained is not adapted.
+        train: globs of further parameters to train in full and to save (a new head, norms), matched against the names
+            of parameters and of the modules that contain them. A layer whose weight is trained is not adapted.
 
     Returns:
         The same model.
@@ -121,8 +121,8 @@ def restore_requires_grad(model: nn.Module, memory: Record) -> None:
 def unpatch(model: Model) -> Model:
     """Remove the adapters: the original classes, names and bits, requires_grad included.
 
-    Trained parameters (`train`) and persistent buffers (BatchNorm statistics) go back to what they were at `patch` as well;
-    save them first if they are wanted.
+    Trained parameters (`train`) and persistent buffers (BatchNorm statistics) go back to what they were at `patch` as
+    well; save them first if they are wanted.
 
     Returns:
         The same model.

@@ -21,8 +21,8 @@ class Record:
         config: the checked arguments of `patch`.
         trained: names of the parameters that `train` asked for.
         requires_grad: of every parameter before the patch, by its original name.
-        originals: copies of the trained parameters and persistent buffers as they were, by name; training changes these,
-            and `unpatch` gives them back. None for a tensor on meta.
+        originals: copies of the trained parameters and persistent buffers as they were, by name; training changes
+            these, and `unpatch` gives them back. None for a tensor on meta.
     """
 
     config: Config
@@ -56,7 +56,7 @@ def own(model: nn.Module) -> Record | None:
 
 
 def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
-    """The module that `patch` was called on, inside whatever wraps it (DataParallel, torch.compile ...), and its record.
+    """The module that `patch` was called on, and its record, inside whatever wraps it (DataParallel, torch.compile).
 
     Raises:
         ValueError: nothing in the model is patched, or several parts were patched on their own.
