@@ -1,0 +1,213 @@
+#include "cuda/device.h"
+#include "cuda/kernels.cuh"
+
+namespace mapsurgery {
+namespace {
+
+constexpr int64_t kPerThread = 4;
+constexpr int64_t kMostBlocks = 4096;
+constexpr int64_t kMostPartials = 1024;
+
+// The widest of two dtypes' accumulation types.
+template <class T, class U>
+using common_acc_t = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<U, double>, double, float>;
+
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+// out = scale in; in and out may be the same.
+template <class T>
+__global__ void scale_kernel(const T* in, T* out, int64_t n, Numbers scales, int index) {
+  using acc_t = accumulate_t<T>;
+  const acc_t scale = scales.load<acc_t>(index);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+    out[i] = static_cast<T>(scale * static_cast<acc_t>(in[i]));
+  }
+}
+
+template <class T>
+void launch_scale(const Tensor& in, const Tensor& out, Scale scale) {
+  const int64_t n = in.numel();
+  scale_kernel<T><<<blocks_for(n, kThreads * kPerThread, kMostBlocks), kThreads, 0, current_stream(in)>>>(
+      data_of<T>(in), data_of<T>(out), n, Numbers(scale.scales), scale.index);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// t += scale other
+template <class T>
+__global__ void add_scaled_kernel(T* t, const T* other, int64_t n, Numbers scales, int index) {
+  using acc_t = accumulate_t<T>;
+  const acc_t scale = scales.load<acc_t>(index);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+    t[i] = static_cast<T>(static_cast<acc_t>(t[i]) + scale * static_cast<acc_t>(other[i]));
+  }
+}
+
+template <class T>
+void launch_add_scaled(const Tensor& t, const Tensor& other, Scale scale) {
+  const int64_t n = t.numel();
+  add_scaled_kernel<T><<<blocks_for(n, kThreads * kPerThread, kMostBlocks), kThreads, 0, current_stream(t)>>>(
+      data_of<T>(t), data_of<T>(other), n, Numbers(scale.scales), scale.index);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+constexpr int kLanes = 32;   // columns side by side in a block ...
+constexpr int kRows = 8;     // ... rows of a block ...
+constexpr int kColumns = 4;  // ... and columns of one thread
+
+// t (rows, columns) = scale t + bias, which goes along the columns or is one number per row, taken in turn.
+template <class T, bool along_columns>
+__global__ void scale_and_bias_kernel(T* t, int64_t rows, int64_t columns, const T* bias, int64_t channels,
+                                      Numbers scales, int index) {
+  using acc_t = accumulate_t<T>;
+  const acc_t scale = scales.load<acc_t>(index);
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kLanes * kColumns + threadIdx.x;
+  for (int64_t row = static_cast<int64_t>(blockIdx.y) * kRows + threadIdx.y; row < rows;
+       row += static_cast<int64_t>(gridDim.y) * kRows) {
+    const acc_t row_bias = along_columns ? acc_t(0) : static_cast<acc_t>(bias[row % channels]);
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      const int64_t column = first_column + k * kLanes;
+      if (column >= columns) continue;
+      const acc_t shift = along_columns ? static_cast<acc_t>(bias[column]) : row_bias;
+      const int64_t i = row * columns + column;
+      t[i] = static_cast<T>(scale * static_cast<acc_t>(t[i]) + shift);
+    }
+  }
+}
+
+template <class T>
+void launch_scale_and_bias(const Tensor& t, Scale scale, const Tensor& bias, int64_t channel_stride) {
+  const int64_t channels = bias.size(0);
+  const int64_t columns = channel_stride == 1 ? channels : channel_stride, rows = t.numel() / columns;
+  const dim3 grid(static_cast<unsigned>((columns + kLanes * kColumns - 1) / (kLanes * kColumns)),
+                  blocks_for(rows, kRows, kMostBlocks));
+  const dim3 block(kLanes, kRows);
+  auto kernel = channel_stride == 1 ? scale_and_bias_kernel<T, true> : scale_and_bias_kernel<T, false>;
+  kernel<<<grid, block, 0, current_stream(t)>>>(data_of<T>(t), rows, columns, data_of<T>(bias), channels,
+                                                Numbers(scale.scales), scale.index);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// partial[block] = the block's share of <a, b>; b *= s_w on the way if asked.
+template <class T, class U, bool scale_b>
+__global__ void dot_kernel(const T* a, U* b, int64_t n, Numbers scales, double* partial) {
+  using acc_t = common_acc_t<T, U>;
+  const acc_t s_w = scale_b ? scales.load<acc_t>(S_W) : acc_t(0);
+  acc_t sum = 0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+    const acc_t value = static_cast<acc_t>(b[i]);
+    sum += static_cast<acc_t>(a[i]) * value;
+    if (scale_b) b[i] = static_cast<U>(s_w * value);
+  }
+  const double total = block_sum(static_cast<double>(sum));
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+// One block: value = the sum of the partial sums, scaled = value scales[index].
+__global__ void finish_dot_kernel(const double* partial, int count, Numbers scales, int index, Numbers value,
+                                  Numbers scaled) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) {
+    value.store(0, total);
+    scaled.store(0, total * scales.load<double>(index));
+  }
+}
+
+template <class T, class U, bool scale_b>
+Dot launch_dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
+  const int64_t n = a.numel();
+  const unsigned blocks = blocks_for(n, kThreads * kPerThread, kMostPartials);
+  const cudaStream_t stream = current_stream(a);
+  const Tensor partial = empty({blocks}, ScalarType::Double, a);
+  Dot result{empty({1}, scales.scalar_type(), a), empty({1}, scales.scalar_type(), a)};
+  dot_kernel<T, U, scale_b>
+      <<<blocks, kThreads, 0, stream>>>(data_of<T>(a), data_of<U>(b), n, Numbers(scales), data_of<double>(partial));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  finish_dot_kernel<<<1, kThreads, 0, stream>>>(data_of<double>(partial), static_cast<int>(blocks), Numbers(scales),
+                                                index, Numbers(result.value), Numbers(result.scaled));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+// out = s_d grad - c RADIAL product, element by element.
+template <class acc_t>
+__global__ void tangent_kernel(Numbers grad, const acc_t* product, Numbers out, int64_t n, const acc_t* c,
+                               const acc_t* scales) {
+  const acc_t s_d = scales[S_D], radial = c[0] * scales[RADIAL];
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+    out.store(i, s_d * grad.load<acc_t>(i) - radial * product[i]);
+  }
+}
+
+template <class acc_t>
+void launch_tangent(const Tensor& grad, const Tensor& product, const Tensor& out, const Tensor& c,
+                    const Tensor& scales) {
+  const int64_t n = out.numel();
+  tangent_kernel<acc_t><<<blocks_for(n, kThreads * kPerThread, kMostBlocks), kThreads, 0, current_stream(out)>>>(
+      Numbers(grad), data_of<acc_t>(product), Numbers(out), n, data_of<acc_t>(c), data_of<acc_t>(scales));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+Dot Cuda::dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
+  return dispatch_floating(a.scalar_type(), [&](auto a_type) {
+    return dispatch_floating(b.scalar_type(), [&](auto b_type) {
+      return launch_dot<typename decltype(a_type)::type, typename decltype(b_type)::type, false>(a, b, scales, index);
+    });
+  });
+}
+
+Dot Cuda::dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor& scales, ScaleIndex index) {
+  if (!scale_b) return dot(a, b, scales, index);
+  return dispatch_floating(b.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch_dot<T, T, true>(a, b, scales, index);
+  });
+}
+
+void Cuda::scale_(Tensor& t, Scale scale) {
+  dispatch_floating(t.scalar_type(),
+                    [&](auto type) { launch_scale<typename decltype(type)::type>(t, t, scale); });
+}
+
+Tensor Cuda::scaled(const Tensor& t, Scale scale) {
+  Tensor out = empty_strided(sizes_of(t), strides_of(t), t.scalar_type(), t);
+  dispatch_floating(t.scalar_type(),
+                    [&](auto type) { launch_scale<typename decltype(type)::type>(t, out, scale); });
+  return out;
+}
+
+void Cuda::scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& bias, int64_t channel_stride) {
+  if (!bias) return scale_(t, scale);
+  if (t.numel() == 0) return;
+  dispatch_floating(t.scalar_type(), [&](auto type) {
+    launch_scale_and_bias<typename decltype(type)::type>(t, scale, *bias, channel_stride);
+  });
+}
+
+void Cuda::add_scaled_(Tensor& t, const Tensor& other, Scale scale) {
+  dispatch_floating(t.scalar_type(),
+                    [&](auto type) { launch_add_scaled<typename decltype(type)::type>(t, other, scale); });
+}
+
+Tensor Cuda::tangent(const Tensor& grad, const Tensor& left, const Tensor& right, const Tensor& c,
+                     const Tensor& scales, ScalarType dtype) {
+  const Tensor product = mm(left, right);
+  Tensor out = empty(sizes_of(grad), dtype, grad);
+  dispatch_accumulate(scales.scalar_type(), [&](auto type) {
+    launch_tangent<typename decltype(type)::type>(as_contiguous(grad), product, out, c, scales);
+  });
+  return out;
+}
+
+}  // namespace mapsurgery

@@ -1,0 +1,258 @@
+// lowrank_norm and map_scales. Two launches up to rank 32, three above, no atomics, and the same bits every time:
+//   gram_kernel    each block multiplies one tile of one Gram matrix over one slice of the long dimension;
+//   reduce_kernel  sums the slices in order, and contracts the two Gram matrices;
+//   finish_kernel  adds up what several blocks of reduce_kernel contracted (one block does it itself).
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/checks.h"
+#include "cuda/device.h"
+#include "cuda/kernels.cuh"
+
+namespace mapsurgery {
+namespace {
+
+constexpr int kTile = 32;              // rows and columns of a tile of a Gram matrix
+constexpr int kChunk = 64;             // numbers of the long dimension in shared memory at a time
+constexpr int64_t kSlice = 2 * kChunk; // the shortest slice of the long dimension worth a block
+constexpr int64_t kMostSlices = 128;
+constexpr int64_t kMostGramBlocks = 512;
+constexpr unsigned kMostReduceBlocks = 64;
+
+// A factor as (rank, length), A as it is and B transposed, and the partial Gram matrices (slices, rank, rank).
+template <class T, class acc_t>
+struct Factor {
+  const T* data;
+  int64_t length, rank_stride, length_stride;
+  int64_t slice, slices;
+  acc_t* partial;
+};
+
+template <class T, class acc_t>
+__device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, acc_t>& f, int64_t first_row,
+                           int64_t rank, int64_t start, int64_t end) {
+  const bool along_length = f.length_stride <= f.rank_stride;  // neighbouring threads read neighbouring numbers
+  for (int k = threadIdx.x; k < kTile * kChunk; k += kThreads) {
+    const int i = along_length ? k / kChunk : k % kTile;
+    const int l = along_length ? k % kChunk : k / kTile;
+    const bool inside = first_row + i < rank && start + l < end;
+    const int64_t at = (first_row + i) * f.rank_stride + (start + l) * f.length_stride;
+    chunk[i][l] = inside ? static_cast<acc_t>(f.data[at]) : acc_t(0);
+  }
+}
+
+// Grid: (pairs of tiles on or above the diagonal, slices, factors).
+template <class T, class acc_t>
+__global__ void __launch_bounds__(kThreads) gram_kernel(Factor<T, acc_t> A, Factor<T, acc_t> B, int64_t rank) {
+  __shared__ acc_t left[kTile][kChunk + 1], right[kTile][kChunk + 1];  // + 1: no bank conflicts
+  const Factor<T, acc_t>& f = blockIdx.z == 0 ? A : B;
+  if (blockIdx.y >= f.slices) return;  // the whole block: no barrier waits for it
+
+  const int tiles = static_cast<int>((rank + kTile - 1) / kTile);
+  int tile_i = 0, tile_j = blockIdx.x;
+  while (tile_j >= tiles - tile_i) tile_j -= tiles - tile_i++;
+  tile_j += tile_i;
+  const int64_t row_i = static_cast<int64_t>(tile_i) * kTile, row_j = static_cast<int64_t>(tile_j) * kTile;
+
+  const int64_t begin = blockIdx.y * f.slice, end = min(f.length, begin + f.slice);
+  const int x = threadIdx.x % 16, y = threadIdx.x / 16;
+  acc_t sum[2][2] = {};
+  for (int64_t start = begin; start < end; start += kChunk) {
+    load_chunk(left, f, row_i, rank, start, end);
+    load_chunk(right, f, row_j, rank, start, end);
+    __syncthreads();
+    for (int l = 0; l < kChunk; ++l) {
+      for (int a = 0; a < 2; ++a) {
+        for (int b = 0; b < 2; ++b) sum[a][b] += left[y + 16 * a][l] * right[x + 16 * b][l];
+      }
+    }
+    __syncthreads();
+  }
+
+  acc_t* partial = f.partial + blockIdx.y * rank * rank;
+  for (int a = 0; a < 2; ++a) {
+    for (int b = 0; b < 2; ++b) {
+      const int64_t i = row_i + y + 16 * a, j = row_j + x + 16 * b;
+      if (i >= rank || j >= rank) continue;
+      partial[i * rank + j] = sum[a][b];
+      if (tile_i != tile_j) partial[j * rank + i] = sum[a][b];
+    }
+  }
+}
+
+// What becomes of the contraction: the norm alone, or the scales of the layer.
+template <class acc_t>
+struct Outcome {
+  acc_t* norm;  // null: the scales
+  acc_t* scales;
+  Numbers alpha, beta, weight_norm;
+  double tau;
+  bool relative;
+
+  __device__ void write(GramSums sums) const {
+    if (norm != nullptr) {
+      *norm = norm_of<acc_t>(sums.square);
+    } else {
+      compute_scales(sums, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative,
+                     scales);
+    }
+  }
+};
+
+// Sums the slices of both Gram matrices and contracts them. With few elements, several threads (`parts`) share the
+// slices of one; then there is one block.
+template <class acc_t>
+__global__ void __launch_bounds__(kThreads)
+    reduce_kernel(const acc_t* partial_a, int64_t slices_a, const acc_t* partial_b, int64_t slices_b, int64_t rank,
+                  int lanes, acc_t* gram_a, acc_t* gram_b, GramSums* block_sums, Outcome<acc_t> outcome) {
+  __shared__ acc_t shares_a[kThreads], shares_b[kThreads];
+  const int64_t elements = rank * rank;
+  const int lane = threadIdx.x % lanes, part = threadIdx.x / lanes, parts = kThreads / lanes;
+  double square = 0, trace = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * lanes; first < elements;
+       first += static_cast<int64_t>(gridDim.x) * lanes) {
+    const int64_t e = first + lane;
+    acc_t a = 0, b = 0;
+    if (e < elements) {
+      for (int64_t s = part; s < slices_a; s += parts) a += partial_a[s * elements + e];
+      for (int64_t s = part; s < slices_b; s += parts) b += partial_b[s * elements + e];
+    }
+    shares_a[threadIdx.x] = a;
+    shares_b[threadIdx.x] = b;
+    __syncthreads();
+    if (part == 0 && e < elements) {
+      for (int k = 1; k < parts; ++k) {
+        a += shares_a[k * lanes + lane];
+        b += shares_b[k * lanes + lane];
+      }
+      gram_a[e] = a;
+      gram_b[e] = b;
+      square += static_cast<double>(a) * static_cast<double>(b);
+      if (e / rank == e % rank) trace += static_cast<double>(a) + static_cast<double>(b);
+    }
+    __syncthreads();  // the shares are read before the next round overwrites them
+  }
+  const double square_sum = block_sum(square);
+  const double trace_sum = block_sum(trace);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    outcome.write({square_sum, trace_sum});
+  } else {
+    block_sums[blockIdx.x] = {square_sum, trace_sum};
+  }
+}
+
+// One block.
+template <class acc_t>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const GramSums* block_sums, int count, Outcome<acc_t> outcome) {
+  const bool inside = threadIdx.x < count;
+  const double square = block_sum(inside ? block_sums[threadIdx.x].square : 0);
+  const double trace = block_sum(inside ? block_sums[threadIdx.x].trace : 0);
+  if (threadIdx.x == 0) outcome.write({square, trace});
+}
+
+template <class acc_t>
+acc_t* data_of(const Tensor& t) {
+  return static_cast<acc_t*>(t.data_ptr());
+}
+
+struct Slices {
+  int64_t size, count;
+
+  Slices(int64_t length, int64_t tile_pairs) {
+    const int64_t most = std::max<int64_t>(1, std::min(kMostSlices, kMostGramBlocks / std::max<int64_t>(1, tile_pairs)));
+    const int64_t shortest = (length + most - 1) / most;
+    size = std::max(kSlice, (shortest + kChunk - 1) / kChunk * kChunk);
+    count = (length + size - 1) / size;
+  }
+};
+
+// Writes both Gram matrices and the outcome.
+template <class T>
+void launch(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor& gram_b,
+            const Outcome<accumulate_t<T>>& outcome) {
+  using acc_t = accumulate_t<T>;
+  const cudaStream_t stream = current_stream(A);
+  const int64_t rank = A.size(0), elements = rank * rank, tiles = (rank + kTile - 1) / kTile;
+  const int64_t pairs = tiles * (tiles + 1) / 2;
+  const Slices slices_a(A.size(1), pairs), slices_b(B.size(0), pairs);
+  const Tensor partial_a = empty({slices_a.count * elements}, gram_a.scalar_type(), A);
+  const Tensor partial_b = empty({slices_b.count * elements}, gram_b.scalar_type(), A);
+  const int64_t most_slices = std::max(slices_a.count, slices_b.count);
+  if (pairs > 0 && most_slices > 0) {
+    const Factor<T, acc_t> a{data_of<const T>(A), A.size(1),      A.stride(0),
+                             A.stride(1),         slices_a.size, slices_a.count, data_of<acc_t>(partial_a)};
+    const Factor<T, acc_t> b{data_of<const T>(B), B.size(0),      B.stride(1),
+                             B.stride(0),         slices_b.size, slices_b.count, data_of<acc_t>(partial_b)};
+    gram_kernel<<<dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(most_slices), 2), kThreads, 0, stream>>>(
+        a, b, rank);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  int lanes = 1;
+  while (lanes < kThreads && lanes < elements) lanes *= 2;
+  // Up to rank 32 one block is as quick as several and a further launch.
+  const unsigned blocks = elements <= 4 * kThreads ? 1 : blocks_for(elements, kThreads, kMostReduceBlocks);
+  const Tensor sums = empty({blocks * 2}, ScalarType::Double, A);
+  GramSums* block_sums = static_cast<GramSums*>(sums.data_ptr());
+  reduce_kernel<<<blocks, kThreads, 0, stream>>>(data_of<const acc_t>(partial_a), slices_a.count,
+                                                 data_of<const acc_t>(partial_b), slices_b.count, rank, lanes,
+                                                 data_of<acc_t>(gram_a), data_of<acc_t>(gram_b), block_sums, outcome);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (blocks > 1) {
+    finish_kernel<<<1, kThreads, 0, stream>>>(block_sums, static_cast<int>(blocks), outcome);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B) {
+  check_factors(A, B);
+  Cuda::Guard guard(A);
+  const ScalarType acc = accumulate_dtype(A.scalar_type());
+  const int64_t rank = A.size(0);
+  Tensor norm = empty({1}, acc, A), gram_a = empty({rank, rank}, acc, A), gram_b = empty({rank, rank}, acc, A);
+  dispatch_floating(A.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using acc_t = accumulate_t<T>;
+    const Numbers unused(norm);
+    launch<T>(A, B, gram_a, gram_b,
+              Outcome<acc_t>{data_of<acc_t>(norm), nullptr, unused, unused, unused, 0.0, false});
+  });
+  return {norm, gram_a, gram_b};
+}
+
+std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
+                                              const Tensor& beta, const Tensor& weight_norm, double tau,
+                                              bool relative) {
+  check_factors(A, B);
+  check_scalars(alpha, beta, weight_norm, A);
+  Cuda::Guard guard(A);
+  return Cuda::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> Cuda::map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
+                                                    const Tensor& beta, const Tensor& weight_norm, double tau,
+                                                    bool relative) {
+  const ScalarType acc = accumulate_dtype(A.scalar_type());
+  const int64_t rank = A.size(0);
+  Tensor scales = empty({NUM_SCALES}, acc, A), gram_a = empty({rank, rank}, acc, A);
+  Tensor gram_b = empty({rank, rank}, acc, A);
+  dispatch_floating(A.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using acc_t = accumulate_t<T>;
+    launch<T>(A, B, gram_a, gram_b,
+              Outcome<acc_t>{nullptr, data_of<acc_t>(scales), Numbers(alpha), Numbers(beta), Numbers(weight_norm), tau,
+                             relative});
+  });
+  return {scales, gram_a, gram_b};
+}
+
+}  // namespace mapsurgery
+
+STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CUDA, m) {
+  m.impl("lowrank_norm", TORCH_BOX(&mapsurgery::lowrank_norm));
+  m.impl("map_scales", TORCH_BOX(&mapsurgery::map_scales));
+}
