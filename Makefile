@@ -43,7 +43,8 @@ bench: $(DONE)/library $(DONE)/packaged  ## Run the benchmarks (BENCH_ARGS="..."
 setup: $(DONE)/library $(DONE)/packaged  ## Create .venv and build the native code, no more
 
 .PHONY: test
-test: export HF_HUB_OFFLINE = 1  # no test may ask a model hub, or wait for one that does not answer
+# No test may ask a model hub, or wait for one that does not answer.
+test: export HF_HUB_OFFLINE := 1
 test: setup  ## Run all tests (TEST_ARGS="-m 'not slow'" leaves the slow ones out)
 	$(PY) -m pytest $(TEST_ARGS)
 
