@@ -147,6 +147,7 @@ def variants() -> dict[str, mapsurgery.Init]:
     return {
         "soft b=.1 g=2": start("soft", beta=0.1, gain=2.0),
         "soft b=.05 g=2": start("soft", beta=0.05, gain=2.0),
+        "soft b=.1 g=8": start("soft", beta=0.1, gain=8.0),
         "zero b=.05": start("zero", beta=0.05),
         "random": start("random"),
         "soft b=.1 g=2 absolute": start("soft", beta=0.1, gain=2.0, relative=False),

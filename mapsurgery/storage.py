@@ -70,7 +70,7 @@ def _describe(path: str, layer: Any) -> dict[str, Any]:
         "type": layer.original_class.__name__,
         "shape": list(adapter.base_weight.shape),
         "dtype": str(adapter.base_weight.dtype).removeprefix("torch."),
-        "rank": adapter.settings()["rank"],
+        "rank": adapter.rank,
         "weight_norm": adapter.weight_norm.item(),
     }
 
@@ -194,7 +194,13 @@ def _config(path: str, value: dict[str, Any]) -> Config:
         raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
 
 
-_LAYER_FIELDS = {"type": str, "shape": list, "dtype": str, "rank": int, "weight_norm": (int, float)}
+_LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "type": str,
+    "shape": list,
+    "dtype": str,
+    "rank": int,
+    "weight_norm": (int, float),
+}
 
 
 def _check_consistent(file: _File) -> None:

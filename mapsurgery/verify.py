@@ -167,6 +167,8 @@ def _verdict(adapter: Adapter, learning: dict[str, Tensor], acting: dict[str, Te
         return "not finite: its gradient holds NaN or infinity"
     # With a zero base weight alpha multiplies nothing.
     zero_base = not adapter.weight_norm.any()
+    if not any(grad.any() for grad in acting.values()):
+        return "dead: the layer has no effect on the output, adapted or not (is a scale after it 0?)"
     still = [n for n in trainable if not acting[n].any() and not (zero_base and adapter.ROLES[n] == "magnitude")]
     if still:
         return f"dead: the gradient of {', '.join(still)} is 0"

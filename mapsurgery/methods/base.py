@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .init import Init
 
 
 class Adapter(nn.Module):
@@ -18,9 +19,17 @@ class Adapter(nn.Module):
     parameters and says what W' is; a new method or update family is a subclass in a file of its own.
 
     Args:
-        weight: the layer's own Parameter. It is held, not copied.
+        weight: the layer's own Parameter, (m, ...) with m outputs. It is held, not copied.
+        rank: r, 1 <= r <= min(m, K), K the number of elements of weight by m.
+        init: the start.
+        dropout: probability of dropping an input of the update path (not of the base) in training.
+        dtype: of the adapter's own parameters.
         transposed: weight is (in, out), as in transformers' Conv1D, rather than (out, in, ...).
         name: the layer's path, for messages.
+        weight_norm: ||W||_F where it is known already; measured when None.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
 
     Attributes:
         base_weight: the frozen weight, in the layer's own layout.
@@ -32,18 +41,39 @@ class Adapter(nn.Module):
     ROLES: dict[str, str] = {}
     """Own parameters -> "down", "up" or "magnitude": what `param_groups` tells apart."""
 
-    def __init__(self, weight: nn.Parameter, *, transposed: bool = False, name: str = "") -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        rank: int,
+        init: Init,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+        name: str = "",
+        weight_norm: float | None = None,
+    ) -> None:
         super().__init__()
         self.base_weight = weight
+        self.rank, self.init, self.dropout = rank, init, dropout
         self.transposed = transposed
         self.layer_name = name
         self.enabled = True
         self.pending = weight.is_meta
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.register_buffer("weight_norm", torch.full((1,), float("nan"), dtype=dtype, device=weight.device))
+        norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.register_buffer("weight_norm", torch.full((1,), float("nan"), dtype=norm_dtype, device=weight.device))
         self.weight_norm: Tensor
+        m = weight.shape[1] if transposed else weight.shape[0]
+        self.create_parameters(m, weight.numel() // m, {"device": weight.device, "dtype": dtype})
+        if not self.pending:
+            self.take_norm(weight_norm)
+            self.reset_parameters()
 
     # What a subclass defines ------------------------------------------------------------------------------------
+
+    def create_parameters(self, m: int, K: int, place: dict[str, Any]) -> None:
+        """Register the adapter's own parameters, not yet set; `place` is their device and dtype."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Set the adapter's own parameters to their start; needs ||W||_F."""
@@ -74,19 +104,15 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def unmerge_from(self, weight: Tensor) -> None:
-        """weight, holding W' in the layer's layout, becomes W in place, up to the rounding of merging.
+        """weight, holding W' in the layer's layout, becomes W in place, up to the rounding of merging."""
+        raise NotImplementedError
 
-        Raises:
-            ValueError: W cannot be recovered (its factor is 0).
-        """
+    def recoverable(self) -> bool:
+        """Whether W can be recovered from W'."""
         raise NotImplementedError
 
     def measures(self) -> dict[str, float]:
         """Plain numbers for `mapsurgery.report`."""
-        raise NotImplementedError
-
-    def settings(self) -> dict[str, Any]:
-        """Plain values that rebuild the adapter on the same weight (arguments of the constructor)."""
         raise NotImplementedError
 
     # What all share ---------------------------------------------------------------------------------------------

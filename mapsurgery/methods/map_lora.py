@@ -13,21 +13,12 @@ from torch.nn import functional as F
 from .. import ops
 from ..ops import reference
 from .base import Adapter
-from .init import Init
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class MapLora(Adapter):
-    """Two magnitudes and two low-rank factors on a frozen weight W, seen as the matrix (m, K).
-
-    Args:
-        weight, transposed, name: see `Adapter`.
-        rank: r, 1 <= r <= min(m, K).
-        init: the start.
-        dropout: probability of dropping an input of the update path (not of the base) in training.
-        dtype: of A, B, alpha and beta.
-        weight_norm: ||W||_F where it is known already; measured when None.
+    """Two magnitudes and two low-rank factors on a frozen weight W, seen as the matrix (m, K); arguments of `Adapter`.
 
     Attributes:
         A: (r, K). B: (m, r). alpha, beta: (1,), never 0-dim because FSDP2 rejects 0-dim parameters.
@@ -35,29 +26,11 @@ class MapLora(Adapter):
 
     ROLES = {"A": "down", "B": "up", "alpha": "magnitude", "beta": "magnitude"}
 
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        *,
-        rank: int,
-        init: Init,
-        dropout: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        transposed: bool = False,
-        name: str = "",
-        weight_norm: float | None = None,
-    ) -> None:
-        super().__init__(weight, transposed=transposed, name=name)
-        m = weight.shape[1] if transposed else weight.shape[0]
-        place: dict[str, Any] = {"device": weight.device, "dtype": dtype}
-        self.rank, self.init, self.dropout = rank, init, dropout
-        self.A = nn.Parameter(torch.empty(rank, weight.numel() // m, **place))
-        self.B = nn.Parameter(torch.empty(m, rank, **place))
+    def create_parameters(self, m: int, K: int, place: dict[str, Any]) -> None:
+        self.A = nn.Parameter(torch.empty(self.rank, K, **place))
+        self.B = nn.Parameter(torch.empty(m, self.rank, **place))
         self.alpha = nn.Parameter(torch.empty(1, **place))
         self.beta = nn.Parameter(torch.empty(1, **place))
-        if not self.pending:
-            self.take_norm(weight_norm)
-            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -70,9 +43,6 @@ class MapLora(Adapter):
         unit = 1.0 if self.init.relative else (self.weight_norm if self.weight_norm.item() > 0 else 1.0)
         self.alpha.fill_(1.0).mul_(unit)
         self.beta.fill_(self.init.first_beta).mul_(unit)
-
-    def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "init": self.init, "dropout": self.dropout, "dtype": self.alpha.dtype}
 
     def _factors(self) -> tuple[Any, ...]:
         """The arguments that every operator shares."""
@@ -106,7 +76,8 @@ class MapLora(Adapter):
             return conv(x * s_w, self.base_weight, bias, stride, padding, dilation, groups) + conv(
                 h * s_d, up, groups=groups
             )
-        return ops.map_conv(x, self.base_weight, bias, *self._factors(), stride, padding, dilation, groups)
+        settings = (stride, padding, dilation, groups)
+        return ops.map_conv(x, self.base_weight, bias, *self._factors(), *settings)  # type: ignore[call-arg]
 
     def _scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """s_w and s_d, differentiable, in the dtype of x: dropout makes the two paths see different inputs."""
@@ -120,9 +91,10 @@ class MapLora(Adapter):
         self._in_place(ops.merge_, weight)
 
     def unmerge_from(self, weight: Tensor) -> None:
-        if not self.alpha.any():
-            raise ValueError(f"{self.layer_name}: alpha is 0, so the merged weight holds nothing of the base any more")
         self._in_place(ops.unmerge_, weight)
+
+    def recoverable(self) -> bool:
+        return bool(self.alpha.any())
 
     @torch.no_grad()
     def _in_place(self, operation: Callable[..., None], weight: Tensor) -> None:

@@ -7,7 +7,6 @@ weight, and every name of ``named_parameters()`` still leads by attribute access
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -40,8 +39,7 @@ class AdaptedLayer(nn.Module):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        settings = self.adapter.settings()
-        return f"{super().extra_repr()}, rank={settings['rank']}, init={settings['init'].kind}"
+        return f"{super().extra_repr()}, rank={self.adapter.rank}, init={self.adapter.init.kind}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the original model calls the frozen weight by its original name."""
@@ -67,6 +65,14 @@ class FusedLinear(AdaptedLayer):
 
 class FusedConv(AdaptedLayer):
     """For layers that compute what nn.Conv1d, nn.Conv2d and nn.Conv3d compute."""
+
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
 
     def forward(self, input: Tensor) -> Tensor:
         adapter = self.adapter
@@ -102,13 +108,15 @@ class _Constructed:
         **kwargs: Any,
     ) -> None:
         layer = self.original_class(*args, **kwargs)
-        dtype = adapter_dtype or default_dtype(layer.weight.dtype)
-        adapter = MapLora(layer.weight, rank=rank, init=Init.parse(init), dropout=dropout, dtype=dtype)
-        layer.weight.requires_grad_(False)
+        weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
+        dtype = adapter_dtype or default_dtype(weight.dtype)
+        adapter = MapLora(weight, rank=rank, init=Init.parse(init), dropout=dropout, dtype=dtype)
+        weight.requires_grad_(False)
         self.__dict__.update(attach(layer, adapter).__dict__)
 
 
-class MapLinear(_Constructed, FusedLinear, nn.Linear):
+# `weight` is read-only here and a Parameter in the original classes, on purpose: assigning it would lose the adapter.
+class MapLinear(_Constructed, FusedLinear, nn.Linear):  # type: ignore[misc, override]
     """nn.Linear adapted with MAP: (..., in_features) -> (..., out_features).
 
     ``MapLinear(in_features, out_features, bias=True, ..., rank=8)`` makes a new one; `patch` turns a layer into one.
@@ -117,27 +125,28 @@ class MapLinear(_Constructed, FusedLinear, nn.Linear):
     original_class = nn.Linear
 
 
-class MapConv1d(_Constructed, FusedConv, nn.Conv1d):
+class MapConv1d(_Constructed, FusedConv, nn.Conv1d):  # type: ignore[misc, override]
     """nn.Conv1d adapted with MAP; takes nn.Conv1d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv1d
 
 
-class MapConv2d(_Constructed, FusedConv, nn.Conv2d):
+class MapConv2d(_Constructed, FusedConv, nn.Conv2d):  # type: ignore[misc, override]
     """nn.Conv2d adapted with MAP; takes nn.Conv2d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv2d
 
 
-class MapConv3d(_Constructed, FusedConv, nn.Conv3d):
+class MapConv3d(_Constructed, FusedConv, nn.Conv3d):  # type: ignore[misc, override]
     """nn.Conv3d adapted with MAP; takes nn.Conv3d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv3d
 
 
-_PUBLIC: dict[type[nn.Module], type[AdaptedLayer]] = {
+_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
     cls.original_class: cls for cls in (MapLinear, MapConv1d, MapConv2d, MapConv3d)
 }
+"""Original class -> class of its adapted objects; grows as classes are met."""
 
 
 def default_dtype(weight: torch.dtype) -> torch.dtype:
@@ -145,15 +154,19 @@ def default_dtype(weight: torch.dtype) -> torch.dtype:
     return torch.float64 if weight == torch.float64 else torch.float32
 
 
-@cache
 def adapted_class(original: type[nn.Module]) -> type[AdaptedLayer]:
     """The class that an adapted object of class `original` has."""
+    if original not in _CLASSES:
+        _CLASSES[original] = _made_class(original)
+    return _CLASSES[original]
+
+
+def _made_class(original: type[nn.Module]) -> type[AdaptedLayer]:
     from .layers import find_type  # layers.py names the mixins of this module
 
-    if original in _PUBLIC:
-        return _PUBLIC[original]
     layer_type = find_type(original)
-    mixin = layer_type.fused if layer_type.is_standard(original) else AdaptedLayer
+    fused = layer_type is not None and layer_type.is_standard(original)
+    mixin = layer_type.fused if layer_type is not None and fused else AdaptedLayer
     body = {"original_class": original, "__module__": original.__module__}
     return type(f"Map{original.__name__}", (mixin, original), body)
 
@@ -163,19 +176,20 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def attach(layer: nn.Module, adapter: Adapter) -> nn.Module:
+def attach(layer: nn.Module, adapter: Adapter) -> AdaptedLayer:
     """Turn a layer into its adapted form, in place: the weight is in the adapter already, and leaves the layer.
 
     Returns the same object. Nothing is changed if the class cannot be.
     """
-    layer.__class__ = adapted_class(type(layer))  # first: the only step that can fail
+    layer.__class__ = adapted_class(type(layer))  # type: ignore[assignment]  # first: the only step that can fail
+    assert isinstance(layer, AdaptedLayer)
     layer._parameters.pop("weight")
     layer._modules[CHILD] = adapter
     adapter.train(layer.training)
     return layer
 
 
-def detach(layer: nn.Module, weight: nn.Parameter) -> None:
+def detach(layer: AdaptedLayer, weight: nn.Parameter) -> None:
     """Undo `attach`, with `weight` in its old place (first, so that state_dict keeps its order)."""
     del layer._modules[CHILD]
     layer.__class__ = layer.original_class

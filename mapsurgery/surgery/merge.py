@@ -80,10 +80,8 @@ def unmerge(model: Model) -> Model:
     layers = {path: m for path, m in root.named_modules() if MERGED in m.__dict__}
     for path, layer in layers.items():
         kept: Merged = layer.__dict__[MERGED]
-        if kept.base is None and not kept.adapter.alpha.any():
-            raise ValueError(
-                f"{path}: alpha is 0, so the merged weight holds nothing of the base; it cannot be unmerged"
-            )
+        if kept.base is None and not kept.adapter.recoverable():
+            raise ValueError(f"{path}: its base was multiplied by 0, so the merged weight holds nothing of it any more")
     for layer in layers.values():
         _unmerge_layer(layer, layer.__dict__.pop(MERGED))
     del root.__dict__[_MERGED_RECORD]

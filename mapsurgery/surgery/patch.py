@@ -71,11 +71,10 @@ def apply_plan(model: Model, plan: Plan) -> Model:
     done: list[tuple[AdaptedLayer, nn.Parameter]] = []
     try:
         for layer, adapter in zip(plan.layers, adapters, strict=True):
-            attach(layer.module, adapter)
-            done.append((layer.module, adapter.base_weight))  # type: ignore[arg-type]
+            done.append((attach(layer.module, adapter), adapter.base_weight))
     except BaseException:
-        for module, weight in done:
-            detach(module, weight)
+        for layer_done, weight in done:
+            detach(layer_done, weight)
         raise
     freeze(model, adapters, memory.trained)
     record.put(model, memory)

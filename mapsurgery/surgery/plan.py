@@ -411,7 +411,7 @@ def _tie_notes(model: nn.Module, layers: list[PlannedLayer]) -> dict[str, tuple[
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    notes = {}
+    notes: dict[str, tuple[str, ...]] = {}
     for layer in layers:
         weight = layer.module._parameters["weight"]
         own = {f"{path}.weight" if path else "weight" for path in layer.paths}
