@@ -181,7 +181,7 @@ def attach(layer: nn.Module, adapter: Adapter) -> AdaptedLayer:
 
     Returns the same object. Nothing is changed if the class cannot be.
     """
-    layer.__class__ = adapted_class(type(layer))  # type: ignore[assignment]  # first: the only step that can fail
+    layer.__class__ = adapted_class(type(layer))  # first: the only step that can fail
     assert isinstance(layer, AdaptedLayer)
     layer._parameters.pop("weight")
     layer._modules[CHILD] = adapter
@@ -192,7 +192,7 @@ def attach(layer: nn.Module, adapter: Adapter) -> AdaptedLayer:
 def detach(layer: AdaptedLayer, weight: nn.Parameter) -> None:
     """Undo `attach`, with `weight` in its old place (first, so that state_dict keeps its order)."""
     del layer._modules[CHILD]
-    layer.__class__ = layer.original_class
+    layer.__class__ = layer.original_class  # type: ignore[assignment]
     others = dict(layer._parameters)
     layer._parameters.clear()
     layer._parameters.update({"weight": weight, **others})
