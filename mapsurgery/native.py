@@ -40,7 +40,9 @@ class NativeInfo:
 
     def __str__(self) -> str:
         rows = asdict(self)
-        return "\n".join(f"{name.replace('_', ' '):<18} {'-' if value is None else value}" for name, value in rows.items())
+        return "\n".join(
+            f"{name.replace('_', ' '):<18} {'-' if value is None else value}" for name, value in rows.items()
+        )
 
 
 def _version() -> str | None:
@@ -79,18 +81,16 @@ def _load(info: NativeInfo) -> None:
             torch.ops.load_library(str(_CUDA_LIBRARY))
             info.cuda, info.cuda_library = True, str(_CUDA_LIBRARY)
     except OSError as error:
-        info.error = str(error)
+        info.error = f"{error}: {error.__cause__}" if error.__cause__ else str(error)  # torch chains the loader's message
 
 
 def _warn(info: NativeInfo) -> None:
-    if info.error is None:
-        return
-    left = "its CUDA tensors" if info.cpu else "everything"
-    built = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in _build_info().items() if value) or "unknown"
-    build = f" (build: {built}; running torch {info.torch})" if _CPU_LIBRARY.exists() else ""
+    """Says once what runs in pure torch and why."""
+    what = "CUDA tensors" if info.cpu else "everything"
+    built = "; ".join(f"{name} {value}" for name, value in _build_info().items() if value)
     warnings.warn(
-        f"mapsurgery runs {left} in pure torch: {info.error}{build}. Rebuild with 'pip install --no-build-isolation .', "
-        "or set MAPSURGERY_NATIVE=0 to choose pure torch without this warning.",
+        f"mapsurgery runs {what} in pure torch: {info.error} (running torch: {info.torch}; built: {built or 'unknown'}). "
+        "Rebuild with 'pip install --no-build-isolation .', or set MAPSURGERY_NATIVE=0 to choose pure torch.",
         stacklevel=2,
     )
 
@@ -104,7 +104,8 @@ def load() -> bool:
             _info.error = "switched off by MAPSURGERY_NATIVE=0"
         else:
             _load(_info)
-            _warn(_info)
+            if _info.error is not None:
+                _warn(_info)
     return _info.cpu
 
 

@@ -20,8 +20,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> effective_weight(const Tensor& weight
   check_matrix(weight, A, B);
   typename Device::Guard guard(weight);
   auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
-  Tensor out = empty(sizes_of(weight), dtype.value_or(weight.scalar_type()), weight);
-  check_floating("dtype", out);
+  const ScalarType out_dtype = dtype.value_or(weight.scalar_type());
+  STD_TORCH_CHECK(is_floating(out_dtype), "mapsurgery: dtype must be floating, got ", toString(out_dtype));
+  // In the weight's own order of dimensions, as element-wise operations of torch would leave it.
+  const int64_t m = weight.size(0), K = weight.size(1);
+  Tensor out = is_column_major(weight) ? empty_strided({m, K}, {1, m}, out_dtype, weight)
+                                       : empty({m, K}, out_dtype, weight);
   Device::combine(weight, A, B, scales, Combine::kMerge, out);
   return {out, scales, gram_a, gram_b};
 }

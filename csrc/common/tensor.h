@@ -120,6 +120,9 @@ inline Tensor transposed(const Tensor& t) {
   return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});
 }
 
+// Whether a matrix is walked along its columns: a transposed view.
+inline bool is_column_major(const Tensor& t) { return t.stride(0) < t.stride(1); }
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor cast(const Tensor& t, ScalarType dtype) {

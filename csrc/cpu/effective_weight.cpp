@@ -85,7 +85,7 @@ void combine_tiles(const Tensor& weight, const Tensor& left, const Tensor& right
 void Cpu::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,
                   const Tensor& out) {
   // Rows are walked along the smaller stride: the transpose of W' is the same with the factors' roles swapped.
-  if (weight.stride(0) < weight.stride(1)) {
+  if (is_column_major(weight)) {
     combine(transposed(weight), transposed(B), transposed(A), scales, mode, transposed(out));
     return;
   }

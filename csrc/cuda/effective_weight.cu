@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
 void Cuda::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,
                    const Tensor& out) {
   // Neighbouring threads write neighbouring numbers: the transpose of W' is the same with the factors' roles swapped.
-  if (weight.stride(0) < weight.stride(1)) {
+  if (is_column_major(weight)) {
     combine(transposed(weight), transposed(B), transposed(A), scales, mode, transposed(out));
     return;
   }
