@@ -47,7 +47,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def to_generic_point(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Move every adapter to where each of its parameters matters, as training would; the update is about as large as W."""
+    """Move every adapter to where each of its parameters matters, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, mapsurgery.AdaptedLayer):

@@ -1,0 +1,82 @@
+"""The numbers of `report` are those of the materialised weights; its table is readable with and without rich."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from definition import (
+    CASES,
+    STARTS,
+    Case,
+    image,
+    net,
+    patched_case,
+    start_name,
+    to_generic_point,
+    train_steps,
+    weight_of,
+)
+from torch import nn
+
+import mapsurgery
+from mapsurgery.tables import render
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("init", STARTS, ids=start_name)
+def test_the_measures_are_those_of_the_materialised_weights(case: Case, init: mapsurgery.Init) -> None:
+    _, adapted, _ = patched_case(case, init=init, dtype=torch.float64)
+    a = adapted.adapter
+    W, W_ = a.base_weight.detach(), weight_of(adapted)
+    BA = (a.B @ a.A).detach()
+    matrix = W.t() if case.name == "transformers_conv1d" else W.flatten(1)
+    found = mapsurgery.report(adapted).layers[""]
+    change = W_.t() if case.name == "transformers_conv1d" else W_.flatten(1)
+    share = torch.linalg.svdvals(BA)
+    share = share[: a.A.shape[0]] / share.sum()
+    expected = {
+        "rank": a.A.shape[0],
+        "weight_norm": W.norm().item(),
+        "alpha": 0.9,
+        "beta": 0.4,
+        "update_norm": ((change - 0.9 * matrix).norm() / W.norm()).item(),
+        "change": ((W_ - W).norm() / W.norm()).item(),
+        "cosine": ((matrix * BA).sum() / W.norm() / BA.norm()).item(),
+        "effective_rank": torch.exp(-(share * share.log()).sum()).item(),
+    }
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_at_the_start_nothing_has_changed() -> None:
+    values = mapsurgery.report(mapsurgery.patch(net(), "*", rank=2)).layers
+    assert list(values) == ["stem", "body.0", "body.2", "head"]
+    for layer in values.values():
+        assert layer["change"] == layer["update_norm"] == layer["cosine"] == layer["effective_rank"] == 0
+        assert layer["alpha"] == 1 and layer["beta"] == pytest.approx(0.1)
+
+
+def test_training_shows_and_the_table_says_it() -> None:
+    model = train_steps(mapsurgery.patch(net(), "body", rank=2), image())
+    report = mapsurgery.report(model)
+    assert all(0 < layer["change"] < 1 and 1 <= layer["effective_rank"] <= 2.001 for layer in report.layers.values())
+    text = str(report)
+    assert all(word in text for word in ("body.0", "body.2", "effective_rank", "cosine"))
+
+
+def test_a_zero_weight_is_reported_in_absolute_units() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.zeros_(layer.weight)
+    to_generic_point(mapsurgery.patch(layer, "*", rank=2, init="zero"))
+    values = mapsurgery.report(layer).layers[""]
+    assert values["weight_norm"] == 0 and values["cosine"] == 0
+    assert values["change"] == pytest.approx(0.4, rel=1e-4) == values["update_norm"]
+
+
+def test_tables_read_the_same_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    text = render("title", ["name", "n"], [["a[b]", 1234], ["c", 5]], "footer")
+    assert text.splitlines() == ["title", "name      n", "----  -----", "a[b]  1,234", "c         5", "footer"]
+    assert "no rows" in render("no rows", ["name"], [])
+    assert "body.0" in str(mapsurgery.plan(net(), "body", rank=2))

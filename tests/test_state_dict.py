@@ -1,0 +1,137 @@
+"""State dictionaries: of the adapters alone, of the whole patched model, and of the original one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from definition import Snapshot, image, net, to_generic_point, train_steps
+from torch import nn
+
+import mapsurgery
+
+
+def _patched(**options: object) -> nn.Module:
+    return to_generic_point(mapsurgery.patch(net(), ["stem", "body"], rank=2, **options))
+
+
+def test_the_original_checkpoint_loads_strictly_under_its_original_keys() -> None:
+    model, other = _patched(), net(seed=1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    result = model.load_state_dict(other.state_dict(), strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert torch.equal(model.stem.adapter.base_weight, other.stem.weight)
+    assert torch.equal(model.stem.adapter.weight_norm, other.stem.weight.double().norm().float().reshape(1))
+    for name, parameter in model.named_parameters():
+        assert name not in before or torch.equal(parameter, before[name])
+    model.eval(), other.eval()
+    with mapsurgery.disabled(model):
+        assert torch.equal(model(image()), other(image()))
+    mapsurgery.unpatch(model)
+    assert torch.equal(model.body[0].weight, other.body[0].weight)
+
+
+_stale = pytest.mark.xfail(strict=True, reason="absolute magnitudes stay those of the weight that was replaced")
+
+
+@pytest.mark.parametrize("relative", [True, pytest.param(False, marks=_stale)])
+def test_a_fresh_adapter_on_a_loaded_checkpoint_is_that_checkpoint(relative: bool) -> None:
+    model = mapsurgery.patch(net(), "*", rank=2, init=mapsurgery.Init(relative=relative)).eval()
+    other = net(seed=1).eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(3)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(image()), other(image()), rtol=1e-4, atol=1e-4)
+
+
+def test_loading_does_not_change_the_callers_dictionary() -> None:
+    state = net().state_dict()
+    keys = list(state)
+    _patched().load_state_dict(state)
+    assert list(state) == keys
+
+
+def test_what_the_original_checkpoint_lacks_or_has_too_much_is_still_reported() -> None:
+    state = net().state_dict()
+    del state["body.0.weight"]
+    state["body.9.weight"] = torch.zeros(1)
+    with pytest.raises(RuntimeError) as error:
+        _patched().load_state_dict(state)
+    assert "body.0.adapter.base_weight" in str(error.value) and "body.9.weight" in str(error.value)
+    assert "adapter.A" not in str(error.value)
+    wrong = net().state_dict()
+    wrong["body.0.weight"] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"body\.0"):
+        _patched().load_state_dict(wrong)
+
+
+def test_a_patched_checkpoint_round_trips_strictly() -> None:
+    model = _patched().eval()
+    other = mapsurgery.patch(net(seed=1), ["stem", "body"], rank=2).eval()
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(other(image()), model(image()))
+    state = model.state_dict()
+    del state["stem.adapter.B"]
+    with pytest.raises(RuntimeError, match=r"stem\.adapter\.B"):
+        other.load_state_dict(state)
+
+
+def test_the_patched_state_dict_names_every_parameter_and_no_property() -> None:
+    model = _patched()
+    state = model.state_dict()
+    assert "stem.weight" not in state and "stem.adapter.base_weight" in state
+    assert set(dict(model.named_parameters())) <= set(state)
+
+
+def test_a_checkpoint_that_is_not_finite_is_named() -> None:
+    state = net().state_dict()
+    state["stem.weight"] = torch.full_like(state["stem.weight"], float("nan"))
+    with pytest.raises((ValueError, RuntimeError), match="stem"):
+        _patched().load_state_dict(state)
+
+
+def test_adapter_state_dict_holds_what_adapting_changed() -> None:
+    model = _patched(train="head.bias")
+    expected = {f"{layer}.adapter.{n}" for layer in ("stem", "body.0", "body.2") for n in ("A", "B", "alpha", "beta")}
+    state = mapsurgery.adapter_state_dict(model)
+    assert set(state) == expected | {"head.bias"}
+    assert not any(t.requires_grad for t in state.values())
+    assert state["stem.adapter.A"].data_ptr() == model.stem.adapter.A.data_ptr()
+    train_steps(model, image(), steps=1)
+    assert set(mapsurgery.adapter_state_dict(model)) == expected | {
+        "head.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
+
+
+def test_load_adapter_state_dict_gives_the_same_output_bitwise() -> None:
+    model = train_steps(_patched(train="head"), image()).eval()
+    other = mapsurgery.patch(net(), ["stem", "body"], rank=2, train="head").eval()
+    assert mapsurgery.load_adapter_state_dict(other, mapsurgery.adapter_state_dict(model)) is other
+    assert torch.equal(other(image()), model(image()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("stem.adapter.A"), r"missing: stem\.adapter\.A"),
+        (lambda s: s.update({"stem.adapter.C": torch.zeros(1)}), r"unknown: stem\.adapter\.C"),
+        (lambda s: s.update({"body.0.adapter.base_weight": torch.zeros(12, 8)}), r"unknown: body\.0"),
+        (
+            lambda s: s.update({"stem.adapter.A": torch.zeros(3, 27)}),
+            r"stem\.adapter\.A has shape \(3, 27\).*\(2, 27\)",
+        ),
+        (lambda s: s.pop("head.bias"), r"missing: head\.bias"),
+    ],
+    ids=["missing", "unknown", "base_weight", "shape", "trained"],
+)
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(change, message: str) -> None:
+    model = _patched(train="head.bias")
+    state = {name: t + 1 for name, t in mapsurgery.adapter_state_dict(model).items()}
+    change(state)
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        mapsurgery.load_adapter_state_dict(model, state)
+    snapshot.assert_holds(model)

@@ -1,0 +1,189 @@
+"""`verify` finds every adapter that does nothing, passes the others, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from definition import STARTS, Snapshot, image, net, start_name, to_generic_point, train_steps
+from torch import nn
+from torch.nn import functional as F
+
+import mapsurgery
+
+
+class TwoPaths(nn.Module):
+    """`first` always acts; `second` as the subclasses below say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+class Unused(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
+class Discarded(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.second(x)
+        return self.first(x)
+
+
+class Detached(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x).detach()
+
+
+class Multiplied(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + 0 * self.second(x)
+
+
+class OnlyInTraining(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(y) if self.training else y
+
+
+class NotFinite(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + torch.sqrt(self.second(x) * 0)
+
+
+class Bypassed(TwoPaths):
+    """A fast path for inference that goes round the adapters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(self.first(x), self.second.adapter.base_weight, self.second.bias)
+        return super().forward(x)
+
+
+def _patched(cls: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return mapsurgery.patch(cls(), ["first", "second"], rank=2)
+
+
+@pytest.mark.parametrize("init", STARTS, ids=start_name)
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_that_act_pass_from_every_start_and_after_training(init: mapsurgery.Init, trained: bool) -> None:
+    model = mapsurgery.patch(net(), "*", rank=2, init=init)
+    if trained:
+        train_steps(model, image())
+    result = mapsurgery.verify(model, image())
+    assert result.verdicts == dict.fromkeys(["stem", "body.0", "body.2", "head"], "ok")
+    assert not result.failures and str(result) == "4 of 4 adapters act on the output and learn"
+
+
+@pytest.mark.parametrize(
+    ("cls", "verdict"),
+    [(Unused, "unused"), (Discarded, "unused"), (Detached, "unused"), (Multiplied, "dead"), (NotFinite, "not finite")],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_an_adapter_that_does_nothing_is_named(cls: type[nn.Module], verdict: str) -> None:
+    with pytest.raises(mapsurgery.VerificationError, match=f"1 of 2 adapters fail: second: {verdict}") as error:
+        mapsurgery.verify(_patched(cls), torch.randn(3, 4))
+    result = error.value.verification
+    assert list(result.failures) == ["second"] and result.verdicts["first"] == "ok"
+    assert "second" in str(result) and "1 of 2" in str(result)
+
+
+def test_a_layer_that_runs_only_in_training_passes() -> None:
+    assert not mapsurgery.verify(_patched(OnlyInTraining), torch.randn(3, 4)).failures
+
+
+def test_an_inference_path_that_bypasses_the_adapters_is_found() -> None:
+    with pytest.raises(mapsurgery.VerificationError, match="inference differs"):
+        mapsurgery.verify(_patched(Bypassed), torch.randn(3, 4))
+
+
+def test_a_frozen_adapter_is_named() -> None:
+    model = _patched(TwoPaths)
+    model.second.adapter.requires_grad_(False)
+    with pytest.raises(mapsurgery.VerificationError, match="second: frozen"):
+        mapsurgery.verify(model, torch.randn(3, 4))
+
+
+def test_an_adapter_at_a_dead_point_is_named() -> None:
+    model = _patched(TwoPaths)
+    with torch.no_grad():
+        model.second.adapter.B.zero_()
+        model.second.adapter.beta.zero_()
+    with pytest.raises(mapsurgery.VerificationError, match="second: dead: from where it is now"):
+        mapsurgery.verify(model, torch.randn(3, 4))
+
+
+def test_a_disabled_adapter_is_named() -> None:
+    model = _patched(TwoPaths)
+    with mapsurgery.disabled(model), pytest.raises(mapsurgery.VerificationError, match="2 of 2"):
+        mapsurgery.verify(model, torch.randn(3, 4))
+
+
+def test_a_zero_weight_passes_although_alpha_multiplies_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    nn.init.zeros_(model[1].weight)
+    mapsurgery.patch(model, "1", rank=2)
+    assert not mapsurgery.verify(model, torch.randn(3, 4)).failures
+
+
+@pytest.mark.parametrize("cls", [TwoPaths, Multiplied, Bypassed], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_and_the_random_state_are_left_as_they_were(cls: type[nn.Module], training: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), _patched(cls), nn.Dropout(0.5)).train(training)
+    to_generic_point(model)
+    model[1].first.adapter.A.grad = torch.ones_like(model[1].first.adapter.A)
+    snapshot, state = Snapshot(model), torch.get_rng_state()
+    try:
+        mapsurgery.verify(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    except mapsurgery.VerificationError:
+        assert cls is not TwoPaths
+    snapshot.assert_holds(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    grads = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert grads == {"1.first.adapter.A"} and (model[1].first.adapter.A.grad == 1).all()
+
+
+def test_an_error_of_the_model_comes_through_and_leaves_it_as_it_was() -> None:
+    model = _patched(TwoPaths)
+    snapshot = Snapshot(model)
+    with pytest.raises(RuntimeError):
+        mapsurgery.verify(model, torch.randn(3, 5))
+    snapshot.assert_holds(model)
+
+
+def test_outputs_of_any_structure_and_keyword_inputs_are_understood() -> None:
+    class Structured(TwoPaths):
+        def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> dict:
+            return {"logits": (super().forward(x) * scale, None), "index": torch.arange(3), "name": "x"}
+
+    assert not mapsurgery.verify(_patched(Structured), x=torch.randn(3, 4), scale=2.0).failures
+
+
+def test_an_output_without_floats_is_refused() -> None:
+    class Integers(TwoPaths):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).argmax(-1)
+
+    with pytest.raises(ValueError, match="Tensor.*floating"):
+        mapsurgery.verify(_patched(Integers), torch.randn(3, 4))
+
+
+def test_verify_works_inside_no_grad_and_in_other_dtypes() -> None:
+    model = _patched(TwoPaths)
+    with torch.no_grad():
+        assert not mapsurgery.verify(model, torch.randn(3, 4)).failures
+        assert not torch.is_grad_enabled()
+    for dtype in (torch.float64, torch.bfloat16):
+        model = mapsurgery.patch(TwoPaths().to(dtype), "*", rank=2)
+        assert not mapsurgery.verify(model, torch.randn(3, 4, dtype=dtype)).failures
+
+
+def test_a_copy_can_be_verified_while_the_original_trains() -> None:
+    model = _patched(TwoPaths)
+    assert not mapsurgery.verify(copy.deepcopy(model), torch.randn(3, 4)).failures
