@@ -1,0 +1,233 @@
+"""What the benchmarks share: the run's description, time stamps, statistics, tables and result files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mapsurgery
+from mapsurgery.tables import render
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Row = dict[str, Any]
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every benchmark has."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (default 8)")
+    parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--tf32", action="store_true", help="CUDA: float32 products in TF32 (default: not)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
+    parser.add_argument("--tag", default="", help="added to the names of the result files")
+
+
+def prepare(arguments: argparse.Namespace) -> torch.device:
+    """Apply the common options.
+
+    Raises:
+        SystemExit: CUDA was asked for and is not there.
+    """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
+    torch.backends.cudnn.allow_tf32 = arguments.tf32
+    torch.manual_seed(0)
+    return torch.device(arguments.device)
+
+
+def allow_many_compilations() -> None:
+    """torch.compile goes back to eager in silence after 8 variants of one function: raise the limit, and fail at it."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def free_memory(device: torch.device) -> None:
+    """Collect garbage and hand cached device memory back, so that one model does not weigh on the next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- the run's description ------------------------------------------------------------------------------------------
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def native_state(device: torch.device) -> str:
+    """Whether native kernels run the operators on this device, in words."""
+    info = mapsurgery.native_info()
+    loaded = info.cuda if device.type == "cuda" else info.cpu
+    return "native" if loaded else f"pure torch ({info.error or f'no native {device.type} library'})"
+
+
+def describe_run(device: torch.device) -> dict[str, Any]:
+    """Everything needed to tell one result file from another."""
+    # Paths of libraries say where, not what: which machine's folders these are is nobody's business.
+    native = {name: value for name, value in asdict(mapsurgery.native_info()).items() if not name.endswith("_library")}
+    run: dict[str, Any] = {
+        "device": device.type,
+        "device_name": device_name(device),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: _version(package) for package in ("peft", "timm", "transformers", "mapsurgery")},
+        "kernels": native_state(device),
+        "native": native,
+        "threads": torch.get_num_threads(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        run |= {"cuda": torch.version.cuda, "multiprocessors": properties.multi_processor_count}
+    return run
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+class Stamps:
+    """Moments of one measurement: CUDA events on a GPU, the host's clock on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.moments: list[Any] = []
+
+    def mark(self) -> None:
+        """Note the present moment (of the device's queue, on a GPU)."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.moments.append(event)
+        else:
+            self.moments.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        """Between each mark and the next; waits for the device."""
+        pairs = list(zip(self.moments, self.moments[1:], strict=False))
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [first.elapsed_time(second) for first, second in pairs]
+        return [1e3 * (second - first) for first, second in pairs]
+
+
+def median(values: Iterable[float]) -> float:
+    """Median; NaN of nothing."""
+    values = list(values)
+    return statistics.median(values) if values else float("nan")
+
+
+def iqr(values: Sequence[float]) -> float:
+    """Distance between the quartiles: how far repetitions spread. NaN of fewer than two."""
+    if len(values) < 2:
+        return float("nan")
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def paired_ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of value / base of the same round: what slows a whole round drops out."""
+    return median(value / other for value, other in zip(values, base, strict=True))
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+def _cell(value: Any) -> Any:
+    """A value for people: '-' where there is none."""
+    return "-" if value is None or value != value else value
+
+
+def table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """Rows as text; `columns` maps keys to headings, and columns without any value are left out."""
+    used = {key: head for key, head in columns.items() if any(_cell(row.get(key)) not in ("-", "") for row in rows)}
+    return render(title, list(used.values()), [[_cell(row.get(key)) for key in used] for row in rows])
+
+
+def _markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    used = {key: head for key, head in columns.items() if any(_cell(row.get(key)) not in ("-", "") for row in rows)}
+
+    def text(value: Any) -> str:
+        value = _cell(value)
+        return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
+
+    lines = [list(used.values()), ["---"] * len(used), *[[text(row.get(key)) for key in used] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and value != value else value
+
+
+def write_results(
+    folder: Path, name: str, tag: str, rows: Sequence[Row], columns: Mapping[str, str], run: dict[str, Any], notes: str
+) -> list[Path]:
+    """Write NAME_DEVICE_TORCH[_TAG].csv, .json and .md, each complete in itself; files of that name are replaced.
+
+    Returns:
+        Their paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [name, _slug(run["device_name"]), _slug(run["torch"]), *([_slug(tag)] if tag else [])]
+    stem = folder / "_".join(parts)
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".json", ".md")]
+    rows = [{key: _plain(value) for key, value in row.items()} for row in rows]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    context = {key: run[key] for key in ("device_name", "torch", "kernels", "date", "command")}
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*keys, *context])
+        writer.writeheader()
+        writer.writerows({**row, **context} for row in rows)
+    paths[1].write_text(json.dumps({"run": run, "notes": notes, "rows": rows}, indent=1) + "\n")
+    about = "\n".join(f"- {key}: {value}" for key, value in run.items())
+    paths[2].write_text(f"# {name}\n\n{_markdown(rows, columns)}\n\n{notes}\n\n{about}\n")
+    return paths
+
+
+def describe(run: Mapping[str, Any]) -> str:
+    """The run in a few lines, for the terminal."""
+    packages = ", ".join(f"{name} {run[name]}" for name in ("torch", "mapsurgery", "peft", "timm", "transformers"))
+    load = "/".join(map(str, run["load_average"]))
+    return f"{run['device_name']}, {run['threads']} threads, load {load}\n{packages}\nkernels: {run['kernels']}"
