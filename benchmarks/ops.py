@@ -1,0 +1,702 @@
+"""Each operator of torch.ops.mapsurgery beside its pure-torch reference, the compiled reference, and the floor.
+
+    python benchmarks/ops.py                                  # small shapes on a CPU, large ones on a GPU
+    python benchmarks/ops.py --operators map_linear merge_ --dtype bf16
+
+The floor of an operator is the larger of two times: the bytes that it must read and write over the bandwidth of a copy,
+and its arithmetic over the rate of a large matrix product, both measured on this device in this run. Every result is
+compared with the reference in float64 before anything is timed. benchmarks/README.md explains the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from common import (
+    Row,
+    Stamps,
+    add_common_arguments,
+    allow_many_compilations,
+    describe,
+    describe_run,
+    free_memory,
+    iqr,
+    median,
+    prepare,
+    table,
+    write_results,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+import mapsurgery.ops
+from mapsurgery.ops import reference
+
+OPS = torch.ops.mapsurgery
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # ||result - reference|| / ||reference||, TF32 included
+SETTINGS = (0.05, True)  # tau and relative, as the default start has them
+NEEDS = (True, False, False, True, True)  # need_x, need_weight, need_bias, need_factors, need_alpha: plain training
+
+Args = tuple[Any, ...]
+Function = Callable[..., Any]
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call must at least do: bytes to read and write once each, multiply-adds counted as two operations."""
+
+    bytes: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured on this device: bytes per second of a large copy, operations per second of a large product by dtype."""
+
+    bandwidth: float
+    rates: dict[torch.dtype, float]
+
+    def milliseconds(self, costs: Sequence[Cost], dtype: torch.dtype) -> float:
+        """The floor of calls that follow one another."""
+        return 1e3 * sum(max(cost.bytes / self.bandwidth, cost.flops / self.rates[dtype]) for cost in costs)
+
+    def limit(self, costs: Sequence[Cost], dtype: torch.dtype) -> str:
+        """Which of the two the floor consists of, for the most part."""
+        moved = sum(cost.bytes for cost in costs) / self.bandwidth
+        return "bytes" if moved > sum(cost.flops for cost in costs) / self.rates[dtype] else "FLOPs"
+
+
+def _best_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Quickest of a few timed calls after two that are not timed: a ceiling is the best that was seen."""
+    for _ in range(2):
+        call()
+    stamps = Stamps(device)
+    stamps.mark()
+    for _ in range(repeats):
+        call()
+        stamps.mark()
+    return min(stamps.milliseconds()) / 1e3
+
+
+def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype], tiny: bool) -> Ceilings:
+    """Bandwidth of a device-to-device copy (read and written bytes) and rate of a square product, on random data."""
+    cuda = device.type == "cuda"
+    count = 2**20 if tiny else (2**28 if cuda else 2**25)  # far beyond any cache, unless tiny
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * 4 * count / _best_seconds(partial(torch.Tensor.copy_, target, source), device)
+    del source, target
+    side = 256 if tiny else (8192 if cuda else 1024)
+    rates = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        rates[dtype] = 2 * side**3 / _best_seconds(partial(torch.mm, a, b, out=out), device)
+    return Ceilings(bandwidth, rates)
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator on one shape in one dtype.
+
+    Attributes:
+        inputs: makes one set of arguments; implementations: name -> function of such a set.
+        costs: of the operator's calls (forward, backward).
+        comparable: implementations whose results are those of the operator, in the same order.
+    """
+
+    operator: str
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable[[], Args]
+    implementations: dict[str, Function]
+    costs: tuple[Cost, ...]
+    comparable: tuple[str, ...] = ("op", "reference", "compiled")
+
+
+def bytes_of(dtype: torch.dtype, *counts: float) -> float:
+    """Bytes of so many numbers."""
+    return torch.finfo(dtype).bits // 8 * sum(counts)
+
+
+def factors(m: int, K: int, rank: int, device: torch.device) -> Args:
+    """A, B, alpha, beta and ||W||_F for a random weight of unit variance; the update is as large as the weight."""
+    A, B = torch.randn(rank, K, device=device), torch.randn(m, rank, device=device)
+    one = torch.ones(1, device=device)
+    return A, B, one, one.clone(), one * math.sqrt(m * K)
+
+
+def factor_cost(m: int, K: int, rank: int) -> Cost:
+    """Reading the float32 factors, and their Gram matrices."""
+    return Cost(bytes_of(torch.float32, rank * (m + K)), 2 * rank**2 * (m + K))
+
+
+def norm_cases(m: int, K: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
+    """lowrank_norm and map_scales: float32 factors whatever the layer's dtype."""
+    cost = (factor_cost(m, K, rank),)
+    norm = {"op": OPS.lowrank_norm.default, "reference": reference.lowrank_norm}
+    scales = {"op": OPS.map_scales.default, "reference": reference.map_scales}
+    make = partial(Case, shape=f"{m}x{K} r{rank}", dtype=torch.float32, costs=cost)
+    return {
+        "lowrank_norm": make("lowrank_norm", inputs=lambda: factors(m, K, rank, device)[:2], implementations=norm),
+        "map_scales": make(
+            "map_scales", inputs=lambda: (*factors(m, K, rank, device), *SETTINGS), implementations=scales
+        ),
+    }
+
+
+def like(y: Tensor) -> Tensor:
+    """A gradient for y with part of y in it, so that the gradients of alpha and beta are no sums that cancel."""
+    return (y + y.float().std() * torch.randn_like(y)).to(y.dtype)
+
+
+def linear_both(forward: Function, backward: Function) -> Function:
+    """Forward and closed-form backward of map_linear as one function of (grad, *arguments)."""
+
+    def both(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Any:
+        y, h, scales, gram_a, gram_b = forward(x, weight, bias, A, B, *rest)
+        return y, backward(grad, x, h, weight, A, B, scales, gram_a, gram_b, *NEEDS)
+
+    return both
+
+
+def conv_both(forward: Function, backward: Function) -> Function:
+    """As `linear_both`, for map_conv."""
+
+    def both(grad: Tensor, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, *rest: Any) -> Any:
+        y, h, scales, gram_a, gram_b = forward(x, weight, bias, A, B, *rest)
+        return y, backward(grad, x, h, weight, A, B, scales, gram_a, gram_b, *rest[5:], *NEEDS)
+
+    return both
+
+
+def by_autograd(function: Function) -> Function:
+    """The public function with autograd around it, as a training step calls it."""
+
+    def both(grad: Tensor, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, *rest: Any) -> Any:
+        alpha, beta, *others = rest
+        leaves = [t.detach().requires_grad_() for t in (x, A, B, alpha, beta)]
+        x, A, B, alpha, beta = leaves
+        y = function(x, weight, bias, A, B, alpha, beta, *others)
+        return y.detach(), torch.autograd.grad(y, leaves, grad)
+
+    return both
+
+
+def linear_cases(T: int, m: int, K: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
+    """map_linear on T tokens, forward and forward with backward."""
+
+    def inputs() -> Args:
+        x = torch.randn(T, K, device=device).to(dtype)
+        weight, bias = torch.randn(m, K, device=device).to(dtype), torch.randn(m, device=device).to(dtype)
+        return x, weight, bias, *factors(m, K, rank, device), *SETTINGS
+
+    def both_inputs() -> Args:
+        args = inputs()
+        return like(reference.map_linear(*args)[0]), *args
+
+    fixed = factor_cost(m, K, rank)
+    down_up, dense = 2 * T * rank * (m + K), 2 * T * m * K
+    forward = Cost(
+        bytes_of(dtype, T * K, m * K, m, T * m, T * rank) + fixed.bytes,
+        dense + down_up + fixed.flops,
+    )
+    backward = Cost(
+        bytes_of(dtype, T * m, T * K, T * rank, m * K, T * K) + 2 * fixed.bytes,  # grad, x, h, W, dx; A, B, dA, dB
+        dense + 2 * down_up + fixed.flops,
+    )
+    make = partial(Case, shape=f"{T}x{K} -> {m} r{rank}", dtype=dtype)
+    return {
+        "map_linear": make(
+            "map_linear fwd",
+            inputs=inputs,
+            implementations={
+                "op": OPS.map_linear.default,
+                "reference": reference.map_linear,
+                "base": lambda x, weight, bias, *_: F.linear(x, weight, bias),
+            },
+            costs=(forward,),
+        ),
+        "map_linear_backward": make(
+            "map_linear fwd+bwd",
+            inputs=both_inputs,
+            implementations={
+                "op": linear_both(OPS.map_linear.default, OPS.map_linear_backward.default),
+                "autograd": by_autograd(mapsurgery.ops.map_linear),
+                "reference": linear_both(reference.map_linear, reference.map_linear_backward),
+                "base": lambda grad, x, weight, bias, *_: (F.linear(x, weight, bias), grad @ weight),
+            },
+            costs=(forward, backward),
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A square 2d convolution of stride 1 that keeps the size of its input."""
+
+    batch: int
+    channels: int
+    out: int
+    side: int
+    kernel: int
+    groups: int = 1
+
+    @property
+    def columns(self) -> int:
+        """K: columns of the weight as a matrix."""
+        return self.channels // self.groups * self.kernel**2
+
+    @property
+    def settings(self) -> Args:
+        """stride, padding, dilation, groups."""
+        return [1, 1], [self.kernel // 2] * 2, [1, 1], self.groups
+
+    def __str__(self) -> str:
+        groups = f" g{self.groups}" if self.groups > 1 else ""
+        return f"{self.batch}x{self.channels}x{self.side}^2 -> {self.out} k{self.kernel}{groups}"
+
+
+def conv_costs(shape: ConvShape, rank: int, dtype: torch.dtype, weight_space: bool) -> tuple[Cost, Cost]:
+    """Forward and backward of map_conv in one of its two spaces."""
+    positions, m, K = shape.batch * shape.side**2, shape.out, shape.columns
+    x, y, h = positions * shape.channels, positions * m, positions * rank * shape.groups
+    fixed = factor_cost(m, K, rank)
+    dense, build = 2 * positions * m * K, 2 * m * K * rank
+    down_up = 2 * positions * rank * (shape.groups * K + m)
+    inner = 0 if weight_space else h
+    forward = Cost(
+        bytes_of(dtype, x, m * K, y, inner) + fixed.bytes, dense + fixed.flops + (build if weight_space else down_up)
+    )
+    # Weight space: dx and dW, W' anew, and the two products of dW with the factors.
+    extra = dense + 3 * build if weight_space else 2 * down_up
+    backward = Cost(bytes_of(dtype, y, x, m * K, inner, x) + 2 * fixed.bytes, dense + fixed.flops + extra)
+    return forward, backward
+
+
+def conv_cases(
+    shape: ConvShape, weight_space: bool, rank: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Case]:
+    """map_conv in one of its spaces, forward and forward with backward."""
+    m, K = shape.out, shape.columns
+
+    def inputs() -> Args:
+        x = torch.randn(shape.batch, shape.channels, shape.side, shape.side, device=device).to(dtype)
+        weight = torch.randn(m, K, device=device).to(dtype).reshape(m, -1, shape.kernel, shape.kernel)
+        return x, weight, None, *factors(m, K, min(rank, m, K), device), *SETTINGS, *shape.settings, weight_space
+
+    def both_inputs() -> Args:
+        args = inputs()
+        return like(reference.map_conv(*args)[0]), *args
+
+    def base(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        return torch.convolution(x, weight, None, *shape.settings[:3], False, [0, 0], shape.groups)
+
+    def base_both(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Args:
+        conv = (*shape.settings[:3], False, [0, 0], shape.groups, [True, False, False])
+        return base(x, weight), torch.ops.aten.convolution_backward(grad, x, weight, None, *conv)[0]
+
+    implementations = {
+        "op": conv_both(OPS.map_conv.default, OPS.map_conv_backward.default),
+        "reference": conv_both(reference.map_conv, reference.map_conv_backward),
+        "base": base_both,
+    }
+    chosen = weight_space == reference.conv_weight_space(m, K, rank, shape.groups)
+    space = ("weight" if weight_space else "activation") + (" *" if chosen else "")
+    if chosen:  # the public function chooses the space by itself
+        public = by_autograd(mapsurgery.ops.map_conv)
+        implementations["autograd"] = lambda *args: public(*args[:-1])
+    forward, backward = conv_costs(shape, min(rank, m, K), dtype, weight_space)
+    make = partial(Case, shape=f"{shape} r{rank}, {space}", dtype=dtype)
+    forwards = {"op": OPS.map_conv.default, "reference": reference.map_conv, "base": base}
+    return {
+        "map_conv": make("map_conv fwd", inputs=inputs, implementations=forwards, costs=(forward,)),
+        "map_conv_backward": make(
+            "map_conv fwd+bwd", inputs=both_inputs, implementations=implementations, costs=(forward, backward)
+        ),
+    }
+
+
+def in_place(function: Function) -> Function:
+    """An in-place operator as a function that returns what it changed."""
+
+    def run(weight: Tensor, *args: Any) -> Tensor:
+        function(weight, *args)
+        return weight
+
+    return run
+
+
+def weight_cases(m: int, K: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
+    """effective_weight and its backward, merge_ and unmerge_."""
+
+    def inputs() -> Args:
+        return torch.randn(m, K, device=device).to(dtype), *factors(m, K, rank, device), *SETTINGS
+
+    def both(forward: Function, backward: Function) -> Function:
+        def run(grad: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Any:
+            built, scales, gram_a, gram_b = forward(weight, A, B, *rest, None)
+            # The first result, the gradient of the frozen weight, is not asked for.
+            return built, backward(grad, weight, A, B, scales, gram_a, gram_b, False)[1:]
+
+        return run
+
+    def both_inputs() -> Args:
+        args = inputs()
+        return like(reference.effective_weight(*args, None)[0]), *args
+
+    fixed = factor_cost(m, K, rank)
+    build = Cost(bytes_of(dtype, 2 * m * K) + fixed.bytes, 2 * m * K * rank + fixed.flops)
+    backward = Cost(bytes_of(dtype, 2 * m * K) + 2 * fixed.bytes, 4 * m * K * rank + 2 * m * K + fixed.flops)
+    make = partial(Case, shape=f"{m}x{K} r{rank}", dtype=dtype)
+    op, plain = partial(make, inputs=inputs, costs=(build,)), reference
+    merge = {"op": in_place(OPS.merge_.default), "reference": in_place(plain.merge_)}
+    unmerge = {"op": in_place(OPS.unmerge_.default), "reference": in_place(plain.unmerge_)}
+    copied = {"base": lambda weight, *_: weight.clone()}
+    scaled = {"base": lambda weight, *_: weight.mul_(1.0)}
+    return {
+        "effective_weight": op(
+            "effective_weight fwd",
+            implementations={
+                "op": lambda *args: OPS.effective_weight.default(*args, None),
+                "reference": lambda *args: plain.effective_weight(*args, None),
+                **copied,
+            },
+        ),
+        "effective_weight_backward": make(
+            "effective_weight fwd+bwd",
+            inputs=both_inputs,
+            implementations={
+                "op": both(OPS.effective_weight.default, OPS.effective_weight_backward.default),
+                "reference": both(plain.effective_weight, plain.effective_weight_backward),
+            },
+            costs=(build, backward),
+        ),
+        "merge_": op("merge_", implementations={**merge, **scaled}),
+        "unmerge_": op("unmerge_", implementations={**unmerge, **scaled}),
+    }
+
+
+# Per size: (tokens, m, K) of Linear layers and weights, and convolutions.
+LINEARS = {
+    "tiny": [(8, 24, 16)],
+    "small": [(1576, 1536, 384), (512, 1536, 576)],  # ViT-S on 8 images, an MLP of SmolLM-135M
+    "large": [(25216, 3072, 768), (4096, 4096, 4096), (4096, 14336, 4096)],  # ViT-B on 128 images, layers of Llama 3 8B
+}
+CONVS = {
+    "tiny": [ConvShape(2, 16, 16, 5, 3), ConvShape(2, 8, 8, 5, 3, groups=8)],
+    "small": [ConvShape(2, 64, 64, 56, 3), ConvShape(2, 96, 96, 28, 3, groups=96)],
+    "large": [
+        ConvShape(64, 64, 64, 56, 3),
+        ConvShape(64, 256, 256, 14, 3),
+        ConvShape(64, 256, 1024, 14, 1),
+        ConvShape(64, 192, 192, 28, 3, groups=192),
+    ],
+}
+OPERATORS = ("lowrank_norm", "map_scales", "map_linear", "map_conv", "effective_weight", "merge_", "unmerge_")
+
+
+def make_cases(size: str, operators: Sequence[str], rank: int, dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """All cases of a size, forward before backward."""
+    found: list[tuple[str, Case]] = []
+    for T, m, K in LINEARS[size]:
+        r = min(rank, m, K)
+        found += norm_cases(m, K, r, dtype, device).items()
+        found += linear_cases(T, m, K, r, dtype, device).items()
+        found += weight_cases(m, K, r, dtype, device).items()
+    for shape in CONVS[size]:
+        for weight_space in (False, True):
+            found += conv_cases(shape, weight_space, rank, dtype, device).items()
+    order = {name: index for index, name in enumerate(OPERATORS)}
+    chosen = [(order[name.removesuffix("_backward")], case) for name, case in found]
+    wanted = {order[name] for name in operators}
+    return [case for index, case in sorted(chosen, key=lambda pair: pair[0]) if index in wanted]
+
+
+# --- correctness ----------------------------------------------------------------------------------------------------
+
+
+def flatten(result: Any) -> list[Tensor]:
+    """Tensors of a nested result that hold anything."""
+    if isinstance(result, Tensor):
+        return [result] if result.numel() else []
+    return [t for part in result for t in flatten(part)] if isinstance(result, tuple | list) else []
+
+
+def copied(args: Args, dtype: torch.dtype | None = None) -> Args:
+    """Arguments with tensors copied, in another dtype if given."""
+    return tuple(a.to(dtype, copy=True) if isinstance(a, Tensor) and dtype else _clone(a) for a in args)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def worst_error(function: Function, args: Args, truth: list[Tensor]) -> float:
+    """Largest ||result - truth|| / ||truth|| over the results.
+
+    Raises:
+        RuntimeError: as many results as there should be did not come, or not in their shapes.
+    """
+    results = flatten(function(*copied(args)))
+    if [t.shape for t in results] != [t.shape for t in truth]:
+        raise RuntimeError(f"shapes {[tuple(t.shape) for t in results]}, not {[tuple(t.shape) for t in truth]}")
+    errors = [((r.double() - t).norm() / t.norm()).item() for r, t in zip(results, truth, strict=True)]
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+
+
+def check(case: Case, functions: dict[str, Function]) -> dict[str, float]:
+    """Error of every implementation that computes the same as the operator, against the reference in float64.
+
+    Raises:
+        RuntimeError: one is wrong.
+    """
+    args = case.inputs()
+    truth = flatten(case.implementations["reference"](*copied(args, torch.float64)))
+    errors = {name: worst_error(functions[name], args, truth) for name in case.comparable if name in functions}
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[case.dtype]}
+    if wrong:
+        raise RuntimeError(f"wrong results: relative error {wrong}, at most {TOLERANCE[case.dtype]} is rounding")
+    return errors
+
+
+# --- timing ---------------------------------------------------------------------------------------------------------
+
+
+def input_sets(case: Case, device: torch.device, tiny: bool) -> list[Args]:
+    """So many sets of arguments that going round them leaves none in a cache; at most 32."""
+    first = case.inputs()
+    size = sum(t.numel() * t.element_size() for t in flatten(first))
+    enough = 0 if tiny else (2**28 if device.type == "cuda" else 2**26)
+    return [first, *(case.inputs() for _ in range(min(31, enough // max(1, size))))]
+
+
+def timed(function: Function, sets: list[Args], device: torch.device, calls: int) -> float:
+    """Milliseconds per call of so many calls in a row, going round the sets."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    stamps = Stamps(device)
+    stamps.mark()
+    for index in range(calls):
+        function(*sets[index % len(sets)])
+    stamps.mark()
+    return stamps.milliseconds()[0] / calls
+
+
+def captured(function: Function, sets: list[Args]) -> Callable[[], None]:
+    """A CUDA graph of one call on each set; replaying it leaves out what the host costs."""
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()  # a first call outside the graph, off the default stream, makes libraries' workspaces
+    with torch.cuda.stream(side):
+        function(*sets[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for args in sets:
+            function(*args)
+    return graph.replay
+
+
+def peak_extra(function: Function, args: Args, device: torch.device) -> int | None:
+    """CUDA: most memory that a call holds above its arguments, results included. CPU: None."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function(*args)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def graph_times(functions: dict[str, Function], sets: list[Args], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds per call in a replayed CUDA graph, or why there is no graph."""
+    found: dict[str, Any] = {}
+    for name, function in functions.items():
+        if name == "autograd":
+            continue
+        try:
+            replay = captured(function, sets)
+            replay()
+            found[name] = median(timed(replay, [()], device, 1) for _ in range(repeats)) / len(sets)
+        except Exception as error:  # whatever cannot be captured; its eager time still counts
+            torch.cuda.synchronize()
+            found[name] = f"not captured: {type(error).__name__}: {error}".splitlines()[0]
+    return found
+
+
+def measure(
+    case: Case, functions: dict[str, Function], device: torch.device, arguments: argparse.Namespace
+) -> list[Row]:
+    """Interleaved rounds over the implementations of a case; one row each."""
+    errors = check(case, functions)
+    sets = input_sets(case, device, arguments.size == "tiny")
+    peaks = {name: peak_extra(function, sets[0], device) for name, function in functions.items()}
+    quick = {name: timed(function, sets, device, 2) for name, function in functions.items()}
+    calls = {name: max(1, min(1000, round(arguments.min_ms / max(ms, 1e-4)))) for name, ms in quick.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for index in range(arguments.repeats):
+        for offset in range(len(names)):
+            name = names[(index + offset) % len(names)]
+            times[name].append(timed(functions[name], sets, device, calls[name]))
+    with_graphs = device.type == "cuda" and not arguments.no_graphs
+    graphs = graph_times(functions, sets, arguments.repeats, device) if with_graphs else {}
+    return [
+        {
+            "operator": case.operator,
+            "shape": case.shape,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "implementation": name,
+            "ms": median(times[name]),
+            "iqr_ms": iqr(times[name]),
+            "graph_ms": graphs.get(name),
+            "peak_bytes": peaks[name],
+            "relative_error": errors.get(name),
+            "calls": calls[name],
+            "input_sets": len(sets),
+        }
+        for name in functions
+    ]
+
+
+def compiled(function: Function) -> Function:
+    """torch.compile of a reference, for one shape at a time."""
+    return torch.compile(function, dynamic=False)
+
+
+def functions_of(case: Case, wanted: Sequence[str]) -> dict[str, Function]:
+    """The implementations of a case to be timed, in the order asked for."""
+    known = dict(case.implementations)
+    if "compiled" in wanted:
+        known["compiled"] = compiled(known["reference"])
+    return {name: known[name] for name in wanted if name in known}
+
+
+def add_ratios(rows: list[Row], case: Case, ceilings: Ceilings) -> None:
+    """Enter the floor and the ratios to it, to the reference and to the frozen layer."""
+    times = {row["implementation"]: row["ms"] for row in rows}
+    floor = ceilings.milliseconds(case.costs, case.dtype)
+    for row in rows:
+        row |= {"floor_ms": floor, "limit": ceilings.limit(case.costs, case.dtype), "to_floor": row["ms"] / floor}
+        for name in ("reference", "base"):
+            row[f"to_{name}"] = row["ms"] / times[name] if name in times else None
+        if isinstance(row["graph_ms"], float):
+            row["graph_to_floor"] = row["graph_ms"] / floor
+        row["peak_mib"] = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
+
+
+def run_case(case: Case, ceilings: Ceilings, device: torch.device, arguments: argparse.Namespace) -> list[Row]:
+    """Rows of a case; one with the error if it fails."""
+    try:
+        rows = measure(case, functions_of(case, arguments.implementations), device, arguments)
+        add_ratios(rows, case, ceilings)
+    except Exception as error:  # the other operators still count
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{case.operator} {case.shape}: {message}", file=sys.stderr)
+        dtype = str(case.dtype).removeprefix("torch.")
+        rows = [{"operator": case.operator, "shape": case.shape, "dtype": dtype, "error": message}]
+    torch.compiler.reset()
+    free_memory(device)
+    return rows
+
+
+COLUMNS = {
+    "operator": "operator",
+    "shape": "shape",
+    "dtype": "dtype",
+    "implementation": "runs as",
+    "ms": "ms",
+    "iqr_ms": "IQR",
+    "to_reference": "x reference",
+    "to_base": "x base",
+    "floor_ms": "floor ms",
+    "limit": "limit",
+    "to_floor": "x floor",
+    "graph_ms": "graph ms",
+    "graph_to_floor": "x floor",
+    "peak_mib": "peak MiB",
+    "relative_error": "error",
+    "error": "failed",
+}
+NOTES = (
+    "Medians per call over interleaved rounds; IQR is the distance of the quartiles. op: the operator as loaded, "
+    "native or not. autograd: the public function with its backward by autograd. base: the same layer frozen "
+    "(forward, gradient of x), or for weights a copy or a pass in place. graph: in a replayed CUDA graph, without the "
+    "host's part. peak: memory above the arguments, results included. error: against the reference in float64. An "
+    "asterisk marks the space that map_conv chooses. A ratio to the floor under 1 means that data stayed in a cache."
+)
+IMPLEMENTATIONS = ("op", "autograd", "reference", "compiled", "base")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="one or several (default fp32; on CUDA bf16 too)")
+    parser.add_argument("--size", choices=LINEARS, help="shapes (default small on CPU, large on CUDA)")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds (default 15)")
+    parser.add_argument("--no-graphs", action="store_true", help="CUDA: leave out the times in a CUDA graph")
+    parser.add_argument("--min-ms", type=float, default=5.0, help="least time of one measurement (default 5 ms)")
+    arguments = parser.parse_args(argv)
+    for name in ("rank", "repeats"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    cuda = arguments.device == "cuda"
+    arguments.size = arguments.size or ("large" if cuda else "small")
+    arguments.dtype = arguments.dtype or (["bf16", "fp32"] if cuda else ["fp32"])
+    return arguments
+
+
+def describe_ceilings(ceilings: Ceilings) -> dict[str, float]:
+    """Ceilings in the units of data sheets."""
+    rates = {f"product_{str(k).removeprefix('torch.')}_tflops": v / 1e12 for k, v in ceilings.rates.items()}
+    return {"copy_gb_per_s": ceilings.bandwidth / 1e9, **rates}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 1 if an operator failed or gave wrong results."""
+    arguments = parse(argv)
+    device = prepare(arguments)
+    if "compiled" in arguments.implementations:
+        allow_many_compilations()
+    dtypes = [DTYPES[name] for name in arguments.dtype]
+    # float32 always: the norms' factors have it whatever the layer's dtype.
+    ceilings = measure_ceilings(device, {torch.float32, *dtypes}, arguments.size == "tiny")
+    run = describe_run(device) | describe_ceilings(ceilings) | {"size": arguments.size, "repeats": arguments.repeats}
+    print(describe(run))
+    print(", ".join(f"{name} {value:.4g}" for name, value in describe_ceilings(ceilings).items()))
+    rows: list[Row] = []
+    done: set[tuple[str, str, torch.dtype]] = set()
+    for dtype in dtypes:
+        for case in make_cases(arguments.size, arguments.operators, arguments.rank, dtype, device):
+            key = (case.operator, case.shape, case.dtype)
+            if key not in done:  # the norms are the same in every dtype of the layer
+                rows += run_case(case, ceilings, device, arguments)
+                done.add(key)
+                paths = write_results(arguments.out, "ops", arguments.tag, rows, COLUMNS, run, NOTES)
+    columns = {key: head for key, head in COLUMNS.items() if key != "operator"}
+    for operator in dict.fromkeys(row["operator"] for row in rows):
+        print(table(operator, [row for row in rows if row["operator"] == operator], columns))
+    print("\n".join(f"wrote {path}" for path in paths))
+    return int(any(row.get("error") for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
