@@ -1,4 +1,4 @@
-"""A patched model is an ordinary torch model: copied, pickled, compiled, exported, checkpointed, cast and replicated."""
+"""A patched model is an ordinary torch model: copied, pickled, compiled, exported, checkpointed, cast, replicated."""
 
 from __future__ import annotations
 
