@@ -19,12 +19,10 @@ STABLE_TORCH_LIBRARY(mapsurgery, m) {
   m.def("map_linear_backward(Tensor grad, Tensor x, Tensor h, Tensor weight, " SAVED ", " NEEDS ") -> " GRADS);
   m.def("map_conv(Tensor x, Tensor weight, Tensor? bias, " FACTORS ", " CONV ") -> " FORWARD);
   m.def("map_conv_backward(Tensor grad, Tensor x, Tensor h, Tensor weight, " SAVED ", " CONV ", " NEEDS ") -> " GRADS);
-  m.def(
-      "effective_weight(Tensor weight, " FACTORS
-      ", ScalarType? dtype) -> (Tensor w, Tensor scales, Tensor gram_a, Tensor gram_b)");
-  m.def(
-      "effective_weight_backward(Tensor grad, Tensor weight, " SAVED
-      ", bool need_weight) -> (Tensor dweight, Tensor dA, Tensor dB, Tensor dalpha, Tensor dbeta)");
+  m.def("effective_weight(Tensor weight, " FACTORS
+        ", ScalarType? dtype) -> (Tensor w, Tensor scales, Tensor gram_a, Tensor gram_b)");
+  m.def("effective_weight_backward(Tensor grad, Tensor weight, " SAVED
+        ", bool need_weight) -> (Tensor dweight, Tensor dA, Tensor dB, Tensor dalpha, Tensor dbeta)");
   m.def("merge_(Tensor(a!) weight, " FACTORS ") -> ()");
   m.def("unmerge_(Tensor(a!) weight, " FACTORS ") -> ()");
 }

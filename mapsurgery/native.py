@@ -23,7 +23,10 @@ _CUDA_LIBRARY = _DIRECTORY / "libmapsurgery_cuda.so"
 
 @dataclass
 class NativeInfo:
-    """What runs the operators, and how it was built. Build entries are None where `mapsurgery._C` was not built."""
+    """What runs the operators, and how it was built; ``str()`` of it is a table.
+
+    The entries of the build are None where `mapsurgery._C` was not built.
+    """
 
     version: str | None
     torch: str
@@ -52,7 +55,7 @@ def _version() -> str | None:
         return None
 
 
-def _build_info() -> dict[str, str | None]:
+def _build_info() -> dict[str, Any]:
     try:
         build: Any = importlib.import_module("mapsurgery._C")
     except ImportError:
@@ -81,7 +84,9 @@ def _load(info: NativeInfo) -> None:
             torch.ops.load_library(str(_CUDA_LIBRARY))
             info.cuda, info.cuda_library = True, str(_CUDA_LIBRARY)
     except OSError as error:
-        info.error = f"{error}: {error.__cause__}" if error.__cause__ else str(error)  # torch chains the loader's message
+        info.error = (
+            f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+        )  # torch chains the loader's message
 
 
 def _warn(info: NativeInfo) -> None:
@@ -89,8 +94,9 @@ def _warn(info: NativeInfo) -> None:
     what = "CUDA tensors" if info.cpu else "everything"
     built = "; ".join(f"{name} {value}" for name, value in _build_info().items() if value)
     warnings.warn(
-        f"mapsurgery runs {what} in pure torch: {info.error} (running torch: {info.torch}; built: {built or 'unknown'}). "
-        "Rebuild with 'pip install --no-build-isolation .', or set MAPSURGERY_NATIVE=0 to choose pure torch.",
+        f"mapsurgery runs {what} in pure torch: {info.error} "
+        f"(running torch: {info.torch}; built: {built or 'unknown'}). Rebuild with "
+        "'pip install --no-build-isolation .', or set MAPSURGERY_NATIVE=0 to choose pure torch.",
         stacklevel=2,
     )
 
@@ -110,7 +116,7 @@ def load() -> bool:
 
 
 def native_info() -> NativeInfo:
-    """What runs the operators: which native libraries are loaded and how they were built. ``str()`` of it is a table."""
+    """What runs the operators: which native libraries are loaded and how they were built."""
     load()
     assert _info is not None
     return _info

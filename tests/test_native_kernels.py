@@ -128,7 +128,11 @@ def test_lowrank_norm_of_empty_factors_is_zero(device, m, K, rank):
     norm, gram_a, gram_b = ops.lowrank_norm(torch.randn(rank, K, device=device), torch.randn(m, rank, device=device))
     assert norm.item() == 0 and gram_a.shape == gram_b.shape == (rank, rank)
     scales = ops.map_scales(
-        torch.randn(rank, K, device=device), torch.randn(m, rank, device=device), *torch.ones(3, 1, device=device), 0, True
+        torch.randn(rank, K, device=device),
+        torch.randn(m, rank, device=device),
+        *torch.ones(3, 1, device=device),
+        0,
+        True,
     )[0]
     assert scales.isfinite().all()
 
@@ -484,7 +488,7 @@ def run_python(code: str, cwd: Path, **environment: str) -> subprocess.Completed
 def test_the_native_code_can_be_switched_off(tmp_path):
     code = "import mapsurgery; info = mapsurgery.native_info(); print(info.cpu, info.cuda, info.error)"
     result = run_python(code, tmp_path, MAPSURGERY_NATIVE="0")
-    assert result.stdout.split() == "False False switched off by MAPSURGERY_NATIVE=0".split(), result.stderr
+    assert result.stdout.split() == ["False", "False", "switched", "off", "by", "MAPSURGERY_NATIVE=0"], result.stderr
     assert "pure torch" not in result.stderr
 
 

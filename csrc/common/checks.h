@@ -47,8 +47,8 @@ inline void check_device(const char* name, const Tensor& t, const char* other_na
 }
 
 inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype, const char* of) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "mapsurgery: ", name, " is ", toString(t.scalar_type()),
-                  ", but must be ", toString(dtype), " (", of, ")");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "mapsurgery: ", name, " is ", toString(t.scalar_type()), ", but must be ",
+                  toString(dtype), " (", of, ")");
 }
 
 inline void check_factors(const Tensor& A, const Tensor& B) {

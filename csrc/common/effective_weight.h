@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> effective_weight(const Tensor& weight
   STD_TORCH_CHECK(is_floating(out_dtype), "mapsurgery: dtype must be floating, got ", toString(out_dtype));
   // In the weight's own order of dimensions, as element-wise operations of torch would leave it.
   const int64_t m = weight.size(0), K = weight.size(1);
-  Tensor out = is_column_major(weight) ? empty_strided({m, K}, {1, m}, out_dtype, weight)
-                                       : empty({m, K}, out_dtype, weight);
+  Tensor out =
+      is_column_major(weight) ? empty_strided({m, K}, {1, m}, out_dtype, weight) : empty({m, K}, out_dtype, weight);
   Device::combine(weight, A, B, scales, Combine::kMerge, out);
   return {out, scales, gram_a, gram_b};
 }
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> effective_weight_backward(con
   const Tensor D = as_contiguous(cast(grad, acc)), left = cast(B, acc), right = cast(A, acc);
   const Tensor BD = Device::mm(transposed(left), D);
   FactorGrads factors =
-      factor_grads<Device>(BD, Device::mm(D, transposed(right)), Device::dot(BD, in_layout_of(right, BD), scales, DS_D), A, B, scales,
-                           gram_a, gram_b);
+      factor_grads<Device>(BD, Device::mm(D, transposed(right)), Device::dot(BD, in_layout_of(right, BD), scales, DS_D),
+                           A, B, scales, gram_a, gram_b);
   Tensor dalpha = Device::dot(D, in_layout_of(weight, D), scales, DS_W).scaled;
   Tensor dweight = nothing(weight.scalar_type(), weight);
   if (need_weight) {

@@ -48,8 +48,8 @@ inline Tensor down_kernel(const Tensor& A, const Tensor& weight, int64_t groups)
   split.insert(split.begin(), groups);
   split_strides.insert(split_strides.begin(), A.size(0) * strides[0]);
   shared_strides.insert(shared_strides.begin(), 0);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(view(result, split, split_strides).get(),
-                                          view(kernel, split, shared_strides).get(), 0));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_copy_(view(result, split, split_strides).get(), view(kernel, split, shared_strides).get(), 0));
   return result;
 }
 
@@ -91,15 +91,16 @@ inline Tensor as_activation(const Tensor& t) { return is_channels_last(t) ? t : 
 
 // y += s_d B h, the 1x1 convolution of h with B, group by group and in place.
 template <class Device>
-void add_pointwise_(Tensor& y, const Tensor& h, const Tensor& B, int64_t groups, Scale s_d) {
+void add_pointwise_(const Tensor& y, const Tensor& h, const Tensor& B, int64_t groups, Scale s_d) {
+  if (y.numel() == 0 || h.numel() == 0) return;
   const Tensor H = as_activation(h);
   const Activation in(H), out(y);
-  if (y.numel() == 0 || H.numel() == 0) return;
-  const int64_t rows = B.size(0) / groups, rank = B.size(1);
+  const auto [factor, alpha] = Device::fold(B, s_d);
+  const int64_t rows = factor.size(0) / groups, rank = factor.size(1), step = factor.stride(0);
   for (int64_t g = 0; g < groups; ++g) {
-    Tensor rows_of_B = view(B, {out.N, rows, rank}, {0, B.stride(0), B.stride(1)}, g * rows * B.stride(0));
-    Tensor y_g = out.channels(y, g * rows, rows);
-    Device::add_scaled_bmm_(y_g, rows_of_B, in.channels(H, g * rank, rank), s_d);
+    const Tensor rows_of_B = view(factor, {out.N, rows, rank}, {0, step, factor.stride(1)}, g * rows * step);
+    Tensor rows_of_y = out.channels(y, g * rows, rows);
+    Device::add_bmm_(rows_of_y, rows_of_B, in.channels(H, g * rank, rank), alpha);
   }
 }
 
@@ -123,8 +124,8 @@ Forward map_conv(const Tensor& x, const Tensor& weight, const std::optional<Tens
   const ScalarType dtype = x.scalar_type();
   const auto bias_ = bias ? std::optional(as_contiguous(cast(*bias, dtype))) : std::nullopt;
   if (weight_space) {
-    auto [W, scales, gram_a, gram_b] = effective_weight<Device>(as_columns(weight), A, B, alpha, beta, weight_norm,
-                                                                tau, relative, dtype);
+    auto [W, scales, gram_a, gram_b] =
+        effective_weight<Device>(as_columns(weight), A, B, alpha, beta, weight_norm, tau, relative, dtype);
     Tensor y = Device::convolution(x, reshaped(W, sizes_of(weight)), conv, bias_);
     return {y, nothing(dtype, x), scales, gram_a, gram_b};
   }
@@ -193,15 +194,15 @@ Grads conv_backward_in_activation_space(const Tensor& grad, const Tensor& x, con
   }
   if (need_x || need_factors) {
     const PointwiseArgs pointwise(spatial, groups);
-    auto [GB, dB] = Device::convolution_backward(grad, h, up_kernel(cast(B, dtype), spatial), pointwise.args(), true,
-                                                 need_factors);
-    auto [GBA, dA] = Device::convolution_backward(GB, x, down_kernel(cast(A, dtype), weight, groups), conv, need_x,
-                                                  need_factors);
+    auto [GB, dB] =
+        Device::convolution_backward(grad, h, up_kernel(cast(B, dtype), spatial), pointwise.args(), true, need_factors);
+    auto [GBA, dA] =
+        Device::convolution_backward(GB, x, down_kernel(cast(A, dtype), weight, groups), conv, need_x, need_factors);
     if (need_x) Device::add_scaled_(dx, in_layout_of(GBA, dx), {scales, S_D});
     if (need_factors) {
       // A is shared by the groups: its gradient is the sum of theirs.
-      Tensor summed = reshaped(sum_over(cast(reshaped(dA, {groups, A.numel()}), scales.scalar_type()), {0}),
-                               sizes_of(A));
+      Tensor summed =
+          reshaped(sum_over(cast(reshaped(dA, {groups, A.numel()}), scales.scalar_type()), {0}), sizes_of(A));
       GB = as_activation(GB);
       factors = factor_grads<Device>(summed, reshaped(dB, {m, rank}),
                                      Device::dot(GB, in_layout_of(h, GB), scales, DS_D), A, B, scales, gram_a, gram_b);
@@ -232,12 +233,11 @@ Grads map_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& h, co
   }
   typename Device::Guard guard(x);
 
-  Grads grads =
-      weight_space
-          ? conv_backward_in_weight_space<Device>(grad, x, weight, A, B, scales, gram_a, gram_b, conv, need_x,
-                                                  need_weight, need_factors, need_alpha)
-          : conv_backward_in_activation_space<Device>(grad, x, h, weight, A, B, scales, gram_a, gram_b, conv, need_x,
-                                                      need_weight, need_factors, need_alpha);
+  Grads grads = weight_space
+                    ? conv_backward_in_weight_space<Device>(grad, x, weight, A, B, scales, gram_a, gram_b, conv, need_x,
+                                                            need_weight, need_factors, need_alpha)
+                    : conv_backward_in_activation_space<Device>(grad, x, h, weight, A, B, scales, gram_a, gram_b, conv,
+                                                                need_x, need_weight, need_factors, need_alpha);
   Sizes all_but_channels{0};
   for (int64_t i = 2; i < grad.dim(); ++i) all_but_channels.push_back(i);
   std::get<2>(grads) = need_bias ? sum_over(grad, all_but_channels) : nothing(x.scalar_type(), x);

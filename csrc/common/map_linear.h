@@ -32,7 +32,7 @@ Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   Tensor h = Device::mm(X, transposed(cast(A, dtype)));
   Tensor y = Device::scaled_mm(X, transposed(cast(weight, dtype)), {scales, S_W},
                                bias ? std::optional(cast(*bias, dtype)) : std::nullopt);
-  Device::add_scaled_mm_(y, h, transposed(cast(B, dtype)), {scales, S_D});
+  add_scaled_mm_<Device>(y, h, transposed(cast(B, dtype)), {scales, S_D});
   if (x.dim() != 2) {
     y = reshaped(y, with_last(sizes_of(x), weight.size(0)));
     h = reshaped(h, with_last(sizes_of(x), A.size(0)));
@@ -79,7 +79,7 @@ Grads map_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
       Device::scale_(GW, {scales, S_W});
     }
     if (need_x) {
-      Device::add_scaled_mm_(GW, GB, cast(A, dtype), {scales, S_D});
+      add_scaled_mm_<Device>(GW, GB, cast(A, dtype), {scales, S_D});
       dx = reshaped(GW, sizes_of(x));
     }
   }

@@ -94,10 +94,10 @@ inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, like.get_device_index(),
-      &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -116,9 +116,7 @@ inline Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, in
   return Tensor(handle);
 }
 
-inline Tensor transposed(const Tensor& t) {
-  return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});
-}
+inline Tensor transposed(const Tensor& t) { return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
 
 // Whether a matrix is walked along its columns: a transposed view.
 inline bool is_column_major(const Tensor& t) { return t.stride(0) < t.stride(1); }

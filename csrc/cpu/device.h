@@ -39,13 +39,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     return out;
   }
 
-  static void add_scaled_mm_(Tensor& out, const Tensor& a, const Tensor& b, Scale scale) {
-    addmm(out, out, a, b, 1, read(scale));
-  }
-
-  static void add_scaled_bmm_(Tensor& out, const Tensor& a, const Tensor& b, Scale scale) {
-    add_bmm_(out, a, b, read(scale));
-  }
+  static Folded fold(const Tensor& t, Scale scale) { return {t, read(scale)}; }
 
   // s_d grad - c RADIAL left right, rounded to dtype.
   static Tensor tangent(const Tensor& grad, const Tensor& left, const Tensor& right, const Tensor& c,

@@ -62,22 +62,23 @@ void combine_tiles(const Tensor& weight, const Tensor& left, const Tensor& right
   const acc_t* rows = static_cast<const acc_t*>(right.data_ptr());
   const int64_t row_blocks = (m + kRows - 1) / kRows, tiles = (K + kTile - 1) / kTile;
   const int64_t work = kRows * std::min(kTile, K) * (rank + 4);
-  torch::stable::parallel_for(0, row_blocks * tiles, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> coefficients(rank);
-    acc_t row[kTile];
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block / tiles * kRows, column = block % tiles * kTile;
-      const int64_t n = std::min(kTile, K - column);
-      for (int64_t i = first; i < std::min(m, first + kRows); ++i) {
-        from.load(row, i, column, n);
-        factors.load(coefficients.data(), i, 0, rank);
-        affine_row(coefficients.data(), update_factor, acc_t(0), rank);
-        affine_row(row, base_factor, acc_t(0), n);
-        add_rows(row, coefficients.data(), 1, rows + column, K, rank, n);
-        into.store(row, i, column, n);
-      }
-    }
-  });
+  torch::stable::parallel_for(0, row_blocks * tiles, std::max<int64_t>(1, kGrain / work),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<acc_t> coefficients(rank);
+                                acc_t row[kTile];
+                                for (int64_t block = begin; block < end; ++block) {
+                                  const int64_t first = block / tiles * kRows, column = block % tiles * kTile;
+                                  const int64_t n = std::min(kTile, K - column);
+                                  for (int64_t i = first; i < std::min(m, first + kRows); ++i) {
+                                    from.load(row, i, column, n);
+                                    factors.load(coefficients.data(), i, 0, rank);
+                                    affine_row(coefficients.data(), update_factor, acc_t(0), rank);
+                                    affine_row(row, base_factor, acc_t(0), n);
+                                    add_rows(row, coefficients.data(), 1, rows + column, K, rank, n);
+                                    into.store(row, i, column, n);
+                                  }
+                                }
+                              });
 }
 
 }  // namespace

@@ -140,20 +140,21 @@ void Cpu::scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& b
     const acc_t* shift = static_cast<const acc_t*>(wide.data_ptr());
     const int64_t run = channel_stride == 1 ? channels : channel_stride;
     const int64_t runs = run > 0 ? t.numel() / run : 0;
-    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, run)), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        for (int64_t i = 0; i < run; i += kBuffer) {
-          const int64_t n = std::min(kBuffer, run - i);
-          update(data + r * run + i, n, [&](acc_t* row) {
-            if (channel_stride == 1) {
-              affine_row(row, s, shift + i, n);
-            } else {
-              affine_row(row, s, shift[r % channels], n);
-            }
-          });
-        }
-      }
-    });
+    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, run)),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t r = begin; r < end; ++r) {
+                                    for (int64_t i = 0; i < run; i += kBuffer) {
+                                      const int64_t n = std::min(kBuffer, run - i);
+                                      update(data + r * run + i, n, [&](acc_t* row) {
+                                        if (channel_stride == 1) {
+                                          affine_row(row, s, shift + i, n);
+                                        } else {
+                                          affine_row(row, s, shift[r % channels], n);
+                                        }
+                                      });
+                                    }
+                                  }
+                                });
   });
 }
 

@@ -49,9 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B
   return {norm, gram.a, gram.b};
 }
 
-std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
-                                              const Tensor& beta, const Tensor& weight_norm, double tau,
-                                              bool relative) {
+std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha, const Tensor& beta,
+                                              const Tensor& weight_norm, double tau, bool relative) {
   check_factors(A, B);
   check_scalars(alpha, beta, weight_norm, A);
   return Cpu::map_scales(A, B, alpha, beta, weight_norm, tau, relative);

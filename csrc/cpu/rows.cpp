@@ -84,19 +84,19 @@ MAPSURGERY_SIMD void add_rows(acc_t* __restrict row, const acc_t* factors, int64
   }
 }
 
-#define INSTANTIATE_CONVERSIONS(acc_t, T)                                 \
-  template void load_row<acc_t, T>(acc_t*, const T*, int64_t, int64_t);   \
+#define INSTANTIATE_CONVERSIONS(acc_t, T)                               \
+  template void load_row<acc_t, T>(acc_t*, const T*, int64_t, int64_t); \
   template void store_row<acc_t, T>(T*, int64_t, const acc_t*, int64_t)
 
-#define INSTANTIATE(acc_t)                                                                  \
-  INSTANTIATE_CONVERSIONS(acc_t, double);                                                   \
-  INSTANTIATE_CONVERSIONS(acc_t, float);                                                    \
-  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::BFloat16);                              \
-  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::Half);                                  \
-  template acc_t dot_row<acc_t>(const acc_t*, const acc_t*, int64_t);                       \
-  template void affine_row<acc_t>(acc_t*, acc_t, acc_t, int64_t);                           \
-  template void affine_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t);                    \
-  template void add_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t);                       \
+#define INSTANTIATE(acc_t)                                               \
+  INSTANTIATE_CONVERSIONS(acc_t, double);                                \
+  INSTANTIATE_CONVERSIONS(acc_t, float);                                 \
+  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::BFloat16);           \
+  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::Half);               \
+  template acc_t dot_row<acc_t>(const acc_t*, const acc_t*, int64_t);    \
+  template void affine_row<acc_t>(acc_t*, acc_t, acc_t, int64_t);        \
+  template void affine_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t); \
+  template void add_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t);    \
   template void add_rows<acc_t>(acc_t*, const acc_t*, int64_t, const acc_t*, int64_t, int64_t, int64_t)
 
 INSTANTIATE(float);

@@ -29,6 +29,7 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
   // The same, and b *= s_w on the way if asked.
   static Dot dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor& scales, ScaleIndex index);
   static void scale_(Tensor& t, Scale scale);
+  // A contiguous copy of t, which may have any strides.
   static Tensor scaled(const Tensor& t, Scale scale);
   // t = scale t + bias[channel], for channels `channel_stride` apart.
   static void scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& bias, int64_t channel_stride);
@@ -44,15 +45,8 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
     return out;
   }
 
-  // out += scale a b; a is the small one: scaling it costs less than a pass over out.
-  static void add_scaled_mm_(Tensor& out, const Tensor& a, const Tensor& b, Scale scale) {
-    addmm(out, out, scaled(a, scale), b, 1, 1);
-  }
-
-  // out += scale a b, matrix by matrix.
-  static void add_scaled_bmm_(Tensor& out, const Tensor& a, const Tensor& b, Scale scale) {
-    add_bmm_(out, a, scaled(b, scale), 1);
-  }
+  // GEMM's own alpha would have to come from the host.
+  static Folded fold(const Tensor& t, Scale scale) { return {scaled(t, scale), 1}; }
 
   // effective_weight.cu
   static void combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,

@@ -8,11 +8,11 @@
 namespace mapsurgery {
 namespace {
 
-constexpr int kLanes = 32, kRows = 8;                // shape of a block
+constexpr int kLanes = 32, kRows = 8;  // shape of a block
 constexpr int kColumnsPerThread = 2, kRowsPerThread = 4;
 constexpr int kTileColumns = kLanes * kColumnsPerThread, kTileRows = kRows * kRowsPerThread;
-constexpr int kRank = 16;                            // part of the rank in shared memory at a time
-constexpr int64_t kMostRowBlocks = 65535;            // what a grid allows in y
+constexpr int kRank = 16;                  // part of the rank in shared memory at a time
+constexpr int64_t kMostRowBlocks = 65535;  // what a grid allows in y
 
 // A strided matrix.
 struct Matrix {

@@ -176,14 +176,13 @@ Dot Cuda::dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor&
 }
 
 void Cuda::scale_(Tensor& t, Scale scale) {
-  dispatch_floating(t.scalar_type(),
-                    [&](auto type) { launch_scale<typename decltype(type)::type>(t, t, scale); });
+  dispatch_floating(t.scalar_type(), [&](auto type) { launch_scale<typename decltype(type)::type>(t, t, scale); });
 }
 
 Tensor Cuda::scaled(const Tensor& t, Scale scale) {
-  Tensor out = empty_strided(sizes_of(t), strides_of(t), t.scalar_type(), t);
+  Tensor out = empty(sizes_of(t), t.scalar_type(), t);
   dispatch_floating(t.scalar_type(),
-                    [&](auto type) { launch_scale<typename decltype(type)::type>(t, out, scale); });
+                    [&](auto type) { launch_scale<typename decltype(type)::type>(as_contiguous(t), out, scale); });
   return out;
 }
 
@@ -200,8 +199,8 @@ void Cuda::add_scaled_(Tensor& t, const Tensor& other, Scale scale) {
                     [&](auto type) { launch_add_scaled<typename decltype(type)::type>(t, other, scale); });
 }
 
-Tensor Cuda::tangent(const Tensor& grad, const Tensor& left, const Tensor& right, const Tensor& c,
-                     const Tensor& scales, ScalarType dtype) {
+Tensor Cuda::tangent(const Tensor& grad, const Tensor& left, const Tensor& right, const Tensor& c, const Tensor& scales,
+                     ScalarType dtype) {
   const Tensor product = mm(left, right);
   Tensor out = empty(sizes_of(grad), dtype, grad);
   dispatch_accumulate(scales.scalar_type(), [&](auto type) {

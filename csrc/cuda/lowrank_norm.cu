@@ -12,9 +12,9 @@
 namespace mapsurgery {
 namespace {
 
-constexpr int kTile = 32;              // rows and columns of a tile of a Gram matrix
-constexpr int kChunk = 64;             // numbers of the long dimension in shared memory at a time
-constexpr int64_t kSlice = 2 * kChunk; // the shortest slice of the long dimension worth a block
+constexpr int kTile = 32;               // rows and columns of a tile of a Gram matrix
+constexpr int kChunk = 64;              // numbers of the long dimension in shared memory at a time
+constexpr int64_t kSlice = 2 * kChunk;  // the shortest slice of the long dimension worth a block
 constexpr int64_t kMostSlices = 128;
 constexpr int64_t kMostGramBlocks = 512;
 constexpr unsigned kMostReduceBlocks = 64;
@@ -161,7 +161,8 @@ struct Slices {
   int64_t size, count;
 
   Slices(int64_t length, int64_t tile_pairs) {
-    const int64_t most = std::max<int64_t>(1, std::min(kMostSlices, kMostGramBlocks / std::max<int64_t>(1, tile_pairs)));
+    const int64_t most =
+        std::max<int64_t>(1, std::min(kMostSlices, kMostGramBlocks / std::max<int64_t>(1, tile_pairs)));
     const int64_t shortest = (length + most - 1) / most;
     size = std::max(kSlice, (shortest + kChunk - 1) / kChunk * kChunk);
     count = (length + size - 1) / size;
@@ -181,10 +182,12 @@ void launch(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor
   const Tensor partial_b = empty({slices_b.count * elements}, gram_b.scalar_type(), A);
   const int64_t most_slices = std::max(slices_a.count, slices_b.count);
   if (pairs > 0 && most_slices > 0) {
-    const Factor<T, acc_t> a{data_of<const T>(A), A.size(1),      A.stride(0),
-                             A.stride(1),         slices_a.size, slices_a.count, data_of<acc_t>(partial_a)};
-    const Factor<T, acc_t> b{data_of<const T>(B), B.size(0),      B.stride(1),
-                             B.stride(0),         slices_b.size, slices_b.count, data_of<acc_t>(partial_b)};
+    const Factor<T, acc_t> a{
+        data_of<const T>(A),      A.size(1), A.stride(0), A.stride(1), slices_a.size, slices_a.count,
+        data_of<acc_t>(partial_a)};
+    const Factor<T, acc_t> b{
+        data_of<const T>(B),      B.size(0), B.stride(1), B.stride(0), slices_b.size, slices_b.count,
+        data_of<acc_t>(partial_b)};
     gram_kernel<<<dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(most_slices), 2), kThreads, 0, stream>>>(
         a, b, rank);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -216,15 +219,13 @@ std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B
     using T = typename decltype(type)::type;
     using acc_t = accumulate_t<T>;
     const Numbers unused(norm);
-    launch<T>(A, B, gram_a, gram_b,
-              Outcome<acc_t>{data_of<acc_t>(norm), nullptr, unused, unused, unused, 0.0, false});
+    launch<T>(A, B, gram_a, gram_b, Outcome<acc_t>{data_of<acc_t>(norm), nullptr, unused, unused, unused, 0.0, false});
   });
   return {norm, gram_a, gram_b};
 }
 
-std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
-                                              const Tensor& beta, const Tensor& weight_norm, double tau,
-                                              bool relative) {
+std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha, const Tensor& beta,
+                                              const Tensor& weight_norm, double tau, bool relative) {
   check_factors(A, B);
   check_scalars(alpha, beta, weight_norm, A);
   Cuda::Guard guard(A);
