@@ -361,7 +361,7 @@ def seeded(seed: int = 0) -> Iterator[None]:
 
 def make_base(workload: Workload, size: int, dtype: str, device: torch.device) -> nn.Module:
     """The frozen model that all methods share."""
-    with seeded():
+    with seeded(), device:
         model = workload.make(size)
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     return model.to(device, kind).requires_grad_(False).train()
@@ -424,7 +424,8 @@ def finish_rows(candidates: list[Candidate]) -> None:
         row, parts = candidate.row, [median(part) for part in zip(*candidate.parts, strict=True)]
         row |= {"step_ms": median(candidate.times), "iqr_ms": iqr(candidate.times)}
         row |= dict(zip(("forward_ms", "backward_ms", "optimizer_ms"), parts, strict=True))
-        for key, other in (("time_to_lora", lora), ("time_to_frozen", frozen)):
+        narrow = by_name.get("lora-bf16")
+        for key, other in (("time_to_lora", lora), ("time_to_lora_bf16", narrow), ("time_to_frozen", frozen)):
             row[key] = paired_ratio(candidate.times, other.times) if other is not None else None
         if candidate.device.type == "cpu":
             row["processor_ms"] = median(candidate.processor_times)
@@ -474,6 +475,7 @@ COLUMNS = {
     "step_ms": "step ms",
     "iqr_ms": "IQR",
     "time_to_lora": "x LoRA",
+    "time_to_lora_bf16": "x LoRA-bf16",
     "time_to_frozen": "x frozen",
     "processor_ms": "CPU ms",
     "processor_to_lora": "x LoRA",
