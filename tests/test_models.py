@@ -125,7 +125,7 @@ def _output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _patched(spec: Model, **options: Any) -> nn.Module:
-    return mapsurgery.patch(spec.built().eval(), spec.targets, rank=2, **spec.options, **options)
+    return mapsurgery.patch(spec.built().eval(), spec.targets, rank=2, **{**spec.options, **options})
 
 
 def _adapted(model: nn.Module) -> dict[str, nn.Module]:
@@ -141,7 +141,8 @@ def test_every_adapter_acts_and_learns(spec: Model) -> None:
 
 @every_model
 def test_the_start_is_the_base_and_the_adapted_model_is_the_materialised_one(spec: Model) -> None:
-    original, model, x = spec.built().eval(), _patched(spec), spec.inputs()
+    # Frozen as the patched one: torch's matmul folds dimensions by requires_grad, and then rounds differently.
+    original, model, x = spec.built().eval().requires_grad_(False), _patched(spec, train=[]), spec.inputs()
     base = _output(original, x)
     torch.testing.assert_close(_output(model, x), base, rtol=1e-9, atol=1e-10)
     with mapsurgery.disabled(model):
