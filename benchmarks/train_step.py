@@ -14,6 +14,7 @@ import copy
 import math
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -311,22 +312,34 @@ def check(candidate: Candidate) -> float:
     return loss
 
 
-def saved_bytes(candidate: Candidate) -> int:
-    """Bytes that autograd holds between forward and backward: unique storages, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*candidate.model.parameters(), *candidate.model.buffers())}
-    storages: dict[int, int] = {}
+class Saved:
+    """A tensor that autograd saved. It dies with the part of the graph that saved it."""
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return t
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(candidate: Candidate) -> int:
+    """Bytes that autograd holds between forward and backward: unique storages, parameters and buffers left out.
+
+    What a method saves and lets go of within the forward (DoRA's norm of a detached weight) does not count.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*candidate.model.parameters(), *candidate.model.buffers())}
+    seen: list[weakref.ref[Saved]] = []
+
+    def pack(t: Tensor) -> Saved:
+        saved = Saved(t)
+        seen.append(weakref.ref(saved))
+        return saved
 
     candidate.optimizer.zero_grad(set_to_none=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = candidate.loss()
+    storages = [saved.tensor.untyped_storage() for ref in seen if (saved := ref()) is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in own}
+    del storages
     loss.backward()
-    return sum(storages.values())
+    return sum(sizes.values())
 
 
 def peak_bytes(candidate: Candidate) -> int | None:
