@@ -155,25 +155,26 @@ def variants() -> dict[str, mapsurgery.Init]:
     }
 
 
-LORA = "lora g=2 (peft)"
+LORA = {"lora g=2 (peft)": 2, "lora g=8 (peft)": 8}
+"""peft's LoRA by its scaling alpha/r."""
 
 
 def grid() -> Iterator[tuple[str, float, float]]:
     """(variant, lr of A and B, factor of the magnitudes' lr); the absolute units need a larger factor to move at
     all."""
     for lr in (5e-4, 2e-3):
-        yield LORA, lr, 1.0
+        yield from ((name, lr, 1.0) for name in LORA)
         for name, init in variants().items():
             factors = (1.0, 10.0) if init.relative else (1.0, 100.0)
             yield from ((name, lr, factor) for factor in factors)
 
 
-def _peft_lora(model: nn.Module, targets: list[str], head: str) -> nn.Module:
+def _peft_lora(model: nn.Module, targets: list[str], head: str, gain: int) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [layer.path for layer in mapsurgery.plan(model, targets).layers]
     model.requires_grad_(False)
-    model = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=names), model)
+    model = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8 * gain, target_modules=names), model)
     model.get_submodule(head).requires_grad_(True)
     return model
 
@@ -182,8 +183,8 @@ def train_once(task: Task, variant: str, lr: float, factor: float, seed: int, am
     """Test accuracy after training with one setting. Batches, dropout and A depend on the seed alone."""
     torch.manual_seed(seed)
     model = task.model()
-    if variant == LORA:
-        model = _peft_lora(model, task.targets, task.head)
+    if variant in LORA:
+        model = _peft_lora(model, task.targets, task.head, LORA[variant])
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
     else:
         mapsurgery.patch(model, task.targets, rank=8, init=variants()[variant], train=[task.head])
@@ -236,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         for variant, lr, factor in grid():
             key = (args.task, variant, str(lr), str(factor), str(seed))
-            if key in done:
+            if key in done or not any(part in variant for part in args.variants):
                 continue
             start = time.perf_counter()
             accuracy = train_once(task, variant, lr, factor, seed, amp=not args.fp32)
@@ -286,6 +287,7 @@ def main() -> None:
     trainer = commands.add_parser("run", help="train the grid of one task")
     trainer.add_argument("task", choices=["vit", "conv", "text"])
     trainer.add_argument("--seeds", type=int, default=3)
+    trainer.add_argument("--variants", nargs="+", default=[""], help="only the starts whose names contain one of these")
     trainer.add_argument("--sst2", type=Path, help="folder of SST-2's tab-separated files (task text)")
     trainer.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     trainer.set_defaults(action=run)

@@ -44,9 +44,14 @@ def changed_buffers(root: nn.Module, memory: Record) -> list[str]:
     changed = []
     for name, buffer in record.persistent_buffers(root).items():
         before = memory.originals.get(name)
-        if before is None or before.shape != buffer.shape or not torch.equal(before.to(buffer), buffer):
+        if before is None or before.shape != buffer.shape or not _same(before.to(buffer), buffer):
             changed.append(name)
     return changed
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, with NaN equal to NaN."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @torch.no_grad()

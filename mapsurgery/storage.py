@@ -21,7 +21,7 @@ from .state import adapter_state_dict, changed_buffers, entry, load_adapter_stat
 from .surgery import record
 from .surgery.layers import why_not
 from .surgery.patch import apply_plan, unpatch
-from .surgery.plan import Config, Plan, PlannedLayer, module_paths, planned_layer
+from .surgery.plan import Config, Plan, PlannedLayer, count_parameters, module_paths, planned_layer
 
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 1
@@ -42,13 +42,14 @@ def save(model: nn.Module, path: Path) -> None:
         OSError: the file cannot be written; an existing one is left as it was.
     """
     root, memory = record.find_patched(model)
+    layers = {name: _describe(name, layer) for name, layer in record.adapted_layers(root).items()}
     tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "library_version": _library_version(),
         "config": json.dumps(memory.config.to_dict()),
-        "layers": json.dumps({name: _describe(name, layer) for name, layer in record.adapted_layers(root).items()}),
+        "layers": json.dumps(layers),
         "trained": json.dumps(list(memory.trained)),
         "buffers": json.dumps(changed_buffers(root, memory)),
     }
@@ -194,6 +195,7 @@ def _config(path: str, value: dict[str, Any]) -> Config:
         raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
 
 
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 _LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
     "type": str,
     "shape": list,
@@ -217,12 +219,14 @@ def _check_consistent(file: _File) -> None:
                 raise ValueError(f"{file.path}: layer {name} has {key} = {layer.get(key)!r} in the metadata")
         if not 0 <= layer["weight_norm"] < float("inf"):
             raise ValueError(f"{file.path}: layer {name} has weight_norm = {layer['weight_norm']}")
+        if layer["dtype"] not in _DTYPES:
+            raise ValueError(f"{file.path}: layer {name} has dtype = {layer['dtype']!r}, expected one of {_DTYPES}")
         expected |= {entry(name, role) for role in roles}
     missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
     if missing or unknown:
         raise ValueError(f"{file.path}: tensors missing: {missing[:5]}, tensors that nothing announces: {unknown[:5]}")
     for name, tensor in file.tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if name not in file.buffers and not tensor.isfinite().all():  # a mask may hold -inf
             raise ValueError(f"{file.path}: {name} holds NaN or infinite values")
 
 
@@ -238,6 +242,8 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
     layers: list[PlannedLayer] = []
     for name, described in file.layers.items():
         problem = _problem_with(modules.get(name), described)
+        if any(layer.module is modules.get(name) for layer in layers):
+            problem = "is a layer that the file names twice"
         if problem is None:
             layer = planned_layer(modules[name], paths_of[modules[name]], "(file)", described["rank"])
             problem = _problem_with_factors(layer, name, described, file)
@@ -259,7 +265,7 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
         counts={},
         trained=file.trained,
         trained_parameters=sum(parameters[name].numel() for name in file.trained),
-        model_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        model_parameters=count_parameters(model),
     )
 
 
@@ -278,7 +284,7 @@ def _problem_with(module: nn.Module | None, described: dict[str, Any]) -> str | 
 def _problem_with_factors(layer: PlannedLayer, name: str, described: dict[str, Any], file: _File) -> str | None:
     m, K = layer.matrix
     rank = described["rank"]
-    if rank != layer.rank:
+    if rank < 1 or rank != layer.rank:
         return f"has rank {rank} in the file, this layer allows 1 to {min(m, K)}"
     for role, shape in (("A", (rank, K)), ("B", (m, rank)), ("alpha", (1,)), ("beta", (1,))):
         tensor = file.tensors[entry(name, role)]
@@ -289,9 +295,13 @@ def _problem_with_factors(layer: PlannedLayer, name: str, described: dict[str, A
 
 def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
     """Trained parameters and buffers that the model lacks or has in another shape."""
-    own: dict[str, Tensor] = dict(model.named_parameters()) | record.persistent_buffers(model)
     problems = []
-    for kind, names in (("trained parameter", file.trained), ("buffer", file.buffers)):
+    adapted = {f"{path}.weight" if path else "weight" for path in file.layers}
+    problems += [f"{name!r} is adapted and trained at once" for name in file.trained if name in adapted]
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    buffers = record.persistent_buffers(model)
+    extras = (("trained parameter", file.trained, parameters), ("buffer", file.buffers, buffers))
+    for kind, names, own in extras:
         for name in names:
             found = tuple(file.tensors[name].shape)
             if name not in own:
@@ -325,5 +335,5 @@ def _norm_tolerance(weight: Tensor, saved_dtype: str) -> float:
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype == saved_dtype:
         return 1e-6
-    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(getattr(torch, saved_dtype, torch.float32)).eps)
+    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(getattr(torch, saved_dtype)).eps)
     return 1e-6 + 4 * eps / weight.numel() ** 0.5

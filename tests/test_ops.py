@@ -19,13 +19,12 @@ SETTINGS = [(0.0, True), (0.0, False), (0.1, True), (0.1, False)]
 settings = pytest.mark.parametrize(
     ("tau", "relative"), SETTINGS, ids=["hard_relative", "hard_absolute", "soft_relative", "soft_absolute"]
 )
-_shared = pytest.mark.xfail(strict=True, reason="the reference returns one empty tensor for all that is not needed")
 BACKWARD_NEEDS = [
     (True, True, True, True, True),
-    pytest.param((True, False, False, True, True), marks=_shared),
-    pytest.param((False, False, False, True, False), marks=_shared),
-    pytest.param((False, False, True, False, True), marks=_shared),
-    pytest.param((False, False, False, False, False), marks=_shared),
+    (True, False, False, True, True),
+    (False, False, False, True, False),
+    (False, False, True, False, True),
+    (False, False, False, False, False),
 ]
 
 

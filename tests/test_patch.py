@@ -115,7 +115,6 @@ def test_a_layer_whose_tied_weight_is_trained_is_not_adapted() -> None:
         mapsurgery.patch(_tied(), "out", rank=2, train="embed")
 
 
-@pytest.mark.xfail(strict=True, reason="detach puts weight first, whatever its place was")
 def test_unpatch_keeps_the_order_of_parameters_where_the_weight_was_not_the_first() -> None:
     layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
     nn.utils.parametrize.remove_parametrizations(layer, "weight")
@@ -298,7 +297,6 @@ def test_a_meta_model_is_the_base_once_its_weights_arrive(how: str, kind: str, r
     assert not mapsurgery.verify(model, image()).failures
 
 
-@pytest.mark.xfail(strict=True, reason="save copies the tensors before it looks whether they are on meta")
 def test_a_meta_model_cannot_be_saved(tmp_path) -> None:
     with torch.device("meta"):
         model = mapsurgery.patch(net(), "*", rank=2)

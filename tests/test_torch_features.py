@@ -75,7 +75,6 @@ def test_a_shallow_copy_shares_the_parameters() -> None:
     assert torch.equal(other(x), layer(x))
 
 
-@pytest.mark.xfail(strict=True, reason="pickle and deepcopy rebuild the public class")
 def test_a_subclass_of_a_public_class_survives_copying() -> None:
     layer = _Named(4, 4, rank=2)
     for name, other in _copies(layer).items():
@@ -355,7 +354,6 @@ def test_double_backward_through_a_model_is_that_of_the_materialised_weights() -
         torch.testing.assert_close(p.grad, want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="the autograd functions have no jvp; torch.func.jvp works")
 def test_forward_mode_works_on_a_patched_layer_as_on_the_original() -> None:
     layer = mapsurgery.patch(nn.Linear(4, 3), "*", rank=2)
     with torch.autograd.forward_ad.dual_level():

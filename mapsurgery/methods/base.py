@@ -12,6 +12,22 @@ from .. import ops
 from .init import Init
 
 
+def check_dropout(dropout: Any) -> None:
+    """Raises ValueError unless `dropout` is a probability below 1."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a probability in [0, 1), got {dropout!r}")
+
+
+def check_rank(rank: Any, name: str = "rank", limit: int | None = None) -> None:
+    """Raises TypeError or ValueError unless `rank` is an int of at least 1 (and at most `limit`)."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{name} must be an int, got {rank!r} ({type(rank).__name__})")
+    if rank < 1:
+        raise ValueError(f"{name} must be at least 1, got {rank}")
+    if limit is not None and rank > limit:
+        raise ValueError(f"{name} must be at most {limit} in this layer, got {rank}")
+
+
 class Adapter(nn.Module):
     """A frozen weight W and the parameters that turn it into W'.
 
@@ -59,6 +75,7 @@ class Adapter(nn.Module):
         self.transposed = transposed
         self.layer_name = name
         self.enabled = True
+        self.place = 0  # among the layer's parameters; set when the layer is adapted
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.register_buffer("weight_norm", torch.full((1,), float("nan"), dtype=norm_dtype, device=weight.device))
@@ -78,6 +95,9 @@ class Adapter(nn.Module):
     def reset_parameters(self) -> None:
         """Set the adapter's own parameters to their start; needs ||W||_F."""
         raise NotImplementedError
+
+    def norm_changed(self, before: Tensor) -> None:
+        """||W||_F is no longer `before` (1,): a checkpoint with other weights was loaded under the adapter."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W'^T + bias; x (..., K), result (..., m)."""
@@ -149,8 +169,11 @@ class Adapter(nn.Module):
         device = self.base_weight.device
         if self.weight_norm.is_meta:
             self.weight_norm = torch.empty_like(self.weight_norm, device=device)
+        before = self.weight_norm.clone()
         self.take_norm()
-        if self.pending:
+        if not self.pending:
+            self.norm_changed(before)
+        else:
             for name, parameter in self.own_parameters().items():
                 if parameter.is_meta:
                     fresh = torch.empty_like(parameter, device=device)

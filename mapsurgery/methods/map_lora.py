@@ -44,6 +44,16 @@ class MapLora(Adapter):
         self.alpha.fill_(1.0).mul_(unit)
         self.beta.fill_(self.init.first_beta).mul_(unit)
 
+    @torch.no_grad()
+    def norm_changed(self, before: Tensor) -> None:
+        """Absolute magnitudes keep their size relative to ||W||_F; alpha = ||W||_F, the start, stays exactly that."""
+        if self.init.relative or before.item() == 0 or self.weight_norm.item() == 0:
+            return
+        started = self.alpha == before.to(self.alpha.dtype)
+        ratio = self.weight_norm / before
+        self.alpha.copy_(torch.where(started, self.weight_norm, self.alpha * ratio))
+        self.beta.mul_(ratio)
+
     def _factors(self) -> tuple[Any, ...]:
         """The arguments that every operator shares."""
         if self.pending:

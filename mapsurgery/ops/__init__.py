@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference, registration
 
@@ -30,7 +31,7 @@ def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, .
     """The first result of an operator, by the quickest way that the running mode allows."""
     if torch.compiler.is_compiling():
         return getattr(_ops, name).default(*args)[0]
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return getattr(reference, name)(*args)[0]  # vmap, jvp and nested grad follow from plain torch
     return function.apply(*args)
 

@@ -46,9 +46,12 @@ def lowrank_norm(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gram_a, gram_b = A @ A.t(), B.t() @ B
     # In float64 the r x r contraction cannot overflow where the Gram matrices did not; rounding may leave it below 0.
     square = (gram_a.double() * gram_b.double()).sum().clamp_min(0)
-    # sqrt has an infinite slope at 0: keep it out of the graph there, or 0 * inf makes a NaN gradient.
-    norm = torch.where(square > 0, square, 1).sqrt() * (square > 0)
-    return norm.to(acc).reshape(1), gram_a, gram_b
+    return _sqrt(square).to(acc).reshape(1), gram_a, gram_b
+
+
+def _sqrt(square: Tensor) -> Tensor:
+    """sqrt with gradient 0 at 0, where its slope is infinite: 0 * inf would make a NaN gradient. NaN stays NaN."""
+    return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
 
 
 def map_scales(
@@ -62,14 +65,14 @@ def map_scales(
     """
     norm, gram_a, gram_b = lowrank_norm(A, B)
     acc = norm.dtype
+    # Comparisons are with 0 alone, so that NaN passes through: training that diverged has to be seen.
     p, w = norm.double(), weight_norm.double()
-    w = torch.where(w > 0, w, 1)
-    soft = torch.where(p > 0, p, tau * w)
-    soft = torch.where(p > 0, soft * torch.sqrt(1 + (tau * w / torch.where(p > 0, p, 1)) ** 2), soft)
-    fallback = (gram_a.diagonal().double().sum() + gram_b.diagonal().double().sum()).detach()
-    fallback = torch.where(fallback > 0, fallback, 0).sqrt()
-    p = torch.where(soft > 0, soft, fallback)
-    inverse = torch.where(p > 0, 1 / torch.where(p > 0, p, 1), 0)
+    w = torch.where(w == 0, 1, w)
+    ratio = tau * w / torch.where(p == 0, 1, p)
+    p = torch.where(p == 0, tau * w, p * torch.sqrt(1 + ratio**2))
+    trace = (gram_a.diagonal().double().sum() + gram_b.diagonal().double().sum()).detach()
+    p = torch.where(p == 0, _sqrt(trace), p)
+    inverse = torch.where(p == 0, 0, 1 / torch.where(p == 0, 1, p))
     u_w = torch.ones_like(w) if relative else 1 / w
     ds_d = (w if relative else 1) * inverse
     s_d = beta.double() * ds_d
@@ -127,6 +130,11 @@ def map_linear(
     return y, h, scales, gram_a, gram_b
 
 
+def _nothing(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+    """Empty gradients of x, weight, bias, A, B, alpha, beta: an operator may not return one tensor twice."""
+    return tuple(like.new_empty(0) for like in (x, x, x, A, B, scales, scales))
+
+
 def map_linear_backward(
     grad: Tensor,
     x: Tensor,
@@ -150,13 +158,10 @@ def map_linear_backward(
     the factors. dbias and dweight are in the dtype of grad and of weight.
     """
     dtype, acc = x.dtype, scales.dtype
-    G, X, H = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
+    G, X, H = (t[None] if t.dim() == 1 else t.flatten(0, -2) for t in (grad, x, h))  # reshape(-1, 0) is ambiguous
     s_w, s_d = scales[S_W].to(dtype), scales[S_D].to(dtype)
     GB = G @ B.to(dtype)
-    empty = x.new_empty(0)
-    dx = dweight = dbias = empty
-    dA, dB = A.new_empty(0), B.new_empty(0)
-    dalpha = dbeta = scales.new_empty(0)
+    dx, dweight, dbias, dA, dB, dalpha, dbeta = _nothing(x, A, B, scales)
     if need_x or need_alpha:
         GW = G @ weight.to(dtype)
         if need_alpha:
@@ -284,22 +289,19 @@ def map_conv_backward(
     spatial, dtype, acc = len(stride), x.dtype, scales.dtype
     m, rank = B.shape
     s_w, s_d = scales[S_W].to(dtype), scales[S_D].to(dtype)
-    empty = x.new_empty(0)
-    dx = dweight = dbias = empty
-    dA, dB = A.new_empty(0), B.new_empty(0)
-    dalpha = dbeta = scales.new_empty(0)
+    dx, dweight, dbias, dA, dB, dalpha, dbeta = _nothing(x, A, B, scales)
     if need_bias:
         dbias = grad.sum([0, *range(2, 2 + spatial)])
     if weight_space:
         need_d = need_weight or need_factors or need_alpha
         W = _combine(weight.reshape(m, -1), A, B, scales, dtype) if need_x else weight.to(dtype)
         dx, D = _conv_grads(grad, x, W.reshape(weight.shape), *conv, need_x, need_d)
-        dx = dx if need_x else empty
+        dx = dx if need_x else x.new_empty(0)
         if need_d:
             dweight, dA, dB, dalpha, dbeta = effective_weight_backward(
                 D.reshape(m, -1), weight.reshape(m, -1), A, B, scales, gram_a, gram_b, need_weight
             )
-            dweight = dweight.reshape(weight.shape) if need_weight else empty
+            dweight = dweight.reshape(weight.shape) if need_weight else x.new_empty(0)
         return dx, dweight, dbias, dA, dB, dalpha, dbeta
 
     ones, zeros = [1] * spatial, [0] * spatial

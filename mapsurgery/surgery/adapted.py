@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..methods import Adapter, Init, MapLora
+from ..methods.base import check_dropout, check_rank
 
 CHILD = "adapter"
 
@@ -48,8 +49,10 @@ class AdaptedLayer(nn.Module):
             state_dict[moved] = state_dict.pop(original)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes of adapted layers are made on demand: pickle rebuilds them from the original class."""
+        if type(self) is not adapted_class(self.original_class):
+            return super().__reduce_ex__(protocol)  # a user's own subclass of a public class can be imported
         return _rebuild, (self.original_class,), self.__dict__
 
 
@@ -107,8 +110,10 @@ class _Constructed:
         adapter_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        check_dropout(dropout)
         layer = self.original_class(*args, **kwargs)
         weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
+        check_rank(rank, limit=min(weight.shape[0], weight.numel() // weight.shape[0]))
         dtype = adapter_dtype or default_dtype(weight.dtype)
         adapter = MapLora(weight, rank=rank, init=Init.parse(init), dropout=dropout, dtype=dtype)
         weight.requires_grad_(False)
@@ -183,6 +188,7 @@ def attach(layer: nn.Module, adapter: Adapter) -> AdaptedLayer:
     """
     layer.__class__ = adapted_class(type(layer))  # first: the only step that can fail
     assert isinstance(layer, AdaptedLayer)
+    adapter.place = list(layer._parameters).index("weight")
     layer._parameters.pop("weight")
     layer._modules[CHILD] = adapter
     adapter.train(layer.training)
@@ -190,9 +196,11 @@ def attach(layer: nn.Module, adapter: Adapter) -> AdaptedLayer:
 
 
 def detach(layer: AdaptedLayer, weight: nn.Parameter) -> None:
-    """Undo `attach`, with `weight` in its old place (first, so that state_dict keeps its order)."""
+    """Undo `attach`, with `weight` in its old place, so that state_dict keeps its order."""
+    place = layer.adapter.place
     del layer._modules[CHILD]
     layer.__class__ = layer.original_class  # type: ignore[assignment]
-    others = dict(layer._parameters)
+    entries = list(layer._parameters.items())
+    entries.insert(place, ("weight", weight))
     layer._parameters.clear()
-    layer._parameters.update({"weight": weight, **others})
+    layer._parameters.update(entries)

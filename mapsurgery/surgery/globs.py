@@ -13,6 +13,8 @@ def as_patterns(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
     Raises:
         TypeError: something in it is not a string; names the argument and the value.
     """
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{argument} must be a glob string or several, got {value!r}")
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -85,6 +85,8 @@ def _special_weight(module: nn.Module) -> str | None:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating dtype that MAP computes in"
     if weight.layout != torch.strided:
         return f"its weight is {weight.layout}"
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        return "its weight is expanded: several of its elements share one place in memory"
     return "its weight is empty" if weight.numel() == 0 else None
 
 

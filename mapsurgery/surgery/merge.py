@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..methods import Adapter
 from . import record
-from .adapted import attach, detach
+from .adapted import AdaptedLayer, attach, detach
 from .patch import MERGED, freeze, restore_requires_grad
 from .record import Record
 
@@ -42,25 +42,46 @@ def merge(model: Model, *, keep_base: bool = False) -> Model:
 
     Raises:
         ValueError: the model is not patched, or an adapter holds NaN or infinity (nothing is merged then).
+
+    Should merging fail midway all the same, the model stays patched, and what was merged is taken back as by `unmerge`.
     """
     root, memory = record.find_patched(model)
     layers = record.adapted_layers(root)
     for path, layer in layers.items():
         _refuse_unmergeable(path, layer.adapter)
     memory_map = _memory_map(model)
-    for layer in layers.values():
-        adapter = layer.adapter
-        base = adapter.base_weight
-        apart = keep_base or _held_elsewhere(adapter, memory_map)
-        merged = nn.Parameter(base.detach().clone(memory_format=torch.preserve_format)) if apart else base
-        adapter.merge_into(merged.detach())
-        detach(layer, merged)
-        adapter.register_parameter("base_weight", None)
-        layer.__dict__[MERGED] = Merged(adapter, base if apart else None)
+    apart = {path: _copy_of(layer) for path, layer in layers.items() if keep_base or _held_elsewhere(layer, memory_map)}
+    done: list[Adapter] = []
+    try:
+        for path, layer in layers.items():
+            adapter = layer.adapter
+            adapter.merge_into(apart.get(path, adapter.base_weight).detach())
+            if path not in apart:
+                done.append(adapter)
+    except BaseException:
+        for adapter in done:
+            adapter.unmerge_from(adapter.base_weight.detach())
+        raise
+    for path, layer in layers.items():
+        _become_merged(layer, apart.get(path))
     restore_requires_grad(root, memory)
     record.drop(root)
     root.__dict__[_MERGED_RECORD] = memory
     return model
+
+
+def _copy_of(layer: AdaptedLayer) -> nn.Parameter:
+    base = layer.adapter.base_weight
+    return nn.Parameter(base.detach().clone(memory_format=torch.preserve_format), requires_grad=False)
+
+
+def _become_merged(layer: AdaptedLayer, copy: nn.Parameter | None) -> None:
+    """The original class again, on the merged weight: the layer's own, or its copy."""
+    adapter = layer.adapter
+    base = adapter.base_weight
+    detach(layer, base if copy is None else copy)
+    adapter.register_parameter("base_weight", None)
+    layer.__dict__[MERGED] = Merged(adapter, None if copy is None else base)
 
 
 @torch.no_grad()
@@ -93,10 +114,16 @@ def unmerge(model: Model) -> Model:
 def _unmerge_layer(layer: nn.Module, kept: Merged) -> None:
     weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
     adapter = kept.adapter.to(weight.device)
-    adapter.base_weight = weight if kept.base is None else kept.base
+    adapter.base_weight = weight if kept.base is None else _on(kept.base, weight)
     if kept.base is None:
         adapter.unmerge_from(weight.detach())
     attach(layer, adapter)
+
+
+def _on(base: nn.Parameter, weight: Tensor) -> nn.Parameter:
+    """The kept base where the model has moved or been cast to since; the very Parameter where it has not."""
+    same = base.device == weight.device and base.dtype == weight.dtype
+    return base if same else nn.Parameter(base.detach().to(weight), requires_grad=False)
 
 
 def _refuse_unmergeable(path: str, adapter: Adapter) -> None:
@@ -133,8 +160,9 @@ def _memory_map(model: nn.Module) -> dict[int, list[tuple[int, int, nn.Module]]]
     return spans
 
 
-def _held_elsewhere(adapter: Adapter, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:
-    """Whether writing to the adapter's weight would change a tensor of another module."""
+def _held_elsewhere(layer: AdaptedLayer, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:
+    """Whether writing to the layer's weight would change a tensor of another module."""
+    adapter = layer.adapter
     start, stop = _span(adapter.base_weight)
     held = memory_map[adapter.base_weight.untyped_storage().data_ptr()]
     return any(owner is not adapter and first < stop and start < last for first, last, owner in held)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter, Init
 from . import record
@@ -72,11 +73,12 @@ def apply_plan(model: Model, plan: Plan) -> Model:
     try:
         for layer, adapter in zip(plan.layers, adapters, strict=True):
             done.append((attach(layer.module, adapter), adapter.base_weight))
+        freeze(model, adapters, memory.trained)
     except BaseException:
         for layer_done, weight in done:
             detach(layer_done, weight)
+        restore_requires_grad(model, memory)
         raise
-    freeze(model, adapters, memory.trained)
     record.put(model, memory)
     for module in model.modules():
         module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
@@ -93,15 +95,19 @@ def _remember(model: nn.Module, plan: Plan) -> Record:
     return Record(
         config=plan.config,
         trained=plan.trained,
-        requires_grad={name: parameter.requires_grad for name, parameter in parameters.items()},
-        originals={name: None if t.is_meta else t.detach().clone() for name, t in changing.items()},
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+        originals={name: None if _has_no_values(t) else t.detach().clone() for name, t in changing.items()},
     )
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer)
 
 
 def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]) -> None:
     """Leave requires_grad to the adapters' own parameters and to what `train` named."""
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # not requires_grad_(): lazy parameters refuse the method
     for adapter in adapters:
         for parameter in adapter.own_parameters().values():
             parameter.requires_grad_(True)
@@ -111,9 +117,9 @@ def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]
 
 def restore_requires_grad(model: nn.Module, memory: Record) -> None:
     """requires_grad of every parameter as before the patch; parameters that came later keep theirs."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in memory.requires_grad:
-            parameter.requires_grad_(memory.requires_grad[name])
+            parameter.requires_grad = memory.requires_grad[name]
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..methods import Adapter, Init, find
+from ..methods.base import check_dropout, check_rank
 from ..tables import render
 from .adapted import AdaptedLayer, default_dtype
 from .globs import as_patterns, first_match, matches, nearest
@@ -54,10 +56,10 @@ class Config:
             TypeError, ValueError: naming the argument and its value.
         """
         ranks = dict(rank_pattern or {})
+        as_patterns(ranks, "rank_pattern")
         for name, value in [("rank", rank), *((f"rank_pattern[{key!r}]", value) for key, value in ranks.items())]:
             check_rank(value, name)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout!r}")
+        check_dropout(dropout)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating torch dtype or None, got {dtype!r}")
         patterns = as_patterns(targets, "targets")
@@ -91,14 +93,6 @@ class Config:
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "train": list(self.train),
         }
-
-
-def check_rank(rank: Any, name: str = "rank") -> None:
-    """Raises TypeError or ValueError unless `rank` is an int of at least 1."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"{name} must be an int, got {rank!r} ({type(rank).__name__})")
-    if rank < 1:
-        raise ValueError(f"{name} must be at least 1, got {rank}")
 
 
 @dataclass(frozen=True)
@@ -149,9 +143,13 @@ class PlannedLayer:
 class SkippedModule:
     """A module that a target pattern covers and that is not adapted, with the reason."""
 
-    path: str
+    paths: tuple[str, ...]
     type_name: str
     reason: str
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
 
 
 @dataclass(frozen=True)
@@ -318,7 +316,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         if reason is None:
             layers.append(_planned(module, paths, pattern, config))
         else:
-            skipped.append(SkippedModule(paths[0], type(module).__name__, reason))
+            skipped.append(SkippedModule(paths, type(module).__name__, reason))
     counts = {p: sum(any(matches(path, p) for path in layer.paths) for layer in layers) for p in config.targets}
     _refuse_unmatched(config, counts, layers, skipped, all_paths)
     notes = _tie_notes(model, layers)
@@ -330,8 +328,13 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         counts=counts,
         trained=tuple(trained),
         trained_parameters=sum(p.numel() for p in trained.values()),
-        model_parameters=sum(p.numel() for p in model.parameters()),
+        model_parameters=count_parameters(model),
     )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of a model; those of lazy modules have no size yet."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter))
 
 
 def _refuse_patched(modules: dict[nn.Module, tuple[str, ...]]) -> None:
@@ -443,7 +446,7 @@ def _refuse_unmatched(
             if not any(matches(path, pattern) for path in all_paths):
                 raise ValueError(_no_match(argument, pattern, all_paths))
     for pattern, count in counts.items():
-        covered = [skip for skip in skipped if matches(skip.path, pattern)]
+        covered = [skip for skip in skipped if first_match(skip.paths, [pattern])]
         if count == 0 and covered:
             reasons = "; ".join(f"{s.path or 'the model itself'} ({s.type_name}): {s.reason}" for s in covered[:5])
             raise ValueError(f"targets pattern {pattern!r} matches nothing that can be adapted: {reasons}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..methods import Adapter
-from .adapted import AdaptedLayer
+from .adapted import CHILD, AdaptedLayer
 from .plan import Config, module_paths
 
 _ATTRIBUTE = "_mapsurgery"
@@ -47,7 +47,7 @@ def put(model: nn.Module, record: Record) -> None:
 
 
 def drop(model: nn.Module) -> None:
-    delattr(model, _ATTRIBUTE)
+    model.__dict__.pop(_ATTRIBUTE, None)  # a model built of adapted layers has none
 
 
 def own(model: nn.Module) -> Record | None:
@@ -64,6 +64,8 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = [(path, module) for path, module in model.named_modules() if own(module) is not None]
+    if not found and any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        return model, _of_constructed(model)
     if not found:
         raise ValueError(f"the model ({type(model).__name__}) is not patched: call mapsurgery.patch first")
     if len(found) > 1:
@@ -72,6 +74,16 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     record = own(found[0][1])
     assert record is not None
     return found[0][1], record
+
+
+def _of_constructed(model: nn.Module) -> Record:
+    """The record of a model that was built of `MapLinear` and its like, not patched: what else it trains is saved."""
+    layers = adapted_layers(model)
+    adapter = next(iter(layers.values())).adapter
+    config = Config(targets=tuple(layers), rank=adapter.rank, init=adapter.init, dropout=adapter.dropout)
+    own_names = {f"{path}.{CHILD}.{name}".lstrip(".") for path, a in layers.items() for name in a.adapter.ROLES}
+    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad and name not in own_names)
+    return Record(config=config, trained=trained, requires_grad={})
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
