@@ -145,13 +145,16 @@ def variants() -> dict[str, mapsurgery.Init]:
     """The starts that are compared."""
     start = mapsurgery.Init
     return {
-        "soft b=.1 g=2": start("soft", beta=0.1, gain=2.0),
-        "soft b=.05 g=2": start("soft", beta=0.05, gain=2.0),
-        "soft b=.1 g=8": start("soft", beta=0.1, gain=8.0),
-        "zero b=.05": start("zero", beta=0.05),
-        "random": start("random"),
-        "soft b=.1 g=2 absolute": start("soft", beta=0.1, gain=2.0, relative=False),
-        "random absolute": start("random", relative=False),
+        "soft b=.1 g=2 A~W": start("soft", beta=0.1, gain=2.0),
+        "soft b=.1 g=4 A~W": start("soft", beta=0.1, gain=4.0),
+        "soft b=.1 g=2": start("soft", beta=0.1, gain=2.0, a_scale="kaiming"),
+        "soft b=.05 g=2": start("soft", beta=0.05, gain=2.0, a_scale="kaiming"),
+        "soft b=.1 g=4": start("soft", beta=0.1, gain=4.0, a_scale="kaiming"),
+        "soft b=.1 g=8": start("soft", beta=0.1, gain=8.0, a_scale="kaiming"),
+        "zero b=.05": start("zero", beta=0.05, a_scale="kaiming"),
+        "random": start("random", a_scale="kaiming"),
+        "soft b=.1 g=2 absolute": start("soft", beta=0.1, gain=2.0, a_scale="kaiming", relative=False),
+        "random absolute": start("random", a_scale="kaiming", relative=False),
     }
 
 

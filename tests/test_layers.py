@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_materialised_weight(case: Case) -> None:
     W = a.base_weight.detach()
     transposed = case.name == "transformers_conv1d"
     matrix = W.t() if transposed else W.flatten(1)
-    W_ = defined_weight(matrix, *leaves, tau=0.05)
+    W_ = defined_weight(matrix, *leaves, tau=a.init.beta / a.init.gain)
     W_ = W_.t() if transposed else W_.reshape(W.shape)
     y = functional_call(original, {"weight": W_}, (x,))
     direction = torch.randn_like(y)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("soft", "zero", "random")
+A_SCALES = ("weight", "kaiming")
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Init:
         gain: LoRA scaling that "soft" starts with (> 0).
         relative: alpha and beta are trained in units of ||W||_F (alpha starts at 1) instead of as absolute magnitudes
             (alpha starts at ||W||_F). The same models can be reached; the size of an optimiser's step is another.
+        a_scale: size of A's entries. "weight": the root mean square of W's, so that a first optimiser step moves W by the
+            same share in every layer (about gain sqrt(r) lr for Adam with "soft"). "kaiming": 1/sqrt(3 K), LoRA's choice.
     """
 
     kind: str = "soft"
     beta: float = 0.1
-    gain: float = 2.0
+    gain: float = 4.0
     relative: bool = True
+    a_scale: str = "weight"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -38,6 +42,8 @@ class Init:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"init {name} must be a positive number, got {value!r}")
+        if self.a_scale not in A_SCALES:
+            raise ValueError(f"init a_scale {self.a_scale!r} is unknown; choose one of {A_SCALES}")
         if not isinstance(self.relative, bool):
             raise ValueError(f"init relative must be True or False, got {self.relative!r}")
 

@@ -34,8 +34,10 @@ class MapLora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A uniform as nn.Linear's weight (LoRA's choice), B zero or as A, alpha and beta by `init`."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        """A uniform, B zero or uniform, alpha and beta by `init`."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # standard deviation 1/sqrt(3 K)
+        if self.init.a_scale == "weight" and self.weight_norm.item() > 0:
+            self.A.mul_(self.weight_norm * (3 / self.B.shape[0]) ** 0.5)  # to that of W, ||W||_F / sqrt(m K)
         if self.init.kind == "random":
             nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
         else:
