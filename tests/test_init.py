@@ -15,7 +15,7 @@ from mapsurgery import Init
 
 
 def test_the_default_is_soft_and_relative() -> None:
-    assert Init() == Init("soft", 0.1, 2.0, True) and Init.parse("soft") == Init()
+    assert Init() == Init("soft", 0.1, 4.0, True, "weight") and Init.parse("soft") == Init()
     layer = mapsurgery.patch(nn.Linear(6, 5), "*", rank=2)
     assert layer.adapter.init == Init()
     assert not layer.adapter.B.any() and layer.adapter.alpha.item() == 1
