@@ -261,9 +261,7 @@ def table(args: argparse.Namespace) -> None:
                 setting = (row["lr"], row["magnitude_factor"])
                 cells.setdefault(row["variant"], {}).setdefault(setting, []).append(float(row["accuracy"]))
         rows = [_row(variant, settings) for variant, settings in cells.items()]
-        title = (
-            f"{task}: accuracy, mean (min to max over seeds); columns are lr of A and B x factor of the magnitudes' lr"
-        )
+        title = f"{task}: accuracy, mean (min to max over seeds) number of seeds; columns are lr of A and B x factor of the magnitudes' lr"
         columns = ["start", "5e-4 x1", "5e-4 x10*", "2e-3 x1", "2e-3 x10*", "best", "worst"]
         texts.append(render(title, columns, rows, "* x100 for absolute magnitudes"))
     text = "\n\n".join(texts)
@@ -277,7 +275,10 @@ def table(args: argparse.Namespace) -> None:
 def _row(variant: str, settings: dict[tuple[str, str], list[float]]) -> list[str]:
     def show(lr: str, large: bool) -> str:
         found = [v for (rate, factor), v in settings.items() if rate == lr and (float(factor) > 1) == large]
-        return f"{statistics.mean(found[0]):.3f} ({min(found[0]):.3f}-{max(found[0]):.3f})" if found else ""
+        if not found:
+            return ""
+        values = found[0]
+        return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f}) {len(values)}"
 
     means = [statistics.mean(values) for values in settings.values()]
     cells = [show(lr, large) for lr in ("0.0005", "0.002") for large in (False, True)]
