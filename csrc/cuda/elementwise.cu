@@ -4,9 +4,37 @@
 namespace mapsurgery {
 namespace {
 
-constexpr int64_t kPerThread = 4;
 constexpr int64_t kMostBlocks = 4096;
 constexpr int64_t kMostPartials = 1024;
+constexpr int64_t kPerThread = 4;  // of tangent_kernel
+
+// Numbers that a thread reads before it writes the first of them. The compiler may not move a load above a store that
+// could hit the same memory, and one narrow load at a time leaves most of the memory's bandwidth idle.
+template <class T>
+constexpr int kBatch = 16 / sizeof(T);
+
+// store(i, load(i)) for all i < n that fall to this thread, in batches.
+template <int batch, class Load, class Store>
+__device__ void for_each(int64_t n, Load load, Store store) {
+  constexpr int64_t tile = static_cast<int64_t>(kThreads) * batch;
+  for (int64_t first = blockIdx.x * tile + threadIdx.x; first < n; first += gridDim.x * tile) {
+    decltype(load(first)) values[batch];
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      if (first + k * kThreads < n) values[k] = load(first + k * kThreads);
+    }
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      if (first + k * kThreads < n) store(first + k * kThreads, values[k]);
+    }
+  }
+}
+
+template <class T, class U>
+struct Pair {
+  T a;
+  U b;
+};
 
 // The widest of two dtypes' accumulation types.
 template <class T, class U>
@@ -22,16 +50,15 @@ template <class T>
 __global__ void scale_kernel(const T* in, T* out, int64_t n, Numbers scales, int index) {
   using acc_t = accumulate_t<T>;
   const acc_t scale = scales.load<acc_t>(index);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-    out[i] = static_cast<T>(scale * static_cast<acc_t>(in[i]));
-  }
+  for_each<kBatch<T>>(
+      n, [&](int64_t i) { return in[i]; },
+      [&](int64_t i, T value) { out[i] = static_cast<T>(scale * static_cast<acc_t>(value)); });
 }
 
 template <class T>
 void launch_scale(const Tensor& in, const Tensor& out, Scale scale) {
   const int64_t n = in.numel();
-  scale_kernel<T><<<blocks_for(n, kThreads * kPerThread, kMostBlocks), kThreads, 0, current_stream(in)>>>(
+  scale_kernel<T><<<blocks_for(n, kThreads * kBatch<T>, kMostBlocks), kThreads, 0, current_stream(in)>>>(
       data_of<T>(in), data_of<T>(out), n, Numbers(scale.scales), scale.index);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -41,16 +68,17 @@ template <class T>
 __global__ void add_scaled_kernel(T* t, const T* other, int64_t n, Numbers scales, int index) {
   using acc_t = accumulate_t<T>;
   const acc_t scale = scales.load<acc_t>(index);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-    t[i] = static_cast<T>(static_cast<acc_t>(t[i]) + scale * static_cast<acc_t>(other[i]));
-  }
+  for_each<kBatch<T>>(
+      n, [&](int64_t i) { return Pair<T, T>{t[i], other[i]}; },
+      [&](int64_t i, Pair<T, T> pair) {
+        t[i] = static_cast<T>(static_cast<acc_t>(pair.a) + scale * static_cast<acc_t>(pair.b));
+      });
 }
 
 template <class T>
 void launch_add_scaled(const Tensor& t, const Tensor& other, Scale scale) {
   const int64_t n = t.numel();
-  add_scaled_kernel<T><<<blocks_for(n, kThreads * kPerThread, kMostBlocks), kThreads, 0, current_stream(t)>>>(
+  add_scaled_kernel<T><<<blocks_for(n, kThreads * kBatch<T>, kMostBlocks), kThreads, 0, current_stream(t)>>>(
       data_of<T>(t), data_of<T>(other), n, Numbers(scale.scales), scale.index);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -69,13 +97,20 @@ __global__ void scale_and_bias_kernel(T* t, int64_t rows, int64_t columns, const
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * kRows + threadIdx.y; row < rows;
        row += static_cast<int64_t>(gridDim.y) * kRows) {
     const acc_t row_bias = along_columns ? acc_t(0) : static_cast<acc_t>(bias[row % channels]);
+    T* numbers = t + row * columns;
+    Pair<T, acc_t> values[kColumns];  // read before the first is written, as in for_each
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
       const int64_t column = first_column + k * kLanes;
       if (column >= columns) continue;
-      const acc_t shift = along_columns ? static_cast<acc_t>(bias[column]) : row_bias;
-      const int64_t i = row * columns + column;
-      t[i] = static_cast<T>(scale * static_cast<acc_t>(t[i]) + shift);
+      values[k] = {numbers[column], along_columns ? static_cast<acc_t>(bias[column]) : row_bias};
+    }
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      const int64_t column = first_column + k * kLanes;
+      if (column < columns) {
+        numbers[column] = static_cast<T>(scale * static_cast<acc_t>(values[k].a) + values[k].b);
+      }
     }
   }
 }
@@ -93,18 +128,22 @@ void launch_scale_and_bias(const Tensor& t, Scale scale, const Tensor& bias, int
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+template <class T, class U>
+constexpr int kDotBatch = 32 / (sizeof(T) + sizeof(U));
+
 // partial[block] = the block's share of <a, b>; b *= s_w on the way if asked.
 template <class T, class U, bool scale_b>
 __global__ void dot_kernel(const T* a, U* b, int64_t n, Numbers scales, double* partial) {
   using acc_t = common_acc_t<T, U>;
   const acc_t s_w = scale_b ? scales.load<acc_t>(S_W) : acc_t(0);
   acc_t sum = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-    const acc_t value = static_cast<acc_t>(b[i]);
-    sum += static_cast<acc_t>(a[i]) * value;
-    if (scale_b) b[i] = static_cast<U>(s_w * value);
-  }
+  for_each<kDotBatch<T, U>>(
+      n, [&](int64_t i) { return Pair<T, U>{a[i], b[i]}; },
+      [&](int64_t i, Pair<T, U> pair) {
+        const acc_t value = static_cast<acc_t>(pair.b);
+        sum += static_cast<acc_t>(pair.a) * value;
+        if (scale_b) b[i] = static_cast<U>(s_w * value);
+      });
   const double total = block_sum(static_cast<double>(sum));
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
@@ -124,7 +163,7 @@ __global__ void finish_dot_kernel(const double* partial, int count, Numbers scal
 template <class T, class U, bool scale_b>
 Dot launch_dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
   const int64_t n = a.numel();
-  const unsigned blocks = blocks_for(n, kThreads * kPerThread, kMostPartials);
+  const unsigned blocks = blocks_for(n, kThreads * kDotBatch<T, U>, kMostPartials);
   const cudaStream_t stream = current_stream(a);
   const Tensor partial = empty({blocks}, ScalarType::Double, a);
   Dot result{empty({1}, scales.scalar_type(), a), empty({1}, scales.scalar_type(), a)};

@@ -45,7 +45,7 @@ __device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, ac
 template <class T, class acc_t>
 __global__ void __launch_bounds__(kThreads) gram_kernel(Factor<T, acc_t> A, Factor<T, acc_t> B, int64_t rank) {
   __shared__ acc_t left[kTile][kChunk + 1], right[kTile][kChunk + 1];  // + 1: no bank conflicts
-  const Factor<T, acc_t>& f = blockIdx.z == 0 ? A : B;
+  const Factor<T, acc_t> f = blockIdx.z == 0 ? A : B;
   if (blockIdx.y >= f.slices) return;  // the whole block: no barrier waits for it
 
   const int tiles = static_cast<int>((rank + kTile - 1) / kTile);
