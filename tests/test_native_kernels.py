@@ -229,6 +229,15 @@ def test_map_linear_casts_the_weight_to_the_input(device):
     check_linear(x, weight, torch.randn(80, device=device), adapter(80, 96, 8, weight, torch.float32))
 
 
+@native
+def test_a_large_scale_of_the_update_does_not_overflow_half(device):
+    x, weight = 300 * torch.randn(4, 256, device=device), torch.randn(64, 256, device=device) / 50
+    A, B, *rest = adapter(64, 256, 4, weight, torch.float32)
+    args = (A, B / 1e3, *rest)  # one small step from B = 0 with tau = 0: s_d is in the hundreds
+    out = ops.map_linear(x.half(), weight.half(), None, *args)[0]
+    assert_close(out, reference.map_linear(*map(exact, (x, weight, None, *args)))[0], 4e-3)
+
+
 @pytest.mark.parametrize("needed", range(5))
 def test_map_linear_backward_gives_what_is_needed_and_no_more(device, needed):
     weight = torch.randn(80, 96, device=device)

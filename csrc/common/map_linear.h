@@ -32,7 +32,9 @@ Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   Tensor h = Device::mm(X, transposed(cast(A, dtype)));
   Tensor y = Device::scaled_mm(X, transposed(cast(weight, dtype)), {scales, S_W},
                                bias ? std::optional(cast(*bias, dtype)) : std::nullopt);
-  add_scaled_mm_<Device>(y, h, transposed(cast(B, dtype)), {scales, S_D});
+  // s_d B has the size of W; s_d h can overflow float16 while B, and with it 1/s_d, is still small.
+  const Folded up = Device::fold(cast(B, dtype), {scales, S_D});
+  Device::addmm(y, y, h, transposed(up.tensor), 1, up.alpha);
   if (x.dim() != 2) {
     y = reshaped(y, with_last(sizes_of(x), weight.size(0)));
     h = reshaped(h, with_last(sizes_of(x), A.size(0)));
