@@ -187,3 +187,44 @@ def test_verify_works_inside_no_grad_and_in_other_dtypes() -> None:
 def test_a_copy_can_be_verified_while_the_original_trains() -> None:
     model = _patched(TwoPaths)
     assert not mapsurgery.verify(copy.deepcopy(model), torch.randn(3, 4)).failures
+
+
+class _NoGradInTraining(nn.Module):
+    """Runs its first layer without autograd in train mode only, as reentrant checkpointing of frozen inputs does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
+            x = self.first(x)
+        return self.second(x)
+
+
+def test_a_layer_that_learns_in_eval_mode_only_is_found() -> None:
+    model = mapsurgery.patch(_NoGradInTraining(), "*", rank=2)
+    with pytest.raises(mapsurgery.VerificationError, match="first: .*train mode"):
+        mapsurgery.verify(model, torch.randn(2, 4))
+
+
+def test_a_new_head_of_zeros_is_no_alarm() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    nn.init.zeros_(model[1].weight)
+    mapsurgery.verify(mapsurgery.patch(model, "0", rank=2, train="1"), torch.randn(2, 4))
+    assert not model[1].weight.any()
+
+
+class _Noisy(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input + torch.randn_like(input))
+
+
+def test_randomness_in_eval_mode_is_no_alarm() -> None:
+    mapsurgery.verify(mapsurgery.patch(nn.Sequential(_Noisy(4, 4)), "*", rank=2), torch.randn(2, 4))
+
+
+def test_a_train_mode_that_cannot_run_is_noted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    result = mapsurgery.verify(mapsurgery.patch(model, "0", rank=2), torch.randn(1, 4))
+    assert "train mode was not checked" in str(result)
