@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import signal
 
 import pytest
 import torch
@@ -175,15 +177,64 @@ def test_unpatch_after_unmerge_is_the_original_bitwise() -> None:
     snapshot.assert_holds(model)
 
 
-def test_a_base_that_alpha_wiped_out_cannot_be_unmerged_and_nothing_changes() -> None:
+def test_a_base_that_alpha_wipes_out_is_kept_for_unmerge() -> None:
     model = _patched()
     with torch.no_grad():
         model.body[2].adapter.alpha.zero_()
-    mapsurgery.merge(model)
-    snapshot = Snapshot(model)
-    with pytest.raises(ValueError, match=r"body\.2: .*0.*base|body\.2: .*base.*0"):
+    base = model.body[2].adapter.base_weight.clone()
+    mapsurgery.unmerge(mapsurgery.merge(model))
+    assert torch.equal(model.body[2].adapter.base_weight, base)
+
+
+def test_a_final_merge_leaves_no_trace() -> None:
+    model = _patched()
+    expected = model(image())
+    mapsurgery.merge(model, final=True)
+    torch.testing.assert_close(model(image()), expected, rtol=1e-5, atol=1e-6)
+    assert b"mapsurgery" not in pickle.dumps([module.__dict__ for module in model.modules()])
+    with pytest.raises(ValueError, match="merged"):
         mapsurgery.unmerge(model)
-    snapshot.assert_holds(model)
+    with pytest.raises(ValueError, match="keep_base"):
+        mapsurgery.merge(_patched(), keep_base=True, final=True)
+
+
+def test_an_unmerge_that_fails_midway_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _patched()
+    expected = model(image())
+    mapsurgery.merge(model)
+    adapter = type(next(m.adapter for m in vars(model.body[2]).values() if hasattr(m, "adapter")))
+    original = adapter.unmerge_from
+    calls = []
+
+    def failing(self: nn.Module, weight: torch.Tensor) -> None:
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError("midway")
+        original(self, weight)
+
+    monkeypatch.setattr(adapter, "unmerge_from", failing)
+    with pytest.raises(MemoryError, match="midway"):
+        mapsurgery.unmerge(model)
+    torch.testing.assert_close(model(image()), expected, rtol=1e-4, atol=1e-5)
+    mapsurgery.unmerge(model)
+    torch.testing.assert_close(model(image()), expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(model.body[2], mapsurgery.AdaptedLayer)
+
+
+def test_an_interrupt_comes_after_the_merge_not_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _patched()
+    expected = model(image())
+    original = type(model.stem.adapter).merge_into
+
+    def interrupted(adapter: nn.Module, weight: torch.Tensor) -> None:
+        original(adapter, weight)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(type(model.stem.adapter), "merge_into", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mapsurgery.merge(model)
+    assert not any(isinstance(module, mapsurgery.AdaptedLayer) for module in model.modules())
+    torch.testing.assert_close(model(image()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_unmerge_is_refused_where_there_is_nothing_to_take_back() -> None:

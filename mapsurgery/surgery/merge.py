@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from . import record
 from .adapted import AdaptedLayer, attach, detach
 from .patch import MERGED, freeze, restore_requires_grad
 from .record import Record
+from .uninterrupted import uninterrupted
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,7 +30,7 @@ class Merged:
 
 
 @torch.no_grad()
-def merge(model: Model, *, keep_base: bool = False) -> Model:
+def merge(model: Model, *, keep_base: bool = False, final: bool = False) -> Model:
     """Fold the adapters into the weights: W <- W', original classes and names, no overhead left.
 
     Works in place, in float32 (float64 for float64 weights) with one rounding and no second copy of a weight; a weight
@@ -36,38 +38,58 @@ def merge(model: Model, *, keep_base: bool = False) -> Model:
 
     Args:
         keep_base: keep the base weights (one more copy), so that `unmerge` is exact to the bit.
+        final: keep nothing to unmerge with. The model then holds no trace of mapsurgery; its pickle loads without it.
 
     Returns:
         The same model. requires_grad is as before `patch`; what `train` named keeps its trained values.
 
     Raises:
-        ValueError: the model is not patched, or an adapter holds NaN or infinity (nothing is merged then).
+        ValueError: the model is not patched, an adapter holds NaN or infinity, an adapted layer was replaced since, or
+            `keep_base` and `final` are both asked for. Nothing is merged then.
 
     Should merging fail midway all the same, the model stays patched, and what was merged is taken back as by `unmerge`.
     """
+    if keep_base and final:
+        raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")
     root, memory = record.find_patched(model)
-    layers = record.adapted_layers(root)
+    layers = record.intact_layers(root, memory)
     for path, layer in layers.items():
         _refuse_unmergeable(path, layer.adapter)
     memory_map = _memory_map(model)
-    apart = {path: _copy_of(layer) for path, layer in layers.items() if keep_base or _held_elsewhere(layer, memory_map)}
+    apart = {
+        path: _copy_of(layer)
+        for path, layer in layers.items()
+        # Multiplied by 0, a weight could not be recovered should a later layer fail.
+        if keep_base or _held_elsewhere(layer, memory_map) or not layer.adapter.recoverable()
+    }
+    with uninterrupted():
+        targets = [(layer.adapter, apart.get(path)) for path, layer in layers.items()]
+        _in_place(targets, Adapter.merge_into, Adapter.unmerge_from)
+        for path, layer in layers.items():
+            _become_merged(layer, apart.get(path), final)
+        restore_requires_grad(root, memory)
+        record.drop(root)
+        if not final:
+            root.__dict__[_MERGED_RECORD] = memory
+    return model
+
+
+def _in_place(
+    targets: list[tuple[Adapter, nn.Parameter | None]],
+    operation: Callable[[Adapter, Tensor], None],
+    inverse: Callable[[Adapter, Tensor], None],
+) -> None:
+    """Run an operation on each adapter's weight, or on the copy that is given for it; on failure take it back."""
     done: list[Adapter] = []
     try:
-        for path, layer in layers.items():
-            adapter = layer.adapter
-            adapter.merge_into(apart.get(path, adapter.base_weight).detach())
-            if path not in apart:
+        for adapter, copy in targets:
+            getattr(adapter, operation.__name__)((adapter.base_weight if copy is None else copy).detach())
+            if copy is None:
                 done.append(adapter)
     except BaseException:
         for adapter in done:
-            adapter.unmerge_from(adapter.base_weight.detach())
+            getattr(adapter, inverse.__name__)(adapter.base_weight.detach())
         raise
-    for path, layer in layers.items():
-        _become_merged(layer, apart.get(path))
-    restore_requires_grad(root, memory)
-    record.drop(root)
-    root.__dict__[_MERGED_RECORD] = memory
-    return model
 
 
 def _copy_of(layer: AdaptedLayer) -> nn.Parameter:
@@ -75,13 +97,14 @@ def _copy_of(layer: AdaptedLayer) -> nn.Parameter:
     return nn.Parameter(base.detach().clone(memory_format=torch.preserve_format), requires_grad=False)
 
 
-def _become_merged(layer: AdaptedLayer, copy: nn.Parameter | None) -> None:
+def _become_merged(layer: AdaptedLayer, copy: nn.Parameter | None, final: bool) -> None:
     """The original class again, on the merged weight: the layer's own, or its copy."""
     adapter = layer.adapter
     base = adapter.base_weight
     detach(layer, base if copy is None else copy)
     adapter.register_parameter("base_weight", None)
-    layer.__dict__[MERGED] = Merged(adapter, None if copy is None else base)
+    if not final:
+        layer.__dict__[MERGED] = Merged(adapter, None if copy is None else base)
 
 
 @torch.no_grad()
@@ -103,21 +126,25 @@ def unmerge(model: Model) -> Model:
         kept: Merged = layer.__dict__[MERGED]
         if kept.base is None and not kept.adapter.recoverable():
             raise ValueError(f"{path}: its base was multiplied by 0, so the merged weight holds nothing of it any more")
-    for layer in layers.values():
-        _unmerge_layer(layer, layer.__dict__.pop(MERGED))
-    del root.__dict__[_MERGED_RECORD]
-    record.put(root, memory)
-    freeze(root, [layer.adapter for layer in record.adapted_layers(root).values()], memory.trained)
+    with uninterrupted():
+        for layer in layers.values():
+            _give_weight_back(layer, layer.__dict__[MERGED])
+        kept_of: list[Merged] = [layer.__dict__[MERGED] for layer in layers.values()]
+        _in_place([(m.adapter, None) for m in kept_of if m.base is None], Adapter.unmerge_from, Adapter.merge_into)
+        for layer in layers.values():
+            attach(layer, layer.__dict__.pop(MERGED).adapter)
+        del root.__dict__[_MERGED_RECORD]
+        record.put(root, memory)
+        freeze(root, [layer.adapter for layer in record.adapted_layers(root).values()], memory.trained)
     return model
 
 
-def _unmerge_layer(layer: nn.Module, kept: Merged) -> None:
+def _give_weight_back(layer: nn.Module, kept: Merged) -> None:
+    """The adapter holds its weight again, where the model is now; the layer's own is not changed yet."""
     weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
-    adapter = kept.adapter.to(weight.device)
-    adapter.base_weight = weight if kept.base is None else _on(kept.base, weight)
-    if kept.base is None:
-        adapter.unmerge_from(weight.detach())
-    attach(layer, adapter)
+    kept.adapter.base_weight = None  # type: ignore[assignment]
+    kept.adapter.to(weight.device)
+    kept.adapter.base_weight = weight if kept.base is None else _on(kept.base, weight)
 
 
 def _on(base: nn.Parameter, weight: Tensor) -> nn.Parameter:

@@ -15,6 +15,7 @@ from . import record
 from .adapted import AdaptedLayer, attach, detach
 from .plan import Config, Patterns, Plan, build, make_plan
 from .record import Record
+from .uninterrupted import uninterrupted
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,27 +63,35 @@ def patch(
             is then as it was.
     """
     config = Config.checked(targets, exclude, rank, rank_pattern, method, update, init, dropout, dtype, train)
-    return apply_plan(model, make_plan(model, config))
+    root = record.unwrapped(model) if isinstance(model, nn.Module) else model
+    apply_plan(root, make_plan(root, config))
+    return model
 
 
 def apply_plan(model: Model, plan: Plan) -> Model:
     """Carry out a plan: everything that can fail comes first, and what fails later is rolled back."""
     adapters = [build(layer, plan.config) for layer in plan.layers]
     memory = _remember(model, plan)
+    with uninterrupted():
+        _attach_all(model, plan, adapters, memory)
+    return model
+
+
+def _attach_all(model: nn.Module, plan: Plan, adapters: list[Adapter], memory: Record) -> None:
     done: list[tuple[AdaptedLayer, nn.Parameter]] = []
     try:
         for layer, adapter in zip(plan.layers, adapters, strict=True):
             done.append((attach(layer.module, adapter), adapter.base_weight))
         freeze(model, adapters, memory.trained)
+        record.put(model, memory)
     except BaseException:
         for layer_done, weight in done:
             detach(layer_done, weight)
         restore_requires_grad(model, memory)
+        record.drop(model)
         raise
-    record.put(model, memory)
     for module in model.modules():
         module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
-    return model
 
 
 MERGED = "_mapsurgery_merged"
@@ -94,6 +103,7 @@ def _remember(model: nn.Module, plan: Plan) -> Record:
     changing: dict[str, Tensor] = {name: parameters[name] for name in plan.trained} | record.persistent_buffers(model)
     return Record(
         config=plan.config,
+        layers=tuple(layer.path for layer in plan.layers),
         trained=plan.trained,
         requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
         originals={name: None if _has_no_values(t) else t.detach().clone() for name, t in changing.items()},
@@ -136,14 +146,16 @@ def unpatch(model: Model) -> Model:
         ValueError: the model is not patched.
     """
     root, memory = record.find_patched(model)
-    for layer in record.adapted_layers(root).values():
-        detach(layer, layer.adapter.base_weight)
+    layers = record.adapted_layers(root)
     tensors: dict[str, Tensor] = dict(root.named_parameters()) | record.persistent_buffers(root)
-    for name, original in memory.originals.items():
-        if original is not None and name in tensors and tensors[name].shape == original.shape:
-            tensors[name].copy_(original)
-    restore_requires_grad(root, memory)
-    record.drop(root)
+    with uninterrupted():
+        for name, original in memory.originals.items():  # first: what can fail must leave the model patched
+            if original is not None and name in tensors and tensors[name].shape == original.shape:
+                tensors[name].copy_(original)
+        for layer in layers.values():
+            detach(layer, layer.adapter.base_weight)
+        restore_requires_grad(root, memory)
+        record.drop(root)
     return model
 
 
@@ -151,7 +163,9 @@ def unpatch(model: Model) -> Model:
 def disabled(model: Model) -> Iterator[Model]:
     """Within the block the model computes with its frozen weights, as if no layer were adapted.
 
-    What `train` names keeps its trained values. Blocks may be nested.
+    What `train` names keeps its trained values. Blocks may be nested. It is a switch of the model, not of the thread:
+    other threads that run the model meanwhile compute with the base as well. The output is bitwise the base's, as long
+    as the same parameters of the base require a gradient.
 
     Raises:
         ValueError: the model is not patched.
