@@ -261,7 +261,10 @@ def table(args: argparse.Namespace) -> None:
                 setting = (row["lr"], row["magnitude_factor"])
                 cells.setdefault(row["variant"], {}).setdefault(setting, []).append(float(row["accuracy"]))
         rows = [_row(variant, settings) for variant, settings in cells.items()]
-        title = f"{task}: accuracy, mean (min to max over seeds) number of seeds; columns are lr of A and B x factor of the magnitudes' lr"
+        title = (
+            f"{task}: accuracy, mean (min to max over seeds) number of seeds; "
+            "columns are lr of A and B x factor of the magnitudes' lr"
+        )
         columns = ["start", "5e-4 x1", "5e-4 x10*", "2e-3 x1", "2e-3 x10*", "best", "worst"]
         texts.append(render(title, columns, rows, "* x100 for absolute magnitudes"))
     text = "\n\n".join(texts)

@@ -10,6 +10,11 @@ from .methods import Adapter
 from .surgery import record
 
 
+def _decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels, but no bias and no norm, which may have several dimensions too."""
+    return parameter.dim() > 1 and "bias" not in name and "norm" not in type(module).__name__.lower()
+
+
 def param_groups(
     model: nn.Module,
     lr: float,
@@ -33,7 +38,8 @@ def param_groups(
         Dictionaries with "params", "lr", "weight_decay" and "name"; empty groups are left out.
 
     Raises:
-        ValueError: the model is not patched, or a rate or factor is negative.
+        ValueError: the model is not patched or its weights are not loaded, a base weight was unfrozen, or a rate or
+            factor is negative.
     """
     for name, value in [
         ("lr", lr),
@@ -43,7 +49,12 @@ def param_groups(
     ]:
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value!r}")
-    record.find_patched(model)
+    root, memory = record.find_patched(model)
+    for path, layer in record.intact_layers(root, memory).items():
+        if layer.adapter.pending:
+            raise ValueError(
+                f"{path}: its weight is not loaded yet (meta device); load the weights, then make the groups"
+            )
     settings = {
         "down": (lr, weight_decay),
         "up": (lr * b_lr_factor, weight_decay),
@@ -59,8 +70,7 @@ def param_groups(
             if parameter is None or not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            # Biases and the weights of norms are the one-dimensional ones.
-            members[roles.get(name) or ("decay" if parameter.dim() > 1 else "no_decay")].append(parameter)
+            members[roles.get(name) or ("decay" if _decays(module, name, parameter) else "no_decay")].append(parameter)
     return [
         {"params": params, "lr": settings[name][0], "weight_decay": settings[name][1], "name": name}
         for name, params in members.items()

@@ -13,25 +13,30 @@ from .surgery.record import Record
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that adapting changed, and nothing else.
+    """Everything that training changed, and nothing else.
 
-    The adapters' parameters, the parameters that `train` named, and those persistent buffers (BatchNorm statistics)
-    that are no longer what they were at `patch`.
+    The adapters' parameters, other parameters that require a gradient (`train` named them, or they were unfrozen or
+    added later), and those persistent buffers (BatchNorm statistics) that are no longer what they were at `patch`.
 
     Returns:
         Tensors (detached, not copied) by their names in the model: "<layer>.adapter.A" ..., "<parameter>", "<buffer>".
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, an adapted layer was replaced since, or a frozen weight was unfrozen.
     """
     root, memory = record.find_patched(model)
     state: dict[str, Tensor] = {}
-    for path, layer in record.adapted_layers(root).items():
+    for path, layer in record.intact_layers(root, memory).items():
         for name, parameter in layer.adapter.own_parameters().items():
             state[entry(path, name)] = parameter.detach()
-    for name in memory.trained:
+        state[entry(path, FORM)] = layer.adapter.form
+    for name in record.trained_names(root, memory):
         state[name] = root.get_parameter(name).detach()
     return state | {name: root.get_buffer(name) for name in changed_buffers(root, memory)}
+
+
+FORM = "form"
+"""Buffer of an adapter that says how its parameters are meant (tau, relative)."""
 
 
 def entry(path: str, name: str) -> str:
@@ -69,15 +74,30 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     required = {name for name, (_, optional) in places.items() if not optional}
     problems = [f"missing: {name}" for name in sorted(required - set(state))]
     problems += [f"unknown: {name}" for name in sorted(set(state) - set(places))]
-    for name in state.keys() & places.keys():
-        expected, found = tuple(places[name][0].shape), tuple(state[name].shape)
-        if expected != found:
-            problems.append(f"{name} has shape {found}, the model's has {expected}")
+    problems += [
+        problem for name in state if name in places and (problem := _misfit(name, state[name], places[name][0]))
+    ]
     if problems:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems[:10]))
+    for path, layer in record.adapted_layers(root).items():
+        layer.adapter.refuse_other_form(state[entry(path, FORM)])
     for name, tensor in state.items():
-        places[name][0].copy_(tensor)
+        if not name.endswith(f"{CHILD}.{FORM}"):
+            places[name][0].copy_(tensor)
     return model
+
+
+def _misfit(name: str, value: object, place: Tensor) -> str | None:
+    """Why a value cannot be put into its place, or None."""
+    if not isinstance(value, Tensor):
+        return f"{name} is a {type(value).__name__}, not a tensor"
+    if value.shape != place.shape:
+        return f"{name} has shape {tuple(value.shape)}, the model's has {tuple(place.shape)}"
+    if value.is_floating_point() != place.is_floating_point() or value.is_complex():
+        return f"{name} is {value.dtype}, the model's is {place.dtype}"
+    if place.is_meta or value.is_meta:
+        return f"{name} is on meta: load the model's weights first"
+    return None
 
 
 def places_of(root: nn.Module, memory: Record) -> dict[str, tuple[Tensor, bool]]:
@@ -88,4 +108,5 @@ def places_of(root: nn.Module, memory: Record) -> dict[str, tuple[Tensor, bool]]
     for path, layer in record.adapted_layers(root).items():
         for name, parameter in layer.adapter.own_parameters().items():
             places[entry(path, name)] = (parameter, False)
-    return places | {name: (root.get_parameter(name), False) for name in memory.trained}
+        places[entry(path, FORM)] = (layer.adapter.form, False)
+    return places | {name: (root.get_parameter(name), False) for name in record.trained_names(root, memory)}

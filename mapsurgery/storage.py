@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .methods import find
-from .state import adapter_state_dict, changed_buffers, entry, load_adapter_state_dict
+from .state import FORM, adapter_state_dict, changed_buffers, entry, load_adapter_state_dict
 from .surgery import record
 from .surgery.layers import why_not
 from .surgery.patch import apply_plan, unpatch
@@ -38,11 +39,12 @@ def save(model: nn.Module, path: Path) -> None:
     new one.
 
     Raises:
-        ValueError: the model is not patched, or a layer's weight is still on meta.
+        ValueError: a layer's weight is still on meta, an adapter holds NaN or infinity, or what `adapter_state_dict`
+            refuses.
         OSError: the file cannot be written; an existing one is left as it was.
     """
     root, memory = record.find_patched(model)
-    layers = {name: _describe(name, layer) for name, layer in record.adapted_layers(root).items()}
+    layers = {name: _describe(name, layer) for name, layer in record.intact_layers(root, memory).items()}
     tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
     metadata = {
         "format": FORMAT,
@@ -50,10 +52,18 @@ def save(model: nn.Module, path: Path) -> None:
         "library_version": _library_version(),
         "config": json.dumps(memory.config.to_dict()),
         "layers": json.dumps(layers),
-        "trained": json.dumps(list(memory.trained)),
+        "trained": json.dumps(list(record.trained_names(root, memory))),
         "buffers": json.dumps(changed_buffers(root, memory)),
     }
-    _write_atomically(tensors, metadata, os.fspath(path))
+    factors = {entry(path, role) for path in layers for role in _roles(memory)}
+    diverged = [name for name, tensor in tensors.items() if name in factors and not tensor.isfinite().all()]
+    if diverged:
+        raise ValueError(f"the adapter holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
+    _write_atomically(tensors, metadata, os.path.realpath(os.fspath(path)))  # a link stays one
+
+
+def _roles(memory: record.Record) -> Iterable[str]:
+    return find(memory.config.method, memory.config.update).ROLES
 
 
 def _library_version() -> str:
@@ -77,22 +87,29 @@ def _describe(path: str, layer: Any) -> dict[str, Any]:
 
 
 def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: str) -> None:
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"the folder {folder} does not exist: make it before saving to {path}")
+    handle, temporary = tempfile.mkstemp(prefix=".mapsurgery-", suffix=".tmp", dir=folder)
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, _file_mode(path))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, _new_file_mode())
         os.replace(temporary, path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        os.unlink(temporary)
+        raise OSError(f"could not write {path}: {error}") from error
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-def _new_file_mode() -> int:
-    """What open() would give a new file: mkstemp's are private to the user."""
+def _file_mode(path: str) -> int:
+    """That of the file to be replaced, else what open() gives a new one: mkstemp's are private to the user."""
+    if os.path.exists(path):
+        return stat.S_IMODE(os.stat(path).st_mode)
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
@@ -217,11 +234,11 @@ def _check_consistent(file: _File) -> None:
         for key, kind in _LAYER_FIELDS.items():
             if not isinstance(layer.get(key), kind) or isinstance(layer[key], bool):
                 raise ValueError(f"{file.path}: layer {name} has {key} = {layer.get(key)!r} in the metadata")
-        if not 0 <= layer["weight_norm"] < float("inf"):
+        if not 0 <= layer["weight_norm"] < 1e300:
             raise ValueError(f"{file.path}: layer {name} has weight_norm = {layer['weight_norm']}")
         if layer["dtype"] not in _DTYPES:
             raise ValueError(f"{file.path}: layer {name} has dtype = {layer['dtype']!r}, expected one of {_DTYPES}")
-        expected |= {entry(name, role) for role in roles}
+        expected |= {entry(name, role) for role in (*roles, FORM)}
     missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
     if missing or unknown:
         raise ValueError(f"{file.path}: tensors missing: {missing[:5]}, tensors that nothing announces: {unknown[:5]}")
@@ -286,7 +303,7 @@ def _problem_with_factors(layer: PlannedLayer, name: str, described: dict[str, A
     rank = described["rank"]
     if rank < 1 or rank != layer.rank:
         return f"has rank {rank} in the file, this layer allows 1 to {min(m, K)}"
-    for role, shape in (("A", (rank, K)), ("B", (m, rank)), ("alpha", (1,)), ("beta", (1,))):
+    for role, shape in (("A", (rank, K)), ("B", (m, rank)), ("alpha", (1,)), ("beta", (1,)), (FORM, (2,))):
         tensor = file.tensors[entry(name, role)]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             return f"needs {role} of shape {shape} for rank {rank}, the file's is {tuple(tensor.shape)} {tensor.dtype}"

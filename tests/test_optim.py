@@ -86,3 +86,18 @@ def test_frozen_weights_do_not_move_in_training() -> None:
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     train_steps(model, image(), steps=3)
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
+
+
+def test_a_norm_of_several_dimensions_is_not_decayed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm([3, 4]))
+    mapsurgery.patch(model, "0", rank=2, train="1")
+    groups = {group["name"]: group["params"] for group in mapsurgery.param_groups(model, 1e-3, 0.1)}
+    assert {id(p) for p in groups["no_decay"]} == {id(p) for p in model[1].parameters()}
+    assert "decay" not in groups
+
+
+def test_groups_of_a_model_on_meta_are_refused() -> None:
+    with torch.device("meta"):
+        model = mapsurgery.patch(nn.Sequential(nn.Linear(4, 4)), "*", rank=2)
+    with pytest.raises(ValueError, match="0: .*meta"):
+        mapsurgery.param_groups(model, 1e-3)

@@ -57,7 +57,8 @@ def test_a_loaded_model_computes_the_same_bitwise_and_trains_the_same(path: Path
 def test_the_file_holds_the_adapters_the_trained_and_the_changed_and_nothing_else(path: Path) -> None:
     model = _trained()
     mapsurgery.save(model, path)
-    expected = {f"{layer}.adapter.{n}" for layer in ("stem", "body.0", "body.2") for n in ("A", "B", "alpha", "beta")}
+    names = ("A", "B", "alpha", "beta", "form")
+    expected = {f"{layer}.adapter.{n}" for layer in ("stem", "body.0", "body.2") for n in names}
     expected |= {"head.weight", "head.bias", "norm.weight", "norm.bias"}
     expected |= {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert set(load_file(path)) == expected
@@ -442,3 +443,52 @@ def test_a_patched_model_is_told_what_to_do(path: Path) -> None:
         mapsurgery.load(model, path)
     with pytest.raises(TypeError, match="Module"):
         mapsurgery.load("model", path)
+
+
+def test_what_is_unfrozen_after_patch_is_saved_too(path: Path) -> None:
+    model = mapsurgery.patch(net(), "body", rank=2)
+    model.head.requires_grad_(True)
+    train_steps(model, image())
+    mapsurgery.save(model, path)
+    assert {"head.weight", "head.bias"} <= set(load_file(path))
+    assert torch.equal(mapsurgery.load(net(), path).eval()(image()), model.eval()(image()))
+
+
+def test_a_base_weight_that_trains_is_refused(path: Path) -> None:
+    model = mapsurgery.patch(net(), "body", rank=2).requires_grad_(True)
+    for operation in (lambda: mapsurgery.save(model, path), lambda: mapsurgery.param_groups(model, 1e-3)):
+        with pytest.raises(ValueError, match=r"body\.0.*train"):
+            operation()
+    assert not path.exists()
+
+
+def test_an_adapted_layer_that_was_replaced_is_missed(path: Path) -> None:
+    model = mapsurgery.patch(net(), "body", rank=2)
+    model.body[2] = nn.Linear(model.body[2].in_features, model.body[2].out_features)
+    for operation in (lambda: mapsurgery.save(model, path), lambda: mapsurgery.verify(model, image())):
+        with pytest.raises(ValueError, match=r"body\.2"):
+            operation()
+
+
+def test_a_diverged_adapter_is_not_saved(path: Path) -> None:
+    model = mapsurgery.patch(net(), "body", rank=2)
+    with torch.no_grad():
+        model.body[0].adapter.A[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"body\.0\.adapter\.A.*NaN|NaN.*body\.0\.adapter\.A"):
+        mapsurgery.save(model, path)
+    assert not path.exists()
+
+
+def test_a_link_stays_a_link_and_permissions_stay(path: Path) -> None:
+    target = path.with_name("target.safetensors")
+    model = mapsurgery.patch(net(), "body", rank=2)
+    mapsurgery.save(model, target)
+    target.chmod(0o600)
+    path.symlink_to(target)
+    mapsurgery.save(model, path)
+    assert path.is_symlink() and target.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_does_not_exist_is_named(path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        mapsurgery.save(mapsurgery.patch(net(), "body", rank=2), path.parent / "nowhere" / "a.safetensors")

@@ -89,7 +89,8 @@ def test_a_checkpoint_that_is_not_finite_is_named() -> None:
 
 def test_adapter_state_dict_holds_what_adapting_changed() -> None:
     model = _patched(train="head.bias")
-    expected = {f"{layer}.adapter.{n}" for layer in ("stem", "body.0", "body.2") for n in ("A", "B", "alpha", "beta")}
+    names = ("A", "B", "alpha", "beta", "form")
+    expected = {f"{layer}.adapter.{n}" for layer in ("stem", "body.0", "body.2") for n in names}
     state = mapsurgery.adapter_state_dict(model)
     assert set(state) == expected | {"head.bias"}
     assert not any(t.requires_grad for t in state.values())
@@ -132,3 +133,31 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing(change, message:
     with pytest.raises(ValueError, match=message):
         mapsurgery.load_adapter_state_dict(model, state)
     snapshot.assert_holds(model)
+
+
+@pytest.mark.parametrize("other", [mapsurgery.Init(relative=False), mapsurgery.Init(gain=2.0)], ids=["units", "gain"])
+def test_an_adapter_of_another_form_is_refused(other: mapsurgery.Init) -> None:
+    source = to_generic_point(mapsurgery.patch(net(), "*", rank=2, init=other))
+    model = mapsurgery.patch(net(), "*", rank=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="tau="):
+        mapsurgery.load_adapter_state_dict(model, mapsurgery.adapter_state_dict(source))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with pytest.raises(RuntimeError, match="tau="):
+        model.load_state_dict(source.state_dict())
+
+
+def test_an_adapter_cannot_be_put_into_a_model_on_meta() -> None:
+    state = mapsurgery.adapter_state_dict(mapsurgery.patch(net(), "*", rank=2))
+    with torch.device("meta"):
+        model = mapsurgery.patch(net(), "*", rank=2)
+    with pytest.raises(ValueError, match="meta"):
+        mapsurgery.load_adapter_state_dict(model, state)
+
+
+@pytest.mark.parametrize("value", [[0.0], torch.zeros(2, 8, dtype=torch.int64)], ids=["list", "integers"])
+def test_a_value_that_is_no_floating_tensor_is_named(value: object) -> None:
+    model = mapsurgery.patch(net(), "body.0", rank=2)
+    state = {**mapsurgery.adapter_state_dict(model), "body.0.adapter.A": value}
+    with pytest.raises(ValueError, match=r"body\.0\.adapter\.A"):
+        mapsurgery.load_adapter_state_dict(model, state)

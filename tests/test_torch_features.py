@@ -376,3 +376,24 @@ def test_ema_by_timm_averages_the_adapters() -> None:
 
 def test_net_can_be_pickled_by_name() -> None:
     assert isinstance(pickle.loads(pickle.dumps(Net())), Net)
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_made_while_disabled_is_not_disabled(copy_of) -> None:
+    model = to_generic_point(mapsurgery.patch(nn.Sequential(nn.Linear(4, 3)), "*", rank=2))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    with mapsurgery.disabled(model):
+        other = copy_of(model)
+    assert torch.equal(other(x), expected)
+
+
+def test_a_compiled_wrapper_can_be_patched_and_saved(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    wrapper = torch.compile(model, backend="eager")
+    assert mapsurgery.patch(wrapper, "0", rank=2, train="1") is wrapper
+    mapsurgery.save(wrapper, tmp_path / "a.safetensors")
+    mapsurgery.unpatch(wrapper)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad

@@ -80,6 +80,9 @@ class Adapter(nn.Module):
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.register_buffer("weight_norm", torch.full((1,), float("nan"), dtype=norm_dtype, device=weight.device))
         self.weight_norm: Tensor
+        # tau and relative change what the parameters mean: a state_dict carries them, so that a mismatch is seen.
+        self.register_buffer("form", self._form(weight.device))
+        self.form: Tensor
         m = weight.shape[1] if transposed else weight.shape[0]
         self.create_parameters(m, weight.numel() // m, {"device": weight.device, "dtype": dtype})
         if not self.pending:
@@ -169,6 +172,7 @@ class Adapter(nn.Module):
         device = self.base_weight.device
         if self.weight_norm.is_meta:
             self.weight_norm = torch.empty_like(self.weight_norm, device=device)
+        self.form = self._form(device)
         before = self.weight_norm.clone()
         self.take_norm()
         if not self.pending:
@@ -182,14 +186,31 @@ class Adapter(nn.Module):
             self.pending = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
-        """`model.half()` must not round ||W||_F: the norm moves between devices only."""
+        """`model.half()` must not round ||W||_F, nor tau: these move between devices only."""
         norm = self.weight_norm
         super()._apply(fn, recurse)
         if not norm.is_meta:
             self.weight_norm = norm.to(self.weight_norm.device)
         elif not self.weight_norm.is_meta:
             self.weight_norm = self.weight_norm.to(norm.dtype)
+        self.form = self._form(self.form.device)
         return self
+
+    def _form(self, device: torch.device) -> Tensor:
+        return torch.tensor([self.init.tau, float(self.init.relative)], device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made inside `mapsurgery.disabled` is not disabled: the block that would enable it again is not its."""
+        return {**self.__dict__, "enabled": True}
+
+    def refuse_other_form(self, form: Tensor) -> None:
+        """Raises ValueError unless `form` (2,), of another adapter, is this one's tau and relative."""
+        tau, relative = (float(value) for value in form.flatten().tolist())
+        if not (abs(tau - self.init.tau) <= 1e-6 * abs(self.init.tau) and bool(relative) == self.init.relative):
+            raise ValueError(
+                f"{self.layer_name}: the adapter was trained with tau={tau:.6g} relative={bool(relative)}, "
+                f"this one has tau={self.init.tau:.6g} relative={self.init.relative}; patch with the same init"
+            )
 
     def _load_from_state_dict(
         self,
@@ -202,8 +223,14 @@ class Adapter(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """A checkpoint of the original model holds none of the adapter's own entries: then none is missing."""
-        own = [prefix + name for name in (*self.ROLES, "weight_norm")]
+        own = [prefix + name for name in (*self.ROLES, "form", "weight_norm")]
         missing: list[str] = []
+        if own[-2] in state_dict:
+            try:
+                self.refuse_other_form(state_dict[own[-2]])
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         base_only = not any(key in state_dict for key in own)
         missing_keys.extend(key for key in missing if not (base_only and key in own))

@@ -25,8 +25,8 @@ class Init:
         gain: LoRA scaling that "soft" starts with (> 0).
         relative: alpha and beta are trained in units of ||W||_F (alpha starts at 1) instead of as absolute magnitudes
             (alpha starts at ||W||_F). The same models can be reached; the size of an optimiser's step is another.
-        a_scale: size of A's entries. "weight": the root mean square of W's, so that a first optimiser step moves W by the
-            same share in every layer (about gain sqrt(r) lr for Adam with "soft"). "kaiming": 1/sqrt(3 K), LoRA's choice.
+        a_scale: size of A's entries. "weight": the root mean square of W's, so that a first optimiser step moves W by
+            the same share in every layer (about gain sqrt(r) lr for Adam with "soft"). "kaiming": 1/sqrt(3 K), LoRA's.
     """
 
     kind: str = "soft"

@@ -139,7 +139,8 @@ class MapLora(Adapter):
         inner = ((B.to(torch.float32).t() @ W.to(torch.float32)).double() * A).sum().item()
         change = (s_w - 1) ** 2 * w**2 + 2 * (s_w - 1) * s_d * inner + s_d**2 * p**2
         # Singular values of BA are those of R_B R_A^T (r x r): the rank that is used is exp of their entropy.
-        singular = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.t()).R.t())
+        core = torch.linalg.qr(B).R @ torch.linalg.qr(A.t()).R.t()
+        singular = torch.linalg.svdvals(core) if core.isfinite().all() else core.diagonal() * float("nan")
         share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
         entropy = -(share * share.clamp_min(1e-300).log()).sum().item()
         unit = w or 1.0
@@ -150,7 +151,7 @@ class MapLora(Adapter):
             "alpha": self.alpha.item() / magnitude,
             "beta": self.beta.item() / magnitude,
             "update_norm": abs(s_d) * p / unit,
-            "change": math.sqrt(max(change, 0.0)) / unit,
-            "cosine": inner / (w * p) if w > 0 and p > 0 else 0.0,
-            "effective_rank": math.exp(entropy) if p > 0 else 0.0,
+            "change": math.sqrt(change) / unit if change > 0 else change * 0.0,  # NaN stays NaN
+            "cosine": inner / (w * p) if w * p != 0 else 0.0,
+            "effective_rank": math.exp(entropy) if p != 0 else 0.0,
         }

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .adapted import AdaptedLayer, FusedConv, FusedLinear
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _special_weight(module: nn.Module) -> str | None:
     weight = module._parameters["weight"]
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__} (quantised or sharded)"
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating dtype that MAP computes in"
     if weight.layout != torch.strided:
         return f"its weight is {weight.layout}"

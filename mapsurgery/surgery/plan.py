@@ -16,7 +16,7 @@ from ..methods.base import check_dropout, check_rank
 from ..tables import render
 from .adapted import AdaptedLayer, default_dtype
 from .globs import as_patterns, first_match, matches, nearest
-from .layers import LayerType, find_type, why_not
+from .layers import DTYPES, LayerType, find_type, why_not
 
 Patterns = str | Iterable[str]
 
@@ -60,8 +60,8 @@ class Config:
         for name, value in [("rank", rank), *((f"rank_pattern[{key!r}]", value) for key, value in ranks.items())]:
             check_rank(value, name)
         check_dropout(dropout)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating torch dtype or None, got {dtype!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
         patterns = as_patterns(targets, "targets")
         if not patterns:
             raise ValueError('targets is empty: name the layers to adapt by glob, such as targets=["*attn*"]')
@@ -284,8 +284,10 @@ def plan(
     Raises:
         TypeError, ValueError: see `patch`. What takes reading the weights (NaN) is found by `patch` alone.
     """
+    from .record import unwrapped  # record.py stores this module's Config
+
     config = Config.checked(targets, exclude, rank, rank_pattern, method, update, init, dropout, dtype, train)
-    return make_plan(model, config)
+    return make_plan(unwrapped(model) if isinstance(model, nn.Module) else model, config)
 
 
 def module_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
@@ -310,7 +312,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
     skipped: list[SkippedModule] = []
     for module, paths in modules.items():
         pattern = first_match(paths, config.targets)
-        if pattern is None or not any(True for _ in module.parameters(recurse=False)):
+        if pattern is None or not _has_weights(module):
             continue
         reason = _reason_to_skip(module, paths, config, trained)
         if reason is None:
@@ -332,6 +334,11 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
     )
 
 
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module holds numbers of its own; a quantised or parametrised weight is none of its parameters."""
+    return bool(module._parameters) or "weight" in module._buffers or hasattr(type(module), "weight")
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of a model; those of lazy modules have no size yet."""
     return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter))
@@ -349,7 +356,7 @@ def _refuse_patched(modules: dict[nn.Module, tuple[str, ...]]) -> None:
 def _trained_parameters(model: nn.Module, config: Config, all_paths: list[str]) -> dict[str, nn.Parameter]:
     """Parameters that `train` names, by their first name."""
     found: dict[str, nn.Parameter] = {}
-    named = list(model.named_parameters())
+    named = list(model.named_parameters(remove_duplicate=False))  # a tied parameter answers to each of its names
     for pattern in config.train:
         taken = {name: p for name, p in named if matches(name, pattern)}
         if not taken:
@@ -358,7 +365,8 @@ def _trained_parameters(model: nn.Module, config: Config, all_paths: list[str]) 
     integers = [name for name, parameter in found.items() if not parameter.is_floating_point()]
     if integers:
         raise ValueError(f"train names {integers[0]}, a {found[integers[0]].dtype} parameter, which cannot be trained")
-    return {name: p for name, p in named if name in found}
+    chosen = set(found.values())
+    return {name: p for name, p in model.named_parameters() if p in chosen}
 
 
 def _reason_to_skip(

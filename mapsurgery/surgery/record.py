@@ -19,6 +19,7 @@ class Record:
 
     Attributes:
         config: the checked arguments of `patch`.
+        layers: paths of the adapted layers.
         trained: names of the parameters that `train` asked for.
         requires_grad: of every parameter before the patch, by its original name.
         originals: copies of the trained parameters and persistent buffers as they were, by name; training changes
@@ -26,6 +27,7 @@ class Record:
     """
 
     config: Config
+    layers: tuple[str, ...]
     trained: tuple[str, ...]
     requires_grad: dict[str, bool]
     originals: dict[str, Tensor | None] = field(default_factory=dict)
@@ -83,7 +85,51 @@ def _of_constructed(model: nn.Module) -> Record:
     config = Config(targets=tuple(layers), rank=adapter.rank, init=adapter.init, dropout=adapter.dropout)
     own_names = {f"{path}.{CHILD}.{name}".lstrip(".") for path, a in layers.items() for name in a.adapter.ROLES}
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad and name not in own_names)
-    return Record(config=config, trained=trained, requires_grad={})
+    return Record(config=config, layers=tuple(layers), trained=trained, requires_grad={})
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper or DataParallel's: names and paths are those of the model itself."""
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile's OptimizedModule, without importing the compiler
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def intact_layers(root: nn.Module, memory: Record) -> dict[str, AdaptedLayer]:
+    """The adapted layers, all of those that `patch` made and with their base frozen.
+
+    Raises:
+        ValueError: one was replaced since (a new head over an adapted one), or its base weight was unfrozen.
+    """
+    layers = adapted_layers(root)
+    every = {path for module, paths in module_paths(root).items() if isinstance(module, AdaptedLayer) for path in paths}
+    lost = tuple(path for path in memory.layers if path not in every)
+    if lost:
+        raise ValueError(
+            f"adapted layers were replaced or removed after patch, their adapters are gone: {', '.join(lost)}"
+        )
+    thawed = [path for path, layer in layers.items() if layer.adapter.base_weight.requires_grad]
+    if thawed:
+        raise ValueError(
+            f"the base weight of an adapted layer requires a gradient: {', '.join(thawed[:5])}; an adapter cannot hold "
+            "what it would learn. Freeze it (requires_grad_(False)), or name the layer in `train` instead of `targets`"
+        )
+    return layers
+
+
+def trained_names(root: nn.Module, memory: Record) -> tuple[str, ...]:
+    """Parameters beside the adapters that are trained: what `train` named, and what was unfrozen or added since."""
+    found = dict.fromkeys(memory.trained)
+    for path, module in root.named_modules():
+        if not isinstance(module, Adapter):
+            own = module.named_parameters(prefix=path, recurse=False)
+            found.update((name, None) for name, parameter in own if parameter.requires_grad)
+    present = dict(root.named_parameters())
+    return tuple(name for name in found if name in present)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
