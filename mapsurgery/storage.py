@@ -331,7 +331,7 @@ def _planned_by_file(
 def _problem_with(module: nn.Module | None, parameter: str, described: dict[str, Any]) -> str | None:
     if module is None:
         return "is missing"
-    reason = why_not(module, parameter)
+    reason = why_not(module, parameter, raw=True)
     if reason is not None:
         return f"cannot be adapted here: {reason}"
     weight = weight_of(module, parameter)

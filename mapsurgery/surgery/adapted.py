@@ -98,9 +98,10 @@ class AdaptedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes of adapted layers are made on demand: pickle rebuilds them from the original class."""
-        if type(self) is not adapted_class(self.original_class, self.adapted):
-            return super().__reduce_ex__(protocol)  # a user's own subclass of a public class can be imported
-        return _rebuild, (self.original_class, self.adapted), self.__dict__
+        default = super().__reduce_ex__(protocol)
+        if parametrize.is_parametrized(self) or type(self) is not adapted_class(self.original_class, self.adapted):
+            return default  # a user's own subclass of a public class can be imported; torch refuses parametrised ones
+        return _rebuild, (self.original_class, self.adapted), default[2]
 
 
 class FusedLinear(AdaptedLayer):

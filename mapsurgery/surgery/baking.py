@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,12 @@ class Unbaked:
 
 def can_bake(layer: nn.Module, name: str) -> bool:
     """Whether what computes this weight is known, so that it can be put aside."""
-    return parametrize.is_parametrized(layer, name) or _hook(layer, name) is not None
+    return parametrize.is_parametrized(layer, name) or find_hook(layer, name) is not None
 
 
 def bake(layer: nn.Module, weights: Mapping[str, nn.Parameter]) -> Unbaked:
     """Replace computed weights by these Parameters. Returns what `unbake` needs."""
-    before = Unbaked(type(layer), _copied(layer.__dict__), tuple(weights))
+    before = Unbaked(type(layer), _copied(layer, weights), tuple(weights))
     for name, weight in weights.items():
         if parametrize.is_parametrized(layer, name):
             _remove_parametrization(layer, name, before)
@@ -43,20 +43,23 @@ def bake(layer: nn.Module, weights: Mapping[str, nn.Parameter]) -> Unbaked:
 
 
 def unbake(layer: nn.Module, before: Unbaked) -> None:
-    """Undo `bake`; the layer stays on its device."""
+    """Undo `bake`; the layer stays on its device and in its dtype."""
     weight = layer._parameters[before.computed[0]]
     assert weight is not None
     layer.__class__ = before.original_class  # type: ignore[assignment]
     for name, value in before.properties.items():
         setattr(before.original_class, name, value)
-    layer.__dict__.clear()
     layer.__dict__.update(before.attributes)
-    layer.to(weight.device)
+    layer.to(weight)
 
 
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """A copy whose dictionaries (parameters, modules, hooks) are copies, too."""
-    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
+_CHANGED = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+"""Attributes that baking changes, besides the weight that a hook leaves."""
+
+
+def _copied(layer: nn.Module, computed: Iterable[str]) -> dict[str, Any]:
+    own = layer.__dict__
+    return {n: copy.copy(own[n]) for n in _CHANGED} | {n: own[n] for n in computed if n in own}
 
 
 def _remove_parametrization(layer: nn.Module, name: str, before: Unbaked) -> None:
@@ -70,7 +73,8 @@ def _remove_parametrization(layer: nn.Module, name: str, before: Unbaked) -> Non
     delattr(type(layer), name)
 
 
-def _hook(layer: nn.Module, name: str) -> Any:
+def find_hook(layer: nn.Module, name: str) -> Any:
+    """torch's old weight_norm or spectral_norm hook that computes this weight, or None."""
     hooks = layer._forward_pre_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, _HOOKS) and hook.name == name), None)
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .adapted import AdaptedLayer, AdaptedRecurrent, FusedConv, FusedEmbedding, FusedLinear, child_name
+from .baking import find_hook
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -104,6 +106,11 @@ def weight_of(module: nn.Module, name: str) -> Tensor | None:
         with torch.no_grad():
             return _computed_quietly(module, name)
     computed = module.__dict__.get(name)
+    hook = find_hook(module, name)
+    if hook is not None:  # the attribute is as old as the last forward: it may have another dtype
+        quietly = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+        with torch.no_grad():
+            return hook.compute_weight(module, **quietly).detach()
     return computed if isinstance(computed, Tensor) else None
 
 
@@ -118,13 +125,12 @@ def _computed_quietly(module: nn.Module, name: str) -> Tensor:
             part.training = mode
 
 
+def _adapted_already(module: nn.Module, name: str) -> str | None:
+    return "already adapted" if isinstance(module, AdaptedLayer) else None
+
+
 def _wrong_type(module: nn.Module, name: str) -> str | None:
-    if isinstance(module, AdaptedLayer):
-        return "already adapted"
-    known = find_type(type(module))
-    if known is None and name not in module._parameters:
-        return f"{type(module).__name__} is not an adaptable layer type"
-    return None
+    return None if find_type(type(module)) else f"{type(module).__name__} is not an adaptable layer type"
 
 
 def _uninitialised(module: nn.Module, name: str) -> str | None:
@@ -166,7 +172,7 @@ def _name_taken(module: nn.Module, name: str) -> str | None:
 
 
 _CHECKS: tuple[Callable[[nn.Module, str], str | None], ...] = (
-    _wrong_type,
+    _adapted_already,
     _uninitialised,
     _no_weight,
     _special_weight,
@@ -175,6 +181,10 @@ _CHECKS: tuple[Callable[[nn.Module, str], str | None], ...] = (
 )
 
 
-def why_not(module: nn.Module, name: str = "weight") -> str | None:
-    """Why this parameter of a module cannot be adapted, or None if it can."""
-    return next((reason for check in _CHECKS if (reason := check(module, name)) is not None), None)
+def why_not(module: nn.Module, name: str = "weight", raw: bool = False) -> str | None:
+    """Why this parameter of a module cannot be adapted, or None if it can.
+
+    Args: raw: the parameter was named by itself, so that the module may be of any type.
+    """
+    checks = _CHECKS if raw else (_wrong_type, *_CHECKS)
+    return next((reason for check in checks if (reason := check(module, name)) is not None), None)

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..methods import Adapter, Init
 from . import record
 from .adapted import AdaptedLayer, attach, detach
+from .layers import weight_of
 from .plan import Config, Patterns, Plan, build, make_plan
 from .record import Record
 from .uninterrupted import uninterrupted
@@ -92,6 +93,8 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memo
     by_module: dict[nn.Module, dict[str, Adapter]] = {}
     for planned in plan.layers:
         by_module.setdefault(planned.module, {})[planned.parameter] = adapters[planned.path]
+        if planned.parameter in planned.module.__dict__:  # a hook's result, as old as the last forward
+            planned.module.__dict__[planned.parameter] = weight_of(planned.module, planned.parameter)
     done: list[AdaptedLayer] = []
     try:
         for module, own in by_module.items():

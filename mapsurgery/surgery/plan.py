@@ -436,8 +436,9 @@ def _reason_to_skip(
         return f"excluded by {excluded!r}"
     if any(part is parameter for part in _parts(module, name) for parameter in trained.values()):
         return "trained in full, as `train` asks"
-    reason = why_not(module, name)
-    if reason is not None and find_type(type(module)) is None and name == "weight":
+    named = first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters) is not None
+    reason = why_not(module, name, raw=named)
+    if reason is not None and find_type(type(module)) is None and not named:
         raw = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and p.dim() > 1]
         return f"{reason}; name its raw parameters in `parameters`: {', '.join(raw)}" if raw else reason
     return reason

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from .globs import first_match
-from .layers import find_type, why_not
+from .layers import why_not
 from .plan import Config, PlannedLayer, module_paths, planned_layer, site_paths
 
 Notes = dict[str, tuple[str, ...]]
@@ -61,8 +61,6 @@ def _joined(first: PlannedLayer, module: nn.Module, name: str, model: nn.Module,
     sites = site_paths(module_paths(model)[module], name)
     excluded = first_match(sites, config.exclude)
     reason = why_not(module, name) if excluded is None else f"excluded by {excluded!r}"
-    if reason is None and find_type(type(module)) is None:
-        reason = f"{type(module).__name__} is not an adaptable layer type"
     if reason is not None:
         raise ValueError(
             f"{first.path} is tied with {sites[0]}, which cannot be adapted with it ({reason}); "
