@@ -390,7 +390,9 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
         weight = weight_of(layer.module, layer.parameter)
         assert weight is not None
         tolerance = _norm_tolerance(weight, file.layers[layer.path]["dtype"])
-        found, expected = (torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (_found_norm(layer, weight), layer.weight_norm))
+        found, expected = (
+            torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (_found_norm(layer, weight), layer.weight_norm)
+        )
         off = ~((found - expected).abs() <= tolerance * expected)
         if off.any():
             first = int(off.nonzero()[0])

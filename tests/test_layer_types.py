@@ -155,7 +155,12 @@ CASES = [
     Case("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(6, 5)), rows(3, 6), pickles=False),
     Case("old_weight_norm", lambda: nn.utils.weight_norm(nn.Linear(6, 5)), rows(3, 6)),
     Case("old_spectral_norm", lambda: nn.utils.spectral_norm(nn.Conv2d(4, 5, 3)), rows(2, 4, 5, 5)),
-    Case("weight_norm_of_lstm", lambda: First(nn.utils.weight_norm(nn.LSTM(6, 5), "weight_hh_l0")), rows(4, 2, 6), count=2),
+    Case(
+        "weight_norm_of_lstm",
+        lambda: First(nn.utils.weight_norm(nn.LSTM(6, 5), "weight_hh_l0")),
+        rows(4, 2, 6),
+        count=2,
+    ),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -166,8 +171,10 @@ def adapters(model: nn.Module) -> list[Adapter]:
 
 def by_definition(case: Case, model: nn.Module) -> nn.Module:
     """A model without adapters whose plain weights are W' by the definition."""
-    sites = {(s.layer_path, s.parameter): weight_by(s.adapter, s.layer.base_of(s.parameter).detach())
-             for s in record.all_sites(model)}
+    sites = {
+        (s.layer_path, s.parameter): weight_by(s.adapter, s.layer.base_of(s.parameter).detach())
+        for s in record.all_sites(model)
+    }
     plain = case.built()
     plain(case.data())  # hooks leave their weights in the layer
     for (path, name), weight in sites.items():
@@ -205,7 +212,9 @@ def test_every_adapter_parameter_has_the_gradient_of_finite_differences(case: Ca
     model = to_generic_point(case.patched())
     x = case.data()
     direction = torch.randn_like(model(x))
-    grads = torch.autograd.grad((model(x) * direction).sum(), [p for a in adapters(model) for p in a.own_parameters().values()])
+    grads = torch.autograd.grad(
+        (model(x) * direction).sum(), [p for a in adapters(model) for p in a.own_parameters().values()]
+    )
     torch.manual_seed(0)
     steps = [torch.randn_like(grad) for grad in grads]
     slope = sum((g * s).sum() for g, s in zip(grads, steps, strict=True))
@@ -323,7 +332,11 @@ def test_copies_compute_the_same(case: Case) -> None:
 
 @every_case
 def test_compiled_is_eager(case: Case, _fresh_compiler: None) -> None:
-    if case.name in ("embedding_bag_sparse", "old_spectral_norm", "old_weight_norm") or "lstm" == case.name[:4] or case.name in ("gru", "rnn", "weight_norm_of_lstm"):
+    if (
+        case.name in ("embedding_bag_sparse", "old_spectral_norm", "old_weight_norm")
+        or "lstm" == case.name[:4]
+        or case.name in ("gru", "rnn", "weight_norm_of_lstm")
+    ):
         pytest.skip("torch does not compile the base in one graph")
     model = to_generic_point(case.patched())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

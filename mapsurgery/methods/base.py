@@ -65,6 +65,7 @@ class Adapter(nn.Module):
         base_weight: the frozen weight, in the layer's own layout; None if it is computed anew for each call.
         weight_norm: (1,) or (E,) buffer, ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on
             meta.
+        watch: told of calls without autograd, where `surgery.gradient_source` put one.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
     """
@@ -93,6 +94,7 @@ class Adapter(nn.Module):
         self.transposed, self.stacked = transposed, stacked
         self.layer_name = name
         self.enabled = True
+        self.watch: Any = None
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         norms = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
@@ -178,6 +180,8 @@ class Adapter(nn.Module):
 
     def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """W and ||W||_F: the adapter's own, or those of a W that was computed for this call."""
+        if not torch.is_grad_enabled() and self.watch is not None and not torch.compiler.is_compiling():
+            self.watch.saw()
         if weight is None or weight is self.base_weight:
             assert self.base_weight is not None
             return self.base_weight, self.weight_norm

@@ -284,6 +284,7 @@ def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
         layer.__class__ = adapted_class(type(layer), tuple(adapters))  # first: the only step that can fail
     assert isinstance(layer, AdaptedLayer)
     layer.__dict__[_ORDER] = tuple(layer._parameters)
+    layer.__dict__.pop("_flat_weights", None)  # of a recurrent layer; `detach` makes the list again
     for name, adapter in adapters.items():
         layer._parameters.pop(name, None)
         layer._modules[child_name(name)] = adapter

@@ -53,7 +53,14 @@ def unbake(layer: nn.Module, before: Unbaked) -> None:
     layer.to(weight)
 
 
-_CHANGED = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+_CHANGED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)
 """Attributes that baking changes, besides the weight that a hook leaves."""
 
 

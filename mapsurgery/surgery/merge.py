@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import Adapter
-from . import record
+from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
 from .baking import Unbaked, bake, can_bake, unbake
 from .patch import MERGED, base_weights, freeze, restore_requires_grad
@@ -78,6 +78,7 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False) -> Mode
     with uninterrupted():
         targets = [(site.adapter, apart.get(site.adapter)) for site in sites]
         _in_place(targets, Adapter.merge_into, Adapter.unmerge_from)
+        gradient_source.uninstall(root)
         for layer in {site.layer: None for site in record.all_sites(root)}:
             _become_merged(layer, apart, final)
         for adapter, _ in targets:
@@ -161,7 +162,9 @@ def unmerge(model: Model) -> Model:
             attach(layer, kept.adapters)
         del root.__dict__[_MERGED_RECORD]
         record.put(root, memory)
-        freeze(root, record.adapters_of(root).values(), memory.trained)
+        adapters = record.adapters_of(root).values()
+        freeze(root, adapters, memory.trained)
+        gradient_source.install(root, adapters)
     return model
 
 

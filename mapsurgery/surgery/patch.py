@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter, Init
-from . import record
+from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
 from .layers import weight_of
 from .plan import Config, Patterns, Plan, build, make_plan
@@ -100,8 +100,10 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memo
         for module, own in by_module.items():
             done.append(attach(module, own))
         freeze(model, adapters.values(), memory.trained)
+        gradient_source.install(model, adapters.values())
         record.put(model, memory)
     except BaseException:
+        gradient_source.uninstall(model)
         for layer in done:
             detach(layer, base_weights(layer))
         restore_requires_grad(model, memory)
@@ -171,6 +173,7 @@ def unpatch(model: Model) -> Model:
     layers = {site.layer: None for site in record.all_sites(root)}
     tensors: dict[str, Tensor] = dict(root.named_parameters()) | record.persistent_buffers(root)
     with uninterrupted():
+        gradient_source.uninstall(root)
         for name, original in memory.originals.items():  # first: what can fail must leave the model patched
             if original is not None and name in tensors and tensors[name].shape == original.shape:
                 tensors[name].copy_(original)

@@ -385,7 +385,7 @@ def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dic
     for name, parameter in module._parameters.items():
         raw = first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters)
         if raw is not None and parameter is not None and name not in asked:
-                asked[name] = raw
+            asked[name] = raw
     return asked
 
 
@@ -452,9 +452,7 @@ def _parts(module: nn.Module, name: str) -> list[nn.Parameter]:
     return [parameter for parameter in own if parameter is not None]
 
 
-def _planned(
-    module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, config: Config
-) -> PlannedLayer:
+def _planned(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, config: Config) -> PlannedLayer:
     asked = next((rank for glob, rank in config.rank_pattern.items() if first_match(sites, [glob])), config.rank)
     layer = planned_layer(module, name, sites, pattern, asked)
     return replace(layer, notes=_own_notes(layer, config))
