@@ -397,9 +397,8 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
         if off.any():
             first = int(off.nonzero()[0])
             which = f" (matrix {first})" if layer.stacked else ""
-            wrong.append(
-                f"{layer.path}{which} has ||W||_F = {found[first]:.8g}, the adapter was trained on {expected[first]:.8g}"
-            )
+            trained_on = f"the adapter was trained on {expected[first]:.8g}"
+            wrong.append(f"{layer.path}{which} has ||W||_F = {found[first]:.8g}, {trained_on}")
     if wrong:
         raise ValueError(
             f"{file.path} was trained on another base ({len(wrong)} of {len(layers)} layers differ): "

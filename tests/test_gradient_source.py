@@ -74,10 +74,10 @@ def test_adapters_inside_a_cut_learn_from_the_first_step(cls: type[Checkpointed]
     model = mapsurgery.patch(cls(tokens), "blocks", rank=2, train="head").train()
     x = _input(tokens)
     expected = copy.deepcopy(model)
+    hidden = expected.stem(x)
     for block in expected.blocks:  # the same without a cut
-        x_ = expected.stem(x) if block is expected.blocks[0] else x_
-        x_ = block(x_) if cls is Checkpointed else x_ + block(x_)
-    expected.head(x_).square().sum().backward()
+        hidden = block(hidden) if cls is Checkpointed else hidden + block(hidden)
+    expected.head(hidden).square().sum().backward()
     model(x).square().sum().backward()
     want, got = _grads(expected), _grads(model)
     assert all(got[name] is not None for name in want)

@@ -15,7 +15,7 @@ from definition import Snapshot, to_generic_point, weight_by
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.utils import parametrize, parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import mapsurgery
 from mapsurgery.methods import Adapter
@@ -334,7 +334,7 @@ def test_copies_compute_the_same(case: Case) -> None:
 def test_compiled_is_eager(case: Case, _fresh_compiler: None) -> None:
     if (
         case.name in ("embedding_bag_sparse", "old_spectral_norm", "old_weight_norm")
-        or "lstm" == case.name[:4]
+        or case.name[:4] == "lstm"
         or case.name in ("gru", "rnn", "weight_norm_of_lstm")
     ):
         pytest.skip("torch does not compile the base in one graph")

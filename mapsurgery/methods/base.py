@@ -123,7 +123,7 @@ class Adapter(nn.Module):
         """||W||_F is no longer `before` (1,): a checkpoint with other weights was loaded under the adapter."""
 
     def linear(self, x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
-        """x W'^T + bias; x (..., K), result (..., m). Here and below: weight is W where it is computed for each call."""
+        """x W'^T + bias; x (..., K), result (..., m). weight: W, where each call computes it."""
         raise NotImplementedError
 
     def conv(

@@ -167,9 +167,10 @@ class MapLora(Adapter):
         W, norm = self.base(weight)
         matrices = self.matrix(W) if self.stacked else self.matrix(W)[None]
         A, B = (t if self.stacked else t[None] for t in (self.A, self.B))
+        tau, relative = self.init.tau, self.init.relative
         found = [
-            _measures(*parts, self.init.tau, self.init.relative)
-            for parts in zip(matrices, A, B, self.alpha, self.beta, norm, strict=True)
+            _measures(w, a, b, alpha, beta, n, tau, relative)
+            for w, a, b, alpha, beta, n in zip(matrices, A, B, self.alpha, self.beta, norm, strict=True)
         ]
         return {"rank": self.rank} | {key: sum(one[key] for one in found) / len(found) for key in found[0]}
 

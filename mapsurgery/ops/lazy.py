@@ -29,7 +29,7 @@ class LazyWeight(Tensor):
     _value: Tensor | None
 
     # Readers that skip operations on Python subclasses (the fast path of nn.TransformerEncoderLayer) may take it.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, like: Tensor, compute: Callable[[], Tensor]) -> LazyWeight:
@@ -47,7 +47,9 @@ class LazyWeight(Tensor):
         return self._value
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares its default as a static function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -73,7 +75,7 @@ class LazyWeight(Tensor):
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.value().clone()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return repr(self.value())
 
 

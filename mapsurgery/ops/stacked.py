@@ -6,6 +6,7 @@ its closed form, mapped alike, so that nothing of the stack's size is kept but w
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from . import reference
 
 def _forward(inputs: tuple[Tensor, ...], tau: float, relative: bool) -> tuple[Tensor, ...]:
     weight, A, B, alpha, beta, norm = inputs
-    one = lambda W, a, b, al, be, n: reference.effective_weight(W, a, b, al, be, n, tau, relative, None)  # noqa: E731
+    one = partial(reference.effective_weight, tau=tau, relative=relative, dtype=None)
     return torch.func.vmap(one)(weight, A, B, alpha.unsqueeze(1), beta.unsqueeze(1), norm.unsqueeze(1))
 
 
@@ -35,7 +36,7 @@ class StackedWeightFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_weight = ctx.needs_input_grad[0]
-        one = lambda *args: reference.effective_weight_backward(*args, need_weight=need_weight)  # noqa: E731
+        one = partial(reference.effective_weight_backward, need_weight=need_weight)
         dweight, dA, dB, dalpha, dbeta = torch.func.vmap(one)(grad, *ctx.saved_tensors)
         return dweight if need_weight else None, dA, dB, dalpha.squeeze(1), dbeta.squeeze(1), None, None, None
 

@@ -213,28 +213,28 @@ class MapLinear(_Constructed, FusedLinear, nn.Linear):  # type: ignore[misc]
     """
 
     original_class = nn.Linear
-    weight = Effective("weight")  # type: ignore[assignment]
+    weight = Effective("weight")
 
 
 class MapConv1d(_Constructed, FusedConv, nn.Conv1d):  # type: ignore[misc]
     """nn.Conv1d adapted with MAP; takes nn.Conv1d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv1d
-    weight = Effective("weight")  # type: ignore[assignment]
+    weight = Effective("weight")
 
 
 class MapConv2d(_Constructed, FusedConv, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d adapted with MAP; takes nn.Conv2d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv2d
-    weight = Effective("weight")  # type: ignore[assignment]
+    weight = Effective("weight")
 
 
 class MapConv3d(_Constructed, FusedConv, nn.Conv3d):  # type: ignore[misc]
     """nn.Conv3d adapted with MAP; takes nn.Conv3d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv3d
-    weight = Effective("weight")  # type: ignore[assignment]
+    weight = Effective("weight")
 
 
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {
@@ -270,7 +270,7 @@ def _rebuild(original: type[nn.Module], parameters: tuple[str, ...] = ("weight",
 
 
 _ORDER = "_mapsurgery_order"
-"""Plain attribute of an adapted layer: the names of its parameters as they stood, so that state_dict keeps its order."""
+"""Plain attribute of an adapted layer: the names of its parameters in their order, which state_dict is to keep."""
 
 
 def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:

@@ -46,7 +46,7 @@ def unbake(layer: nn.Module, before: Unbaked) -> None:
     """Undo `bake`; the layer stays on its device and in its dtype."""
     weight = layer._parameters[before.computed[0]]
     assert weight is not None
-    layer.__class__ = before.original_class  # type: ignore[assignment]
+    layer.__class__ = before.original_class
     for name, value in before.properties.items():
         setattr(before.original_class, name, value)
     layer.__dict__.update(before.attributes)

@@ -60,8 +60,8 @@ def patch(
         parameters: globs of raw parameters to adapt, by their names or those of the modules that contain them: a matrix
             (m, K), or a stack (E, m, K) such as the experts of a mixture, each of which gets an adapter of its own.
         tied: what becomes of a weight that several modules hold (embedding and output of a language model). "share":
-            one adapter for all of them, those that no pattern takes included, and the model stays tied; "separate": each
-            layer that a pattern takes gets its own, the other holders keep the base weight; "refuse": an error.
+            one adapter for all of them, those that no pattern takes included, and the model stays tied; "separate":
+            each layer that a pattern takes gets its own, the other holders keep the base weight; "refuse": an error.
 
     Returns:
         The same model.

@@ -264,8 +264,7 @@ def _grouped(layers: tuple[PlannedLayer, ...], full: bool) -> list[list[PlannedL
     groups: dict[Any, list[PlannedLayer]] = {}
     for i, layer in enumerate(layers):
         alike = (_family(layer.path), layer.type_name, layer.shape, layer.rank, layer.pattern, len(layer.paths))
-        alike += (layer.shares is None,)
-        key = i if full else (*alike, tuple(_family(note) for note in layer.notes))
+        key = i if full else (*alike, layer.shares is None, tuple(_family(note) for note in layer.notes))
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
 
@@ -447,7 +446,7 @@ def _reason_to_skip(
 def _parts(module: nn.Module, name: str) -> list[nn.Parameter]:
     """The Parameters that a weight is, or is computed from."""
     if parametrize.is_parametrized(module, name):
-        return list(module.parametrizations[name].parameters())  # type: ignore[index]
+        return list(module.parametrizations[name].parameters())  # type: ignore[index, union-attr]
     own = [module._parameters.get(n) for n in (name, f"{name}_g", f"{name}_v", f"{name}_orig")]
     return [parameter for parameter in own if parameter is not None]
 
