@@ -13,6 +13,7 @@ VENV ?= .venv
 TEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+ZOO_ARGS ?=
 
 PY := $(VENV)/bin/python
 # -qq leaves only errors: progress bars and notices would drown the output of the target itself.
@@ -51,6 +52,13 @@ setup: $(DONE)/library $(DONE)/packaged  ## Create .venv and build the native co
 test: export HF_HUB_OFFLINE := 1
 test: setup  ## Run all tests (TEST_ARGS="-m 'not slow'" leaves the slow ones out)
 	$(PY) -m pytest $(TEST_ARGS)
+
+.PHONY: zoo
+# Every model is built with random weights: a hub that is asked for anything is a mistake.
+zoo: export HF_HUB_OFFLINE := 1
+zoo: export OMP_NUM_THREADS := 1
+zoo: $(DONE)/library  ## Judge every model of the zoo (ZOO_ARGS="--fresh --peft --only 'timm/*'"); resumes where it was
+	PYTHONPATH=tests $(PY) -m zoo.run $(ZOO_ARGS)
 
 .PHONY: lint
 lint: $(DONE)/environment  ## Check style and types: ruff, clang-format, mypy

@@ -1,0 +1,42 @@
+"""All entries of the zoo, by family. A family's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from fnmatch import fnmatchcase
+
+from .entry import Entry
+
+FAMILIES = {
+    "hazard": "hazards",
+    "timm": "timm_models",
+    "torchvision": "torchvision_models",
+    "transformers": "transformers_models",
+    "diffusers": "diffusers_models",
+}
+
+
+def family(name: str) -> list[Entry]:
+    """The entries of one family.
+
+    Raises:
+        ValueError: two of them have the same name.
+    """
+    entries = importlib.import_module(f".{FAMILIES[name]}", __package__).entries()
+    names = [entry.name for entry in entries]
+    if len(names) != len(set(names)):
+        raise ValueError(f"names are not unique: {sorted({n for n in names if names.count(n) > 1})}")
+    return entries
+
+
+def find(name: str) -> Entry:
+    """The entry of this name, "<family>/<model>"."""
+    found = [entry for entry in family(name.partition("/")[0]) if entry.name == name]
+    if not found:
+        raise ValueError(f"the zoo has no entry {name!r}")
+    return found[0]
+
+
+def names(pattern: str = "*") -> list[str]:
+    """Names of all entries that a glob takes."""
+    return [entry.name for key in FAMILIES for entry in family(key) if fnmatchcase(entry.name, pattern)]
