@@ -3,7 +3,7 @@
 Reentrant activation checkpointing and reversible blocks run their part of the model without autograd, and build the
 graph in the backward, but only if one of their inputs requires a gradient. In a model with a frozen base none does, and
 every adapter in there would silently learn nothing. So the root of a patched model watches for adapted layers that run
-without autograd while the model as a whole trains; where that happens, its floating inputs and the outputs of its
+without autograd while the model as a whole runs with it; where that happens, its floating inputs and the outputs of its
 embeddings are made to require a gradient. Where it does not happen, nothing is changed and nothing costs.
 """
 
@@ -28,13 +28,13 @@ class Watch:
     """State of one patched model, shared by its adapters and hooks.
 
     Attributes:
-        training: a training forward of the root is running, with autograd.
+        learning: a forward of the root is running, with autograd (in eval mode too: some train so).
         cut: an adapted layer ran without autograd in it.
         needed: the model cuts the graph: inputs are made to require a gradient from now on.
         flagged: modules that have a switch for checkpointing.
     """
 
-    training: bool = False
+    learning: bool = False
     cut: bool = False
     needed: bool = False
     flagged: list[nn.Module] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Watch:
 
     def saw(self) -> None:
         """An adapted layer runs; called where autograd is off."""
-        self.cut = self.cut or self.training
+        self.cut = self.cut or self.learning
 
 
 class _Before:
@@ -58,9 +58,9 @@ class _Before:
         if torch.compiler.is_compiling():
             return None
         watch = self.watch
-        watch.training = model.training and torch.is_grad_enabled()
+        watch.learning = torch.is_grad_enabled()
         watch.cut = False
-        if not watch.training or not watch.active():
+        if not watch.learning or not watch.active():
             return None
         return tree_map_only(Tensor, _requiring_grad, (args, kwargs))
 
@@ -73,9 +73,9 @@ class _After:
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         watch = self.watch
-        if torch.compiler.is_compiling() or not watch.training:
+        if torch.compiler.is_compiling() or not watch.learning:
             return None
-        watch.training = False
+        watch.learning = False
         if not watch.cut or watch.active():
             return None
         watch.needed = True
@@ -89,7 +89,7 @@ class _AfterEmbedding:
         self.watch = watch
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.watch.training or not self.watch.active():
+        if torch.compiler.is_compiling() or not self.watch.learning or not self.watch.active():
             return None
         return tree_map_only(Tensor, _requiring_grad, output)
 

@@ -389,7 +389,12 @@ def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dic
 
 
 def _count(layers: list[PlannedLayer], pattern: str) -> int:
-    return sum(any(matches(path, pattern) for path in layer.paths) for layer in layers)
+    return sum(any(matches(path, pattern) for path in _names(layer.paths, layer.parameter)) for layer in layers)
+
+
+def _names(sites: tuple[str, ...], parameter: str) -> tuple[str, ...]:
+    """What a pattern may call a site: a weight answers to its own name, too."""
+    return (*sites, *(f"{site}.weight".lstrip(".") for site in sites)) if parameter == "weight" else sites
 
 
 def _has_weights(module: nn.Module) -> bool:

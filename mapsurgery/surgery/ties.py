@@ -60,7 +60,7 @@ def _joined(first: PlannedLayer, module: nn.Module, name: str, model: nn.Module,
     """The entry of a holder that no pattern takes."""
     sites = site_paths(module_paths(model)[module], name)
     excluded = first_match(sites, config.exclude)
-    reason = why_not(module, name) if excluded is None else f"excluded by {excluded!r}"
+    reason = why_not(module, name, raw=True) if excluded is None else f"excluded by {excluded!r}"
     if reason is not None:
         raise ValueError(
             f"{first.path} is tied with {sites[0]}, which cannot be adapted with it ({reason}); "
