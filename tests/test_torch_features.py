@@ -227,6 +227,8 @@ def test_compiled_layers_are_the_eager_ones(name: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_vit_is_the_eager_one_with_its_gradients(backend: str) -> None:
     model = to_generic_point(mapsurgery.patch(_vit(), "*", rank=2, train="norm")).double()
+    for block in model.blocks:
+        block.attn.fused_attn = False  # torch 2.11 compiles the backward of its fused attention in float64 wrongly
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     y, expected = compiled(x), model(x)
