@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..methods import Adapter
 from .adapted import AdaptedLayer
@@ -27,7 +28,7 @@ class Quantisation:
     Attributes:
         name: for plans and messages.
         layer: qualified name of the layer's class or of an ancestor; weight: beginning of the qualified name of its
-            weight's class. Names, so that no optional package has to be imported; an empty one matches everything.
+            weight's class, "" for any. Names, so that no optional package has to be imported.
         dequantise: W (m, K) of a layer, in float32 or the dtype that its kernel computes in.
         dtype: dtype of the weight that was quantised, which its surroundings compute in; None if nothing tells.
         problem: why a layer of this kind cannot be adapted as it is now, or None.
@@ -44,18 +45,18 @@ class Quantisation:
     quantise: Callable[[nn.Module, Tensor], tuple[nn.Parameter, dict[str, Any]]] | None = None
 
     def describes(self, module: nn.Module) -> bool:
-        """Whether a module, which `_may_be_quantised`, is of this kind."""
+        """Whether a module is of a class, and its weight of one, that this entry names."""
         classes = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__}
         weight = type(module._parameters.get("weight"))
-        named = f"{weight.__module__}.{weight.__qualname__}"
-        return (not self.layer or self.layer in classes) and named.startswith(self.weight)
+        return self.layer in classes and f"{weight.__module__}.{weight.__qualname__}".startswith(self.weight)
 
 
 def kind_of(module: nn.Module) -> Quantisation | None:
-    """The entry of the table for a quantised linear layer; None for any other module."""
-    if not _may_be_quantised(module):
+    """How the weight of a linear layer is quantised; None for any other module."""
+    if features(module) is None or hasattr(module, "parametrizations"):
         return None
-    return next(kind for kind in QUANTISATIONS if kind.describes(module))
+    named = next((kind for kind in QUANTISATIONS if kind.describes(module)), None)
+    return named or (PACKED if _is_packed(module) else None)
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -67,22 +68,20 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _may_be_quantised(module: nn.Module) -> bool:
-    """Whether a module has the sizes of a linear layer, and holds its weight in any other form than a plain one."""
-    if features(module) is None or hasattr(module, "parametrizations"):
-        return False
-    if any(_is_plain(p) and p.dim() > 1 for p in module._parameters.values() if p is not None):
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a module holds no matrix of its own in a plain form, but something in another."""
+    if any(p is not None and p.dim() > 1 and not _is_coded(p) for p in module._parameters.values()):
         return False
     children = (child for child in module.children() if not isinstance(child, Adapter))
     if any(True for child in children for _ in child.parameters()):
         return False  # a block of layers
-    return hasattr(module, "_packed_params") or any(not _is_plain(tensor) for tensor in _tensors(module))
+    return hasattr(module, "_packed_params") or any(_is_coded(tensor) for tensor in _tensors(module))
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """An ordinary floating tensor; a sharded one (DTensor) is no quantised one either."""
+def _is_coded(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are not its numbers: codes, or a wrapper around such (a sharded tensor is none)."""
     sharded = type(tensor).__module__.startswith("torch.distributed")
-    return sharded or (type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in DTYPES)
+    return tensor.dtype not in DTYPES or (is_traceable_wrapper_subclass(tensor) and not sharded)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -107,7 +106,11 @@ def why_not(module: nn.Module) -> str | None:
     if any(tensor.is_meta for tensor in _tensors(module)):
         return f"quantised ({kind.name}), on meta: load its weights first"
     reason = kind.problem(module)
-    return None if reason is None else f"quantised ({kind.name}): {reason}"
+    if reason is None:
+        return None
+    own = (*module._parameters.items(), *module._buffers.items())
+    coded = [f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in own if t is not None and _is_coded(t)]
+    return f"quantised ({', '.join([kind.name, *coded])}): {reason}"
 
 
 def stand_in(module: nn.Module) -> Tensor:
@@ -139,8 +142,8 @@ def _plain_dtype(module: nn.Module) -> torch.dtype | None:
     named = getattr(module, "compute_dtype", None)
     if named in DTYPES:
         return named
-    floating = [t.dtype for t in (module._parameters.get("bias"), *_tensors(module)) if t is not None and _is_plain(t)]
-    return floating[0] if floating else None
+    tensors = [t for t in (module._parameters.get("bias"), *_tensors(module)) if t is not None]
+    return next((t.dtype for t in tensors if t.dtype in DTYPES), None)
 
 
 @torch.no_grad()
@@ -332,6 +335,8 @@ QUANTISATIONS: tuple[Quantisation, ...] = (
         problem=_not_linear,
         quantise=_quantise_torchao,
     ),
-    Quantisation("packed", layer="", weight="", dequantise=_from_identity, dtype=_plain_dtype, problem=_not_linear),
 )
-"""The first that describes a layer counts; the last describes them all."""
+"""The first that describes a layer counts."""
+
+PACKED = Quantisation("packed", layer="", weight="", dequantise=_from_identity, dtype=_plain_dtype, problem=_not_linear)
+"""Any other module that acts like a linear layer."""
