@@ -345,7 +345,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = module_paths(model)
     _refuse_patched(modules)
-    if not any(True for _ in model.parameters()):
+    if not any(True for _ in model.parameters()) and not any(map(quantisation.kind_of, modules)):
         raise ValueError(f"the model ({type(model).__name__}) has no parameters: there is nothing to adapt")
     all_paths = [path for paths in modules.values() for path in paths]
     trained = _trained_parameters(model, config, all_paths)
