@@ -16,6 +16,7 @@ import torch
 from definition import STARTS, Snapshot, start_name, to_generic_point, weight_by
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import mapsurgery
 from mapsurgery.methods import Adapter
@@ -363,7 +364,71 @@ def test_report_is_that_of_the_dequantised_weight(case: Case) -> None:
     assert found["weight_norm"] == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_is_eager(case: Case, _fresh_compiler: None) -> None:
+    if case.name == "gguf":
+        pytest.skip("torch does not compile the base")
+    model = to_generic_point(case.patched())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(data()), model(data()), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_is_the_base_s(case: Case) -> None:
+    if case.name == "gguf":
+        pytest.skip("its own forward does not take it")
+    model = case.built()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(data())
+        mapsurgery.patch(model, "1", rank=4)
+        found = model(data())
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        to_generic_point(model)(data()).float().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model[1].adapter.parameters())
+    assert_near(model(data()), by_definition(model, data()), max(case.error, 1e-5))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_cuts_no_gradient(case: Case, reentrant: bool) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    model = mapsurgery.patch(Checkpointed(*case.built()), "*", rank=4)
+    mapsurgery.verify(model, data())
+
+
+def test_a_tie_that_is_shared_stays_a_tie() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = nn.ModuleList([bnb_4bit(), bnb_4bit()])
+    model[1].weight = model[0].weight
+    to_generic_point(mapsurgery.patch(model, "0", rank=4))
+    assert model[0].adapter is model[1].adapter
+    expected = [layer(data()) for layer in model]
+    mapsurgery.merge(model, quantised="requantise")
+    assert model[0].weight is model[1].weight
+    mapsurgery.unmerge(model)
+    assert all(torch.equal(layer(data()), want) for layer, want in zip(model, expected, strict=True))
+
+
+def test_a_trained_bias_has_its_gradient(case: Case) -> None:
+    model = case.built()
+    if not isinstance(model[1].bias, nn.Parameter):
+        pytest.skip("its bias is no Parameter")
+    mapsurgery.patch(model, "1", rank=4, train="1.bias")
+    to_generic_point(model)(data()).sum().backward()
+    torch.testing.assert_close(model[1].bias.grad, torch.full((M,), 5.0))
+
+
 # --- merging
+
+
+def test_merging_restores_what_required_a_gradient(case: Case) -> None:
+    model = case.built()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    mapsurgery.patch(model, "1", rank=4)
+    mapsurgery.merge(model, quantised="dequantise")
+    after = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert before.items() <= after.items() and not after["1.weight"]
 
 
 def test_merge_is_refused_unless_a_choice_is_made(case: Case) -> None:
@@ -532,6 +597,17 @@ def test_what_does_not_act_like_a_linear_layer_is_skipped_with_the_reason(
     assert [skip.path for skip in plan.skipped] == ["1"] and plan.skipped[0].reason.startswith("quantised (packed")
     with pytest.raises(ValueError, match=reason):
         mapsurgery.patch(model, "1", rank=4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_pass_no_gradient_are_refused() -> None:
+    dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(source()), {nn.Linear}, torch.qint8)
+    layers = {"torch": dynamic[0]}
+    if importlib.util.find_spec("torchao") is not None:
+        layers["torchao"] = torchao("Int8DynamicActivationInt8WeightConfig")
+    plan = mapsurgery.plan(nn.ModuleDict({"plain": nn.Linear(K, K), **layers}), "*", rank=4)
+    assert {skip.path for skip in plan.skipped} == set(layers)
+    assert all("passes no gradient to its input" in skip.reason for skip in plan.skipped)
 
 
 def test_other_quantised_layers_are_named() -> None:

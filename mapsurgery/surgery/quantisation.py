@@ -158,7 +158,8 @@ def _from_identity(module: nn.Module) -> Tensor:
     for start in range(0, K, step):
         rows = torch.zeros(min(step, K - start) + 1, K, dtype=dtype, device=device)  # the last stays 0
         rows[:-1, start:].fill_diagonal_(_IDENTITY_SCALE)
-        output = forward(rows).to(weight.dtype)
+        with torch.autocast(device.type, enabled=False):
+            output = forward(rows).to(weight.dtype)
         weight[:, start : start + step] = ((output[:-1] - output[-1:]) / _IDENTITY_SCALE).t()
     return weight
 
