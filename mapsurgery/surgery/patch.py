@@ -13,8 +13,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..methods import Adapter, Init
 from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
+from .config import Config, Patterns
 from .layers import weight_of
-from .plan import Config, Patterns, Plan, build, make_plan
+from .plan import Plan, build, make_plan
 from .record import Record
 from .uninterrupted import uninterrupted
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..methods import Adapter
 from .adapted import AdaptedLayer, child_name
-from .plan import Config, module_paths, site_paths
+from .config import Config
+from .plan import module_paths, site_paths
 
 _ATTRIBUTE = "_mapsurgery"
 
