@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from .methods import find
 from .state import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .surgery import record
+from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
 from .surgery.patch import apply_plan, unpatch
 from .surgery.plan import (
-    Config,
     Plan,
     PlannedLayer,
     count_parameters,
