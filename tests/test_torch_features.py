@@ -400,3 +400,15 @@ def test_a_compiled_wrapper_can_be_patched_and_saved(tmp_path) -> None:
     mapsurgery.save(wrapper, tmp_path / "a.safetensors")
     mapsurgery.unpatch(wrapper)
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "linear_no_bias", "conv1d", "conv2d", "conv2d_depthwise", "conv1d_unbatched"]
+)
+def test_the_output_can_be_changed_in_place(name: str) -> None:
+    original, adapted, x = patched_case(next(c for c in CASES if c.name == name), dtype=torch.float64)
+    changed = adapted(x)
+    changed += 1
+    expected = _gradients(adapted, adapted(x) + 1)
+    for a, b in zip(_gradients(adapted, changed).values(), expected.values(), strict=True):
+        torch.testing.assert_close(a, b)
