@@ -39,4 +39,6 @@ def find(name: str) -> Entry:
 
 def names(pattern: str = "*") -> list[str]:
     """Names of all entries that a glob takes."""
-    return [entry.name for key in FAMILIES for entry in family(key) if fnmatchcase(entry.name, pattern)]
+    prefix = pattern.partition("/")[0]
+    families = [prefix] if prefix in FAMILIES else FAMILIES
+    return [entry.name for key in families for entry in family(key) if fnmatchcase(entry.name, pattern)]
