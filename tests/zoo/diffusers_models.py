@@ -322,9 +322,7 @@ _TRANSFORMERS: dict[str, tuple[Make, Callable[[], Inputs]]] = {
             "num_layers": 1,
             "caption_channels": 12,
         },
-        lambda: args(
-            floats(2, 16, 4), floats(2, 5, 12), _time(), torch.ones(2, 5), num_frames=1, height=4, width=4
-        ),
+        lambda: args(floats(2, 16, 4), floats(2, 5, 12), _time(), torch.ones(2, 5), num_frames=1, height=4, width=4),
     ),
     "Lumina2Transformer2DModel": (
         {
@@ -582,9 +580,7 @@ _CONTROLNETS: dict[str, tuple[Make, Callable[[], Inputs]]] = {
             "conditioning_channels": 4,
             "use_simplified_condition_embedding": True,
         },
-        lambda: args(
-            floats(1, 4, 2, 8, 8), _time(10), floats(2, 5, 16), floats(1, 4, 2, 8, 8), conditioning_mask=None
-        ),
+        lambda: args(floats(1, 4, 2, 8, 8), _time(10), floats(2, 5, 16), floats(1, 4, 2, 8, 8), conditioning_mask=None),
     ),
     "SD3ControlNetModel": (
         {

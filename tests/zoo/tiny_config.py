@@ -14,6 +14,8 @@ FIRST_SPECIAL, LAST_SPECIAL = 1, 15
 _RULES: tuple[tuple[str, Any], ...] = (
     # name of the attribute -> value, tried in order; a callable is given the default
     (r".*(dropout|drop_?rate|drop_path|layerdrop|eps|theta|factor|std|range|scale|ratio|prob|momentum).*", None),
+    (r"n_group", lambda v: min(v, 2)),
+    (r"topk_group", lambda v: 1),
     (r".*(_type|_types|_period|_offset|_index|indices|_idx|_group|n_group|version|dtype|version_id)", None),
     (r"num_feat_extract_layers|num_conv_pos.*", None),
     (r"num_kv_shared_layers", 0),
@@ -21,7 +23,8 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(.*_)?window_size", lambda v: min(v, 2)),
     (r"(num|n)_?(key_value|kv)_?heads?", 2),
     (r".*(num|n)_.*key_value_heads", 2),
-    (r"mamba_n_heads|mamba_num_heads", 8),
+    (r"mamba_n_heads|mamba_num_heads|mamba_d_head", 8),
+    (r"mamba_d_ssm", 2 * WIDTH),
     (r"linear_num_(key|value)_heads", 4),
     (r"(.*_)?(num_attention_heads|n_heads?|num_heads|attention_heads|num_query_heads|nhead)", HEADS),
     (r"(.*_)?num_(image|channel|mel).*channels.*|num_channels|in_channels|in_chans|image_channels", None),
@@ -112,6 +115,8 @@ def _every_kind(kinds: Any) -> Any:
 
 def _agree(values: dict[str, Any], default: PreTrainedConfig) -> None:
     """Lists with an item for each layer, and the number of layers."""
+    if isinstance(values.get("kv_lora_rank"), int):  # latent attention: a key for each query
+        values["num_key_value_heads"] = HEADS
     before, now = getattr(default, "num_hidden_layers", None), values.get("num_hidden_layers")
     for name, value in values.items():
         if isinstance(value, list) and len(value) == before and now and "types" not in name:

@@ -117,7 +117,9 @@ def _tokens(length: int) -> Callable[[PreTrainedConfig], torch.Tensor]:
 
 def _first(config: PreTrainedConfig, *names: str, default: Any) -> Any:
     """An attribute of the configuration or of its parts."""
-    parts = [getattr(config, part, None) for part in ("vision_config", "audio_config", "encoder_config", "backbone_config")]
+    parts = [
+        getattr(config, part, None) for part in ("vision_config", "audio_config", "encoder_config", "backbone_config")
+    ]
     for part in [config, *parts]:
         for name in names:
             if part is not None and getattr(part, name, None) is not None:

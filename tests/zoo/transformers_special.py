@@ -70,14 +70,18 @@ OVERRIDES: dict[str, dict[str, Any] | Callable[[], dict[str, Any]]] = {
     "unispeech": _convolutions,
     "unispeech-sat": _convolutions,
     "wav2vec2": _convolutions,
-    "wav2vec2-conformer": _convolutions,
     "wavlm": _convolutions,
-    "wav2vec2-bert": {"vocab_size": 64},
+    "wav2vec2-bert": {"vocab_size": 64, "feature_projection_input_dim": 80},
+    "wav2vec2-conformer": lambda: {**_convolutions(), "vocab_size": 64},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy", "n_group": None, "topk_group": None},
     "depth_anything": {"neck_hidden_sizes": [16, 16], "reassemble_factors": [4, 2]},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-    "dpt": {"backbone_out_indices": [0, 1, 1, 1], "neck_hidden_sizes": [16, 16, 16, 16]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 2},
-    "glm4v": _mrope(1, 1, 0),
+    "glm4v": _mrope(2, 1, 1),
+    "glm4v_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"rope_parameters": _ROPE},
     "hunyuan_v1_moe": {"rope_parameters": _ROPE},
@@ -105,6 +109,13 @@ OVERRIDES: dict[str, dict[str, Any] | Callable[[], dict[str, Any]]] = {
         "local_attn_chunk_length": 8,
         "max_position_embeddings": 32,
     },
+    "sam": {
+        "prompt_encoder_config": {"image_embedding_size": 4, "image_size": 32, "patch_size": 8},
+        "vision_config": {"num_pos_feats": 16},
+    },
+    "swin": {"patch_size": 2},
+    "donut-swin": {"patch_size": 2},
+    "dpt": {"is_hybrid": False, "backbone_out_indices": [0, 1, 1, 1], "neck_hidden_sizes": [16, 16, 16, 16]},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8, "hybrid_layer_ids": [1], "num_mem_blocks": 1},
@@ -120,7 +131,9 @@ CLASSES: dict[str, str] = {
 PAIRS = frozenset({"align", "altclip", "blip", "chinese_clip", "clip", "flava", "groupvit", "kosmos-2", "vilt"})
 """Two towers, or one that wants both kinds of input."""
 
-MEL_FIRST = frozenset({"whisper", "qwen2_audio_encoder", "voxtral_encoder", "glmasr_encoder", "voxtral_realtime_encoder"})
+MEL_FIRST = frozenset(
+    {"whisper", "qwen2_audio_encoder", "voxtral_encoder", "glmasr_encoder", "voxtral_realtime_encoder"}
+)
 """Spectra with their bins before time."""
 
 
