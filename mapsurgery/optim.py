@@ -50,10 +50,10 @@ def param_groups(
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value!r}")
     root, memory = record.find_patched(model)
-    for path, layer in record.intact_layers(root, memory).items():
-        if layer.adapter.pending:
+    for site in record.intact_sites(root, memory):
+        if site.adapter.pending:
             raise ValueError(
-                f"{path}: its weight is not loaded yet (meta device); load the weights, then make the groups"
+                f"{site.path}: its weight is not loaded yet (meta device); load the weights, then make the groups"
             )
     settings = {
         "down": (lr, weight_decay),

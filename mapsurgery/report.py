@@ -35,8 +35,8 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: the model is not patched, or a weight is still on meta.
     """
-    layers = record.adapted_layers(model)
-    for path, layer in layers.items():
-        if layer.adapter.base_weight.is_meta:
-            raise ValueError(f"{path}: its weight is not loaded (meta device)")
-    return Report({path: layer.adapter.measures() for path, layer in layers.items()})
+    sites = record.one_per_adapter(record.all_sites(model))
+    for site in sites:
+        if site.layer.base_of(site.parameter).is_meta:
+            raise ValueError(f"{site.path}: its weight is not loaded (meta device)")
+    return Report({site.path: site.adapter.measures(site.layer.given_base(site.parameter)) for site in sites})

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .surgery import record
-from .surgery.adapted import CHILD
 from .surgery.record import Record
 
 
@@ -26,10 +25,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     root, memory = record.find_patched(model)
     state: dict[str, Tensor] = {}
-    for path, layer in record.intact_layers(root, memory).items():
-        for name, parameter in layer.adapter.own_parameters().items():
-            state[entry(path, name)] = parameter.detach()
-        state[entry(path, FORM)] = layer.adapter.form
+    for site in record.intact_sites(root, memory):
+        for name, parameter in site.adapter.own_parameters().items():
+            state[site.entry(name)] = parameter.detach()
+        state[site.entry(FORM)] = site.adapter.form
     for name in record.trained_names(root, memory):
         state[name] = root.get_parameter(name).detach()
     return state | {name: root.get_buffer(name) for name in changed_buffers(root, memory)}
@@ -37,11 +36,6 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 FORM = "form"
 """Buffer of an adapter that says how its parameters are meant (tau, relative)."""
-
-
-def entry(path: str, name: str) -> str:
-    """Name in the model of a parameter of the adapter of the layer at `path`."""
-    return ".".join(part for part in (path, CHILD, name) if part)
 
 
 def changed_buffers(root: nn.Module, memory: Record) -> list[str]:
@@ -79,10 +73,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     ]
     if problems:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems[:10]))
-    for path, layer in record.adapted_layers(root).items():
-        layer.adapter.refuse_other_form(state[entry(path, FORM)])
+    forms = {site.entry(FORM): site.adapter for site in record.one_per_adapter(record.all_sites(root))}
+    for name, adapter in forms.items():
+        adapter.refuse_other_form(state[name])
     for name, tensor in state.items():
-        if not name.endswith(f"{CHILD}.{FORM}"):
+        if name not in forms:
             places[name][0].copy_(tensor)
     return model
 
@@ -105,8 +100,8 @@ def places_of(root: nn.Module, memory: Record) -> dict[str, tuple[Tensor, bool]]
     places: dict[str, tuple[Tensor, bool]] = {
         name: (buffer, True) for name, buffer in record.persistent_buffers(root).items()
     }
-    for path, layer in record.adapted_layers(root).items():
-        for name, parameter in layer.adapter.own_parameters().items():
-            places[entry(path, name)] = (parameter, False)
-        places[entry(path, FORM)] = (layer.adapter.form, False)
+    for site in record.one_per_adapter(record.all_sites(root)):
+        for name, parameter in site.adapter.own_parameters().items():
+            places[site.entry(name)] = (parameter, False)
+        places[site.entry(FORM)] = (site.adapter.form, False)
     return places | {name: (root.get_parameter(name), False) for name in record.trained_names(root, memory)}

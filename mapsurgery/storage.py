@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import ops
 from .methods import find
-from .state import FORM, adapter_state_dict, changed_buffers, entry, load_adapter_state_dict
+from .methods.base import frobenius_norms
+from .state import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .surgery import record
-from .surgery.layers import why_not
+from .surgery.layers import weight_of, why_not
 from .surgery.patch import apply_plan, unpatch
-from .surgery.plan import Config, Plan, PlannedLayer, count_parameters, module_paths, planned_layer
+from .surgery.plan import Config, Plan, PlannedLayer, count_parameters, module_paths, planned_layer, site_paths
 
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 1
@@ -44,7 +44,9 @@ def save(model: nn.Module, path: Path) -> None:
         OSError: the file cannot be written; an existing one is left as it was.
     """
     root, memory = record.find_patched(model)
-    layers = {name: _describe(name, layer) for name, layer in record.intact_layers(root, memory).items()}
+    sites = record.intact_sites(root, memory)
+    holders = record.all_sites(root)
+    layers = {site.path: _describe(site, holders) for site in sites}
     tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
     metadata = {
         "format": FORMAT,
@@ -55,7 +57,7 @@ def save(model: nn.Module, path: Path) -> None:
         "trained": json.dumps(list(record.trained_names(root, memory))),
         "buffers": json.dumps(changed_buffers(root, memory)),
     }
-    factors = {entry(path, role) for path in layers for role in _roles(memory)}
+    factors = {site.entry(role) for site in sites for role in _roles(memory)}
     diverged = [name for name, tensor in tensors.items() if name in factors and not tensor.isfinite().all()]
     if diverged:
         raise ValueError(f"the adapter holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
@@ -73,16 +75,20 @@ def _library_version() -> str:
         return "unknown"
 
 
-def _describe(path: str, layer: Any) -> dict[str, Any]:
-    adapter = layer.adapter
-    if adapter.base_weight.is_meta or adapter.pending:
-        raise ValueError(f"{path}: its weight is not loaded (meta device): there is no adapter to save yet")
+def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
+    adapter = site.adapter
+    if adapter.weight_norm.is_meta or adapter.pending:
+        raise ValueError(f"{site.path}: its weight is not loaded (meta device): there is no adapter to save yet")
+    norms = adapter.weight_norm.tolist()
     return {
-        "type": layer.original_class.__name__,
-        "shape": list(adapter.base_weight.shape),
-        "dtype": str(adapter.base_weight.dtype).removeprefix("torch."),
+        "layer": site.layer_path,
+        "parameter": site.parameter,
+        "tied": [[s.layer_path, s.parameter] for s in holders if s.adapter is adapter and s.path != site.path],
+        "type": site.layer.original_class.__name__,
+        "shape": list(adapter.shape),
+        "dtype": str(adapter.base_dtype).removeprefix("torch."),
         "rank": adapter.rank,
-        "weight_norm": adapter.weight_norm.item(),
+        "weight_norm": norms if adapter.stacked else norms[0],
     }
 
 
@@ -214,12 +220,26 @@ def _config(path: str, value: dict[str, Any]) -> Config:
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "layer": str,
+    "parameter": str,
+    "tied": list,
     "type": str,
     "shape": list,
     "dtype": str,
     "rank": int,
-    "weight_norm": (int, float),
+    "weight_norm": (int, float, list),
 }
+
+
+def _norms(layer: dict[str, Any]) -> list[float]:
+    """||W||_F of a layer in a file; several for a stack."""
+    norms = layer["weight_norm"]
+    return norms if isinstance(norms, list) else [norms]
+
+
+def _entry(layer: dict[str, Any], role: str) -> str:
+    """Name of a tensor of a layer's adapter."""
+    return record.entry(layer["layer"], layer["parameter"], role)
 
 
 def _check_consistent(file: _File) -> None:
@@ -234,11 +254,14 @@ def _check_consistent(file: _File) -> None:
         for key, kind in _LAYER_FIELDS.items():
             if not isinstance(layer.get(key), kind) or isinstance(layer[key], bool):
                 raise ValueError(f"{file.path}: layer {name} has {key} = {layer.get(key)!r} in the metadata")
-        if not 0 <= layer["weight_norm"] < 1e300:
+        if not all(isinstance(norm, int | float) and 0 <= norm < 1e300 for norm in _norms(layer)):
             raise ValueError(f"{file.path}: layer {name} has weight_norm = {layer['weight_norm']}")
+        places = [[layer["layer"], layer["parameter"]], *layer["tied"]]
+        if not all(isinstance(place, list) and [type(part) for part in place] == [str, str] for place in places):
+            raise ValueError(f"{file.path}: layer {name} is tied with {layer['tied']!r}, expected pairs of names")
         if layer["dtype"] not in _DTYPES:
             raise ValueError(f"{file.path}: layer {name} has dtype = {layer['dtype']!r}, expected one of {_DTYPES}")
-        expected |= {entry(name, role) for role in (*roles, FORM)}
+        expected |= {_entry(layer, role) for role in (*roles, FORM)}
     missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
     if missing or unknown:
         raise ValueError(f"{file.path}: tensors missing: {missing[:5]}, tensors that nothing announces: {unknown[:5]}")
@@ -253,22 +276,18 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(record.own(module) is not None for module in model.modules()):
         raise ValueError("the model is patched already: unpatch it, or load_adapter_state_dict into it")
-    paths_of = module_paths(model)
-    modules = {path: module for module, paths in paths_of.items() for path in paths}
+    modules = {path: (module, paths) for module, paths in module_paths(model).items() for path in paths}
     problems: list[str] = []
     layers: list[PlannedLayer] = []
     for name, described in file.layers.items():
-        problem = _problem_with(modules.get(name), described)
-        if any(layer.module is modules.get(name) for layer in layers):
-            problem = "is a layer that the file names twice"
-        if problem is None:
-            layer = planned_layer(modules[name], paths_of[modules[name]], "(file)", described["rank"])
-            problem = _problem_with_factors(layer, name, described, file)
-        if problem is None:
-            dtype = file.tensors[entry(name, "alpha")].dtype
-            layers.append(replace(layer, weight_norm=float(described["weight_norm"]), dtype=dtype))
+        found = _planned_by_file(modules, name, described, file)
+        taken = {(layer.module, layer.parameter) for layer in layers}
+        if isinstance(found, list) and any((layer.module, layer.parameter) in taken for layer in found):
+            found = "is a layer that the file names twice"
+        if isinstance(found, list):
+            layers += found
         else:
-            problems.append(f"layer {name!r} {problem}")
+            problems.append(f"layer {name!r} {found}")
     problems += _problems_with_extras(model, file)
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
@@ -286,25 +305,59 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
     )
 
 
-def _problem_with(module: nn.Module | None, described: dict[str, Any]) -> str | None:
+def _planned_by_file(
+    modules: dict[str, tuple[nn.Module, tuple[str, ...]]], name: str, described: dict[str, Any], file: _File
+) -> list[PlannedLayer] | str:
+    """The entries of a layer and of those that share its adapter, or what does not fit."""
+    found: list[PlannedLayer] = []
+    for path, parameter in [(described["layer"], described["parameter"]), *described["tied"]]:
+        module, paths = modules.get(path, (None, ()))
+        problem = _problem_with(module, parameter, described)
+        if problem is not None or module is None:
+            return f"{problem} ({path})" if found else str(problem)
+        layer = planned_layer(module, parameter, site_paths(paths, parameter), "(file)", described["rank"])
+        problem = _problem_with_factors(layer, described, file)
+        if problem is not None:
+            return problem
+        if found and module._parameters.get(parameter) is not found[0].module._parameters.get(found[0].parameter):
+            return f"is tied with {layer.path} in the file, but not in this model"
+        norms = tuple(float(norm) for norm in _norms(described))
+        dtype = file.tensors[_entry(described, "alpha")].dtype
+        shares = found[0].path if found else None
+        found.append(replace(layer, weight_norm=norms if layer.stacked else norms[0], dtype=dtype, shares=shares))
+    return found
+
+
+def _problem_with(module: nn.Module | None, parameter: str, described: dict[str, Any]) -> str | None:
     if module is None:
         return "is missing"
-    reason = why_not(module)
+    reason = why_not(module, parameter, raw=True)
     if reason is not None:
         return f"cannot be adapted here: {reason}"
-    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    weight = weight_of(module, parameter)
+    assert weight is not None
     if list(weight.shape) != described["shape"]:
         return f"has shape {tuple(weight.shape)}, the file's was {tuple(described['shape'])}"
     return "is on meta: load the model's weights first" if weight.is_meta else None
 
 
-def _problem_with_factors(layer: PlannedLayer, name: str, described: dict[str, Any], file: _File) -> str | None:
+def _problem_with_factors(layer: PlannedLayer, described: dict[str, Any], file: _File) -> str | None:
     m, K = layer.matrix
     rank = described["rank"]
     if rank < 1 or rank != layer.rank:
         return f"has rank {rank} in the file, this layer allows 1 to {min(m, K)}"
-    for role, shape in (("A", (rank, K)), ("B", (m, rank)), ("alpha", (1,)), ("beta", (1,)), (FORM, (2,))):
-        tensor = file.tensors[entry(name, role)]
+    if len(_norms(described)) != layer.matrices:
+        return f"is {layer.matrices} matrices here, the file has {len(_norms(described))}"
+    stack = (layer.matrices,) if layer.stacked else ()
+    magnitude = (layer.matrices,)
+    for role, shape in (
+        ("A", (*stack, rank, K)),
+        ("B", (*stack, m, rank)),
+        ("alpha", magnitude),
+        ("beta", magnitude),
+        (FORM, (2,)),
+    ):
+        tensor = file.tensors[_entry(described, role)]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             return f"needs {role} of shape {shape} for rank {rank}, the file's is {tuple(tensor.shape)} {tensor.dtype}"
     return None
@@ -313,7 +366,7 @@ def _problem_with_factors(layer: PlannedLayer, name: str, described: dict[str, A
 def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
     """Trained parameters and buffers that the model lacks or has in another shape."""
     problems = []
-    adapted = {f"{path}.weight" if path else "weight" for path in file.layers}
+    adapted = {".".join(filter(None, (layer["layer"], layer["parameter"]))) for layer in file.layers.values()}
     problems += [f"{name!r} is adapted and trained at once" for name in file.trained if name in adapted]
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     buffers = record.persistent_buffers(model)
@@ -332,16 +385,29 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     """The weights are those that the adapter was trained on, as far as ||W||_F tells."""
     wrong = []
     for layer in layers:
-        weight: Tensor = layer.module._parameters["weight"]  # type: ignore[assignment]
-        found, expected = ops.frobenius_norm(weight.detach()), layer.weight_norm
-        assert expected is not None
-        if not abs(found - expected) <= _norm_tolerance(weight, file.layers[layer.path]["dtype"]) * expected:
-            wrong.append(f"{layer.path} has ||W||_F = {found:.8g}, the adapter was trained on {expected:.8g}")
+        if layer.shares:
+            continue
+        weight = weight_of(layer.module, layer.parameter)
+        assert weight is not None
+        tolerance = _norm_tolerance(weight, file.layers[layer.path]["dtype"])
+        found, expected = (
+            torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (_found_norm(layer, weight), layer.weight_norm)
+        )
+        off = ~((found - expected).abs() <= tolerance * expected)
+        if off.any():
+            first = int(off.nonzero()[0])
+            which = f" (matrix {first})" if layer.stacked else ""
+            trained_on = f"the adapter was trained on {expected[first]:.8g}"
+            wrong.append(f"{layer.path}{which} has ||W||_F = {found[first]:.8g}, {trained_on}")
     if wrong:
         raise ValueError(
             f"{file.path} was trained on another base ({len(wrong)} of {len(layers)} layers differ): "
             + "; ".join(wrong[:5])
         )
+
+
+def _found_norm(layer: PlannedLayer, weight: Tensor) -> float | list[float]:
+    return frobenius_norms(weight.detach(), layer.stacked)
 
 
 def _norm_tolerance(weight: Tensor, saved_dtype: str) -> float:

@@ -67,8 +67,8 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
         ValueError: the model is not patched, or its output holds no floating tensor.
     """
     root, memory = record.find_patched(model)
-    adapters = {path: layer.adapter for path, layer in record.intact_layers(root, memory).items()}
-    if any(adapter.base_weight.is_meta for adapter in adapters.values()):
+    adapters = {site.path: site.adapter for site in record.intact_sites(root, memory)}
+    if any(adapter.weight_norm.is_meta for adapter in adapters.values()):
         raise ValueError("the model is on meta: load its weights before verifying it")
     with _left_as_it_was(model, adapters), torch.inference_mode(False):
         call: Callable[[], list[Tensor]] = lambda: _tensors(model(*inputs, **kwargs))  # noqa: E731

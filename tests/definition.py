@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import mapsurgery
+from mapsurgery.methods import Adapter
 
 
 def defined_weight(
@@ -35,28 +36,34 @@ def defined_weight(
     return (alpha * W + unit * update) if relative else (alpha * W / unit + update)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: nn.Module, parameter: str = "weight") -> Tensor:
     """W' of an adapted layer by `defined_weight`, in the layer's own layout, float64."""
-    a = layer.adapter
-    W = a.base_weight.detach()
-    matrix = W.t() if isinstance(layer, Conv1D) else W.reshape(W.shape[0], -1)
+    a = layer.adapter if parameter == "weight" else getattr(layer, f"adapter_{parameter}")
+    return weight_by(a, layer.base_of(parameter).detach(), isinstance(layer, Conv1D))
+
+
+def weight_by(a: nn.Module, W: Tensor, transposed: bool = False) -> Tensor:
+    """W' of an adapter on W."""
     tau = a.init.beta / a.init.gain if a.init.kind == "soft" else 0.0
-    found = defined_weight(matrix, a.A.detach(), a.B.detach(), a.alpha.detach(), a.beta.detach(), tau, a.init.relative)
-    return found.t() if isinstance(layer, Conv1D) else found.reshape(W.shape)
+    numbers = [t.detach() for t in (a.A, a.B, a.alpha, a.beta)]
+    if a.A.dim() == 3:  # a stack: each matrix by itself
+        parts = [t[:, None] if t.dim() == 1 else t for t in numbers]
+        return torch.stack([defined_weight(w, *p, tau, a.init.relative) for w, *p in zip(W, *parts, strict=True)])
+    found = defined_weight(W.t() if transposed else W.reshape(W.shape[0], -1), *numbers, tau, a.init.relative)
+    return found.t() if transposed else found.reshape(W.shape)
 
 
 @torch.no_grad()
 def to_generic_point(model: nn.Module, seed: int = 1) -> nn.Module:
     """Move every adapter to where each of its parameters matters, as training would."""
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, mapsurgery.AdaptedLayer):
-            a = module.adapter
+    for a in model.modules():
+        if isinstance(a, Adapter):
             for p in (a.A, a.B):
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
-            unit = 1.0 if a.init.relative else max(float(a.base_weight.detach().double().norm()), 1e-3)
-            a.alpha.fill_(0.9 * unit)
-            a.beta.fill_(0.4 * unit)
+            unit = 1.0 if a.init.relative else a.weight_norm.double().clamp_min(1e-3)
+            a.alpha.fill_(0.9).mul_(unit)
+            a.beta.fill_(0.4).mul_(unit)
     return model
 
 
@@ -161,6 +168,9 @@ CASES = [
         "timm_scaled_std_conv", _conv(ScaledStdConv2d, 4, 6, 3, padding=1), (2, 4, 5, 5), fused=False, pointwise=False
     ),
     Case("timm_conv_same", _conv(Conv2dSame, 4, 6, 3, stride=2), (2, 4, 5, 5), fused=False),
+    Case("conv_transpose1d", _conv(nn.ConvTranspose1d, 4, 6, 3, stride=2, output_padding=1), (2, 4, 5), fused=False),
+    Case("conv_transpose2d", _conv(nn.ConvTranspose2d, 4, 6, 3, groups=2, dilation=2), (2, 4, 5, 5), fused=False),
+    Case("conv_transpose3d", _conv(nn.ConvTranspose3d, 3, 4, 2), (2, 3, 3, 3, 3), fused=False),
     Case("conv_own_conv_forward", _conv(OwnConvForward, 4, 6, 3), (2, 4, 5, 5), fused=False),
 ]
 

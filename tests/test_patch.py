@@ -102,7 +102,7 @@ def test_a_tie_is_kept_by_patch_and_unpatch() -> None:
     snapshot = Snapshot(model)
     ids = torch.arange(5)
     expected = model(ids)
-    mapsurgery.patch(model, ["out", "body"], rank=2)
+    mapsurgery.patch(model, ["out", "body"], rank=2, tied="separate")
     assert model.out.adapter.base_weight is model.embed.weight
     assert torch.equal(model(ids), expected)
     mapsurgery.unpatch(model)

@@ -412,7 +412,8 @@ def _scaled(model: nn.Module) -> nn.Module:
 
 
 def _other_class(model: nn.Module) -> nn.Module:
-    model.body[0] = nn.Bilinear(4, 2, 12)
+    model.body[0] = nn.LayerNorm((12, 8))
+    model.body[0].weight = nn.Parameter(torch.ones(12))
     return model
 
 
@@ -421,7 +422,7 @@ MISFITS = [
     (_wider, r"'body\.0'.*\(13, 8\).*\(12, 8\)"),
     (_scaled, r"another base.*body\.2 has"),
     (lambda model: net(seed=1), "another base"),
-    (_other_class, r"'body\.0'.*Bilinear"),
+    (_other_class, r"'body\.0'.*no matrix"),
     (lambda model: model.to("meta"), "meta"),
 ]
 

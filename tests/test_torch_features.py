@@ -316,6 +316,7 @@ def test_the_encoder_layers_fast_path_uses_the_adapted_weights(monkeypatch: pyte
     names = ["self_attn.out_proj", "linear1", "linear2"]
     x = torch.randn(2, 5, 8)
     weights = {f"{name}.weight": weight_of(layer.get_submodule(name)).float() for name in names}
+    weights["self_attn.in_proj_weight"] = weight_of(layer.self_attn, "in_proj_weight").float()
     expected = functional_call(original, weights, (x,))
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
     calls = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,17 @@ def check_rank(rank: Any, name: str = "rank", limit: int | None = None) -> None:
         raise ValueError(f"{name} must be at most {limit} in this layer, got {rank}")
 
 
+def matrix_shape(shape: Sequence[int], transposed: bool = False, stacked: bool = False) -> tuple[int, int]:
+    """(m, K) of a weight of this shape, or of each matrix of a stack."""
+    m = shape[1] if transposed or stacked else shape[0]
+    return m, math.prod(shape) // (m * (shape[0] if stacked else 1))
+
+
+def frobenius_norms(weight: Tensor, stacked: bool = False) -> float | list[float]:
+    """||W||_F, or one for each matrix of a stack."""
+    return [ops.frobenius_norm(matrix) for matrix in weight] if stacked else ops.frobenius_norm(weight)
+
+
 class Adapter(nn.Module):
     """A frozen weight W and the parameters that turn it into W'.
 
@@ -35,12 +47,14 @@ class Adapter(nn.Module):
     parameters and says what W' is; a new method or update family is a subclass in a file of its own.
 
     Args:
-        weight: the layer's own Parameter, (m, ...) with m outputs. It is held, not copied.
+        weight: (m, ...) with m outputs, or a stack (E, m, ...) of such. A Parameter is held, not copied; of any other
+            tensor (the result of a parametrisation) only shape and norm are taken, and every call is given its own.
         rank: r, 1 <= r <= min(m, K), K the number of elements of weight by m.
         init: the start.
         dropout: probability of dropping an input of the update path (not of the base) in training.
         dtype: of the adapter's own parameters.
         transposed: weight is (in, out), as in transformers' Conv1D, rather than (out, in, ...).
+        stacked: weight is a stack, whose matrices are adapted one by one.
         name: the layer's path, for messages.
         weight_norm: ||W||_F where it is known already; measured when None.
 
@@ -48,8 +62,10 @@ class Adapter(nn.Module):
         ValueError: the weight holds NaN or infinity.
 
     Attributes:
-        base_weight: the frozen weight, in the layer's own layout.
-        weight_norm: (1,) buffer, ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
+        base_weight: the frozen weight, in the layer's own layout; None if it is computed anew for each call.
+        weight_norm: (1,) or (E,) buffer, ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on
+            meta.
+        watch: told of calls without autograd, where `surgery.gradient_source` put one.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
     """
@@ -59,34 +75,38 @@ class Adapter(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter,
+        weight: Tensor,
         *,
         rank: int,
         init: Init,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
         transposed: bool = False,
+        stacked: bool = False,
         name: str = "",
-        weight_norm: float | None = None,
+        weight_norm: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.base_weight = weight
+        self.register_parameter("base_weight", weight if isinstance(weight, nn.Parameter) else None)
+        self.base_weight: nn.Parameter | None
+        self.shape, self.base_dtype = weight.shape, weight.dtype
         self.rank, self.init, self.dropout = rank, init, dropout
-        self.transposed = transposed
+        self.transposed, self.stacked = transposed, stacked
         self.layer_name = name
         self.enabled = True
-        self.place = 0  # among the layer's parameters; set when the layer is adapted
+        self.watch: Any = None
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.register_buffer("weight_norm", torch.full((1,), float("nan"), dtype=norm_dtype, device=weight.device))
+        norms = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
+        self.register_buffer("weight_norm", norms)
         self.weight_norm: Tensor
         # tau and relative change what the parameters mean: a state_dict carries them, so that a mismatch is seen.
         self.register_buffer("form", self._form(weight.device))
         self.form: Tensor
-        m = weight.shape[1] if transposed else weight.shape[0]
-        self.create_parameters(m, weight.numel() // m, {"device": weight.device, "dtype": dtype})
+        m, K = matrix_shape(self.shape, transposed, stacked)
+        self.create_parameters(m, K, {"device": weight.device, "dtype": dtype})
         if not self.pending:
-            self.take_norm(weight_norm)
+            self.take_norm(weight_norm, weight)
             self.reset_parameters()
 
     # What a subclass defines ------------------------------------------------------------------------------------
@@ -102,8 +122,8 @@ class Adapter(nn.Module):
     def norm_changed(self, before: Tensor) -> None:
         """||W||_F is no longer `before` (1,): a checkpoint with other weights was loaded under the adapter."""
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W'^T + bias; x (..., K), result (..., m)."""
+    def linear(self, x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        """x W'^T + bias; x (..., K), result (..., m). weight: W, where each call computes it."""
         raise NotImplementedError
 
     def conv(
@@ -114,12 +134,17 @@ class Adapter(nn.Module):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """Convolution of x (N, C, *spatial) or (C, *spatial) with W'."""
         raise NotImplementedError
 
-    def effective_weight(self) -> Tensor:
-        """W' in the layout and dtype of `base_weight`, differentiable."""
+    def embedding(self, ids: Tensor, padding_idx: int | None, weight: Tensor | None = None) -> Tensor:
+        """Rows of W' (m, K); ids (...), result (..., K). No gradient from rows at padding_idx."""
+        raise NotImplementedError
+
+    def effective_weight(self, weight: Tensor | None = None) -> Tensor:
+        """W' in the layout and dtype of the weight, differentiable."""
         raise NotImplementedError
 
     def merge_into(self, weight: Tensor) -> None:
@@ -134,7 +159,7 @@ class Adapter(nn.Module):
         """Whether W can be recovered from W'."""
         raise NotImplementedError
 
-    def measures(self) -> dict[str, float]:
+    def measures(self, weight: Tensor | None = None) -> dict[str, float]:
         """Plain numbers for `mapsurgery.report`."""
         raise NotImplementedError
 
@@ -144,30 +169,44 @@ class Adapter(nn.Module):
         """The adapter's trained parameters by name: everything but the frozen weight."""
         return {name: getattr(self, name) for name in self.ROLES}
 
-    def matrix(self, weight: Tensor | None = None) -> Tensor:
-        """The weight (or one of its shape) as (m, K): a view where strides allow."""
-        weight = self.base_weight if weight is None else weight
-        return weight.t() if self.transposed else weight.flatten(1)
+    @property
+    def matrices(self) -> int:
+        """How many matrices are adapted one by one: 1, or those of a stack."""
+        return self.shape[0] if self.stacked else 1
 
-    def like_weight(self, matrix: Tensor) -> Tensor:
-        """An (m, K) matrix in the layout of the weight."""
-        return matrix.t() if self.transposed else matrix.reshape(self.base_weight.shape)
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight (or a tensor of its shape) as (m, K), a stack as (E, m, K): a view where strides allow."""
+        return weight.t() if self.transposed else weight.flatten(2 if self.stacked else 1)
 
-    def take_norm(self, norm: float | None = None) -> None:
+    def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """W and ||W||_F: the adapter's own, or those of a W that was computed for this call."""
+        if not torch.is_grad_enabled() and self.watch is not None and not torch.compiler.is_compiling():
+            self.watch.saw()
+        if weight is None or weight is self.base_weight:
+            assert self.base_weight is not None
+            return self.base_weight, self.weight_norm
+        norm = torch.linalg.vector_norm(weight.detach(), dtype=self.weight_norm.dtype)
+        return weight, norm.reshape(1)
+
+    def take_norm(self, norm: float | Sequence[float] | None = None, weight: Tensor | None = None) -> None:
         """Set ||W||_F, measured here unless given.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        norm = ops.frobenius_norm(self.base_weight.detach()) if norm is None else norm
-        if not norm < float("inf"):
+        if norm is None:
+            weight = self.base_weight if weight is None else weight
+            assert weight is not None
+            norm = frobenius_norms(weight.detach(), self.stacked)
+        norms = torch.tensor(norm, dtype=torch.float64).reshape(-1)
+        if not (norms < float("inf")).all():
             raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")
-        self.weight_norm.fill_(norm)
+        self.weight_norm.copy_(norms)
 
     @torch.no_grad()
     def weight_arrived(self) -> None:
         """After the frozen weight was replaced by a checkpoint's: take its norm, finish a start that waited for it."""
-        if self.base_weight.is_meta:
+        if self.base_weight is None or self.base_weight.is_meta:
             return
         device = self.base_weight.device
         if self.weight_norm.is_meta:
@@ -189,6 +228,8 @@ class Adapter(nn.Module):
         """`model.half()` must not round ||W||_F, nor tau: these move between devices only."""
         norm = self.weight_norm
         super()._apply(fn, recurse)
+        if self.base_weight is not None:
+            self.base_dtype = self.base_weight.dtype
         if not norm.is_meta:
             self.weight_norm = norm.to(self.weight_norm.device)
         elif not self.weight_norm.is_meta:

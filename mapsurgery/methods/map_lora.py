@@ -21,53 +21,62 @@ class MapLora(Adapter):
     """Two magnitudes and two low-rank factors on a frozen weight W, seen as the matrix (m, K); arguments of `Adapter`.
 
     Attributes:
-        A: (r, K). B: (m, r). alpha, beta: (1,), never 0-dim because FSDP2 rejects 0-dim parameters.
+        A: (r, K). B: (m, r). alpha, beta: (1,), never 0-dim because FSDP2 rejects 0-dim parameters. Of a stack of E
+            matrices: A (E, r, K), B (E, m, r), alpha, beta (E,).
     """
 
     ROLES = {"A": "down", "B": "up", "alpha": "magnitude", "beta": "magnitude"}
 
     def create_parameters(self, m: int, K: int, place: dict[str, Any]) -> None:
-        self.A = nn.Parameter(torch.empty(self.rank, K, **place))
-        self.B = nn.Parameter(torch.empty(m, self.rank, **place))
-        self.alpha = nn.Parameter(torch.empty(1, **place))
-        self.beta = nn.Parameter(torch.empty(1, **place))
+        stack = (self.matrices,) if self.stacked else ()
+        self.A = nn.Parameter(torch.empty(*stack, self.rank, K, **place))
+        self.B = nn.Parameter(torch.empty(*stack, m, self.rank, **place))
+        self.alpha = nn.Parameter(torch.empty(self.matrices, **place))
+        self.beta = nn.Parameter(torch.empty(self.matrices, **place))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A uniform, B zero or uniform, alpha and beta by `init`."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # standard deviation 1/sqrt(3 K)
-        if self.init.a_scale == "weight" and self.weight_norm.item() > 0:
-            self.A.mul_(self.weight_norm * (3 / self.B.shape[0]) ** 0.5)  # to that of W, ||W||_F / sqrt(m K)
+        _uniform_(self.A)
+        norm = torch.where(self.weight_norm > 0, self.weight_norm, 1)
+        if self.init.a_scale == "weight":  # to the size of W's entries, ||W||_F / sqrt(m K), unless W is 0
+            scale = torch.where(self.weight_norm > 0, norm * (3 / self.B.shape[-2]) ** 0.5, 1)
+            self.A.mul_(scale.reshape(-1, 1, 1) if self.stacked else scale)
         if self.init.kind == "random":
-            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+            _uniform_(self.B)
         else:
             nn.init.zeros_(self.B)
-        unit = 1.0 if self.init.relative else (self.weight_norm if self.weight_norm.item() > 0 else 1.0)
+        unit = 1.0 if self.init.relative else norm
         self.alpha.fill_(1.0).mul_(unit)
         self.beta.fill_(self.init.first_beta).mul_(unit)
 
     @torch.no_grad()
     def norm_changed(self, before: Tensor) -> None:
         """Absolute magnitudes keep their size relative to ||W||_F; alpha = ||W||_F, the start, stays exactly that."""
-        if self.init.relative or before.item() == 0 or self.weight_norm.item() == 0:
+        if self.init.relative:
             return
-        started = self.alpha == before.to(self.alpha.dtype)
-        ratio = self.weight_norm / before
+        known = (before != 0) & (self.weight_norm != 0)
+        ratio = torch.where(known, self.weight_norm / before, 1)
+        started = known & (self.alpha == before.to(self.alpha.dtype))
         self.alpha.copy_(torch.where(started, self.weight_norm, self.alpha * ratio))
         self.beta.mul_(ratio)
 
-    def _factors(self) -> tuple[Any, ...]:
+    def _factors(self, norm: Tensor) -> tuple[Any, ...]:
         """The arguments that every operator shares."""
+        return self.A, self.B, self.alpha, self.beta, norm, self.init.tau, self.init.relative
+
+    def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.pending:
             self.weight_arrived()
-        return self.A, self.B, self.alpha, self.beta, self.weight_norm, self.init.tau, self.init.relative
+        return super().base(weight)
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        W, norm = self.base(weight)
         if self.training and self.dropout > 0:
-            s_w, s_d = self._scales(x)
+            s_w, s_d = self._scales(norm, x.dtype)
             h = F.linear(F.dropout(x, self.dropout), self.A.to(x.dtype))
-            return F.linear(x * s_w, self.matrix(), bias) + F.linear(h * s_d, self.B.to(x.dtype))
-        return ops.map_linear(x, self.matrix(), bias, *self._factors())
+            return F.linear(x * s_w, self.matrix(W), bias) + F.linear(h * s_d, self.B.to(x.dtype))
+        return ops.map_linear(x, self.matrix(W), bias, *self._factors(norm))
 
     def conv(
         self,
@@ -77,27 +86,45 @@ class MapLora(Adapter):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        weight: Tensor | None = None,
     ) -> Tensor:
+        W, norm = self.base(weight)
         if self.training and self.dropout > 0:
             conv = _CONV[len(stride)]
-            s_w, s_d = self._scales(x)
-            shape = self.base_weight.shape[1:]
+            s_w, s_d = self._scales(norm, x.dtype)
+            shape = W.shape[1:]
             down = self.A.to(x.dtype).reshape(-1, *shape).repeat(groups, *[1] * len(shape))
             up = self.B.to(x.dtype).reshape(*self.B.shape, *[1] * len(stride))
             h = conv(F.dropout(x, self.dropout), down, None, stride, padding, dilation, groups)
-            return conv(x * s_w, self.base_weight, bias, stride, padding, dilation, groups) + conv(
-                h * s_d, up, groups=groups
-            )
+            return conv(x * s_w, W, bias, stride, padding, dilation, groups) + conv(h * s_d, up, groups=groups)
         settings = (stride, padding, dilation, groups)
-        return ops.map_conv(x, self.base_weight, bias, *self._factors(), *settings)  # type: ignore[call-arg]
+        return ops.map_conv(x, W, bias, *self._factors(norm), *settings)  # type: ignore[call-arg]
 
-    def _scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """s_w and s_d, differentiable, in the dtype of x: dropout makes the two paths see different inputs."""
-        scales = reference.map_scales(*self._factors())[0].to(x.dtype)
+    def embedding(self, ids: Tensor, padding_idx: int | None, weight: Tensor | None = None) -> Tensor:
+        """s_w W[ids] + s_d B[ids] A, in float32 (float64 for float64), rounded once: no (m, K) matrix is built."""
+        W, norm = self.base(weight)
+        acc = reference.accumulate_dtype(torch.promote_types(W.dtype, self.A.dtype))
+        s_w, s_d = self._scales(norm, acc)
+        update = F.embedding(ids, self.B).to(acc) @ self.A.to(acc)
+        rows = (s_w * F.embedding(ids, W).to(acc) + s_d * update).to(W.dtype)
+        if padding_idx is None:
+            return rows
+        return torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+    def _scales(self, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s_w and s_d, differentiable, where no operator computes them on the way."""
+        scales = reference.map_scales(*self._factors(norm))[0].to(dtype)
         return scales[reference.S_W], scales[reference.S_D]
 
-    def effective_weight(self) -> Tensor:
-        return self.like_weight(ops.effective_weight(self.matrix(), *self._factors()))
+    def effective_weight(self, weight: Tensor | None = None) -> Tensor:
+        W, norm = self.base(weight)
+        matrix, factors = self.matrix(W), self._factors(norm)
+        if self.stacked:
+            return ops.stacked_weight(matrix, *factors).reshape(W.shape)
+        if ops.can_wait(W):
+            return ops.lazy_effective_weight(W.shape, self.transposed, matrix, *factors)
+        result = ops.effective_weight(matrix, *factors)
+        return result.t() if self.transposed else result.reshape(W.shape)
 
     def merge_into(self, weight: Tensor) -> None:
         self._in_place(ops.merge_, weight)
@@ -106,15 +133,24 @@ class MapLora(Adapter):
         self._in_place(ops.unmerge_, weight)
 
     def recoverable(self) -> bool:
-        return bool(self.alpha.any())
+        return bool(self.alpha.all())
 
     @torch.no_grad()
     def _in_place(self, operation: Callable[..., None], weight: Tensor) -> None:
-        """Run an in-place operator on the weight as (m, K), its columns in the order in which they lie in memory.
+        """Run an in-place operator on the weight, matrix by matrix."""
+        norm = self.weight_norm if self.base_weight is not None else self.base(weight)[1]
+        A, B, alpha, beta, norm, tau, relative = self._factors(norm)
+        if not self.stacked:
+            return self._one_in_place(operation, weight, A, B, alpha, beta, norm, tau, relative)
+        for e in range(self.matrices):
+            scalars = (t[e : e + 1] for t in (alpha, beta, norm))
+            self._one_in_place(operation, weight[e], A[e], B[e], *scalars, tau, relative)
+
+    def _one_in_place(self, operation: Callable[..., None], weight: Tensor, A: Tensor, *others: Any) -> None:
+        """The weight as (m, K), its columns in the order in which they lie in memory.
 
         A channels_last kernel is no (m, K) view in the order of its dimensions, but is one with A's columns permuted.
         """
-        A, *others = self._factors()
         if self.transposed:
             return operation(weight.t(), A, *others)
         order = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
@@ -126,32 +162,51 @@ class MapLora(Adapter):
             ordered.copy_(matrix.unflatten(1, ordered.shape[1:]))
 
     @torch.no_grad()
-    def measures(self) -> dict[str, float]:
-        """Magnitudes in units of ||W||_F, and how W' differs from W; float64 on the factors, nothing of W's size kept.
+    def measures(self, weight: Tensor | None = None) -> dict[str, float]:
+        """Magnitudes in units of ||W||_F, and how W' differs from W; means over a stack."""
+        W, norm = self.base(weight)
+        matrices = self.matrix(W) if self.stacked else self.matrix(W)[None]
+        A, B = (t if self.stacked else t[None] for t in (self.A, self.B))
+        tau, relative = self.init.tau, self.init.relative
+        found = [
+            _measures(w, a, b, alpha, beta, n, tau, relative)
+            for w, a, b, alpha, beta, n in zip(matrices, A, B, self.alpha, self.beta, norm, strict=True)
+        ]
+        return {"rank": self.rank} | {key: sum(one[key] for one in found) / len(found) for key in found[0]}
 
-        ||W' - W||^2 = (s_w - 1)^2 w^2 + 2 (s_w - 1) s_d <W, BA> + s_d^2 ||BA||^2, <W, BA> = <B^T W, A>.
-        """
-        A, B = self.A.double(), self.B.double()
-        scales, gram_a, gram_b = reference.map_scales(A, B, *self._factors()[2:])
-        s_w, s_d = scales[reference.S_W].item(), scales[reference.S_D].item()
-        w, p = self.weight_norm.item(), reference.lowrank_norm(A, B)[0].item()
-        W = self.matrix()
-        inner = ((B.to(torch.float32).t() @ W.to(torch.float32)).double() * A).sum().item()
-        change = (s_w - 1) ** 2 * w**2 + 2 * (s_w - 1) * s_d * inner + s_d**2 * p**2
-        # Singular values of BA are those of R_B R_A^T (r x r): the rank that is used is exp of their entropy.
-        core = torch.linalg.qr(B).R @ torch.linalg.qr(A.t()).R.t()
-        singular = torch.linalg.svdvals(core) if core.isfinite().all() else core.diagonal() * float("nan")
-        share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        entropy = -(share * share.clamp_min(1e-300).log()).sum().item()
-        unit = w or 1.0
-        magnitude = 1.0 if self.init.relative else unit
-        return {
-            "rank": self.rank,
-            "weight_norm": w,
-            "alpha": self.alpha.item() / magnitude,
-            "beta": self.beta.item() / magnitude,
-            "update_norm": abs(s_d) * p / unit,
-            "change": math.sqrt(change) / unit if change > 0 else change * 0.0,  # NaN stays NaN
-            "cosine": inner / (w * p) if w * p != 0 else 0.0,
-            "effective_rank": math.exp(entropy) if p != 0 else 0.0,
-        }
+
+def _uniform_(factor: Tensor) -> None:
+    """LoRA's start of A: uniform with standard deviation 1/sqrt(3 n), n the length of a row."""
+    bound = factor.shape[-1] ** -0.5
+    factor.uniform_(-bound, bound)
+
+
+def _measures(
+    W: Tensor, A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, norm: Tensor, tau: float, relative: bool
+) -> dict[str, float]:
+    """Numbers of one matrix W (m, K); float64 on the factors, nothing of W's size kept.
+
+    ||W' - W||^2 = (s_w - 1)^2 w^2 + 2 (s_w - 1) s_d <W, BA> + s_d^2 ||BA||^2, <W, BA> = <B^T W, A>.
+    """
+    A, B = A.double(), B.double()
+    scales, _, _ = reference.map_scales(A, B, alpha, beta, norm, tau, relative)
+    s_w, s_d = scales[reference.S_W].item(), scales[reference.S_D].item()
+    w, p = norm.item(), reference.lowrank_norm(A, B)[0].item()
+    inner = ((B.to(torch.float32).t() @ W.to(torch.float32)).double() * A).sum().item()
+    change = (s_w - 1) ** 2 * w**2 + 2 * (s_w - 1) * s_d * inner + s_d**2 * p**2
+    # Singular values of BA are those of R_B R_A^T (r x r): the rank that is used is exp of their entropy.
+    core = torch.linalg.qr(B).R @ torch.linalg.qr(A.t()).R.t()
+    singular = torch.linalg.svdvals(core) if core.isfinite().all() else core.diagonal() * float("nan")
+    share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    entropy = -(share * share.clamp_min(1e-300).log()).sum().item()
+    unit = w or 1.0
+    magnitude = 1.0 if relative else unit
+    return {
+        "weight_norm": w,
+        "alpha": alpha.item() / magnitude,
+        "beta": beta.item() / magnitude,
+        "update_norm": abs(s_d) * p / unit,
+        "change": math.sqrt(change) / unit if change > 0 else change * 0.0,  # NaN stays NaN
+        "cosine": inner / (w * p) if w * p != 0 else 0.0,
+        "effective_rank": math.exp(entropy) if p != 0 else 0.0,
+    }

@@ -21,7 +21,21 @@ from . import autograd  # noqa: E402  (its operators exist only now)
 
 autograd.register()
 
-__all__ = ["effective_weight", "frobenius_norm", "lowrank_norm", "map_conv", "map_linear", "merge_", "unmerge_"]
+from .lazy import can_wait, lazy_effective_weight  # noqa: E402
+from .stacked import stacked_weight  # noqa: E402
+
+__all__ = [
+    "can_wait",
+    "effective_weight",
+    "frobenius_norm",
+    "lazy_effective_weight",
+    "lowrank_norm",
+    "map_conv",
+    "map_linear",
+    "merge_",
+    "stacked_weight",
+    "unmerge_",
+]
 
 _ops = torch.ops.mapsurgery
 _NORM_CHUNK = 1 << 22  # elements cast to float64 at a time: bounds the temporary memory of `frobenius_norm`

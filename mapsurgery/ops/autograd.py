@@ -8,7 +8,7 @@ written out in `reference`. Calling a `Function` directly is about twice as quic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,12 +87,23 @@ def weight_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def weight_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    weight, A, B, alpha, beta, norm, scales, gram_a, gram_b = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    *tensors, scales, gram_a, gram_b = ctx.saved_tensors
+    return weight_gradients(tensors, ctx.rest, (scales, gram_a, gram_b), ctx.needs_input_grad, grad)
+
+
+def weight_gradients(
+    tensors: Sequence[Tensor],
+    rest: tuple[Any, ...],
+    saved: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of effective_weight's inputs (tensors: weight, A, B, alpha, beta, weight_norm; rest: the others)."""
+    weight, A, B = tensors[:3]
+    grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding with sparse=True
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        inputs = [weight, A, B, alpha, beta, norm, *ctx.rest]
-        return tuple(_grad_of_reference(reference.effective_weight, inputs, needs, grad))
-    results = _ops.effective_weight_backward.default(grad, weight, A, B, scales, gram_a, gram_b, needs[0])
+        return tuple(_grad_of_reference(reference.effective_weight, [*tensors, *rest], needs, grad))
+    results = _ops.effective_weight_backward.default(grad, weight, A, B, *saved, needs[0])
     return (*[g if need else None for g, need in zip(results, needs, strict=False)], *[None] * 4)
 
 

@@ -1,17 +1,20 @@
 """Adapted layers: the class that a layer's object is given while it is adapted.
 
-The object stays the same, and an instance of its original class. Its frozen weight lives in a child module,
-``adapter``, under a name of its own, and ``weight`` is a property that computes W': whoever reads it gets the adapted
-weight, and every name of ``named_parameters()`` still leads by attribute access to that very Parameter.
+The object stays the same, and an instance of its original class. Each adapted parameter lives in a child module,
+``adapter`` (``adapter_<parameter>`` for one that is not called ``weight``), under a name of its own, and its old name
+computes W': whoever reads it gets the adapted weight, and every name of ``named_parameters()`` still leads by attribute
+access to that very Parameter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from ..methods import Adapter, Init, MapLora
 from ..methods.base import check_dropout, check_rank
@@ -19,41 +22,86 @@ from ..methods.base import check_dropout, check_rank
 CHILD = "adapter"
 
 
+def child_name(parameter: str) -> str:
+    """Name of the child module that holds the adapter of a layer's parameter."""
+    return CHILD if parameter == "weight" else f"{CHILD}_{parameter}"
+
+
+class Effective:
+    """What an adapted parameter's name reads as: W', differentiable; the frozen W inside `mapsurgery.disabled`.
+
+    W' is computed when an operation first uses it (`mapsurgery.ops.lazy`): its dtype, shape and device cost nothing.
+    """
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+
+    def __get__(self, layer: AdaptedLayer | None, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        adapter = layer.adapter_of(self.parameter)
+        weight = layer.base_of(self.parameter)
+        return adapter.effective_weight(weight) if adapter.enabled else weight
+
+    def __set__(self, layer: AdaptedLayer, value: Any) -> None:
+        # nn.Module assigns through __setattr__; this makes the class attribute stronger than an instance's.
+        layer.__setattr__(self.parameter, value)
+
+
 class AdaptedLayer(nn.Module):
-    """Mixin before the original class. On its own it runs the original forward on W', read through ``weight``."""
+    """Mixin before the original class. On its own it runs the original forward on W', read through its old name."""
 
     original_class: ClassVar[type[nn.Module]]
-    adapter: Adapter
+    adapted: ClassVar[tuple[str, ...]] = ("weight",)
+    """Names of the adapted parameters."""
 
-    @property
-    def weight(self) -> Tensor:
-        """W', differentiable, computed on each read; the frozen W inside `mapsurgery.disabled`."""
-        adapter = self.adapter
-        return adapter.effective_weight() if adapter.enabled else adapter.base_weight
+    def adapter_of(self, parameter: str) -> Adapter:
+        """The adapter of one of the adapted parameters."""
+        return self._modules[child_name(parameter)]  # type: ignore[return-value]
+
+    def base_of(self, parameter: str) -> Tensor:
+        """The frozen W: the adapter's own, or as the layer's parametrisation or hook computes it."""
+        held = self.adapter_of(parameter).base_weight
+        if held is not None:
+            return held
+        if parameter in self.__dict__:
+            return self.__dict__[parameter]  # torch.nn.utils.weight_norm and spectral_norm leave their result there
+        return self.parametrizations[parameter]()  # type: ignore[operator, index]
+
+    def given_base(self, parameter: str = "weight") -> Tensor | None:
+        """W where it is computed for each call, None where the adapter holds it."""
+        return None if self.adapter_of(parameter).base_weight is not None else self.base_of(parameter)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
+        if name in type(self).adapted:
+            if self.adapter_of(name).base_weight is None:
+                self.__dict__[name] = value  # a hook's newly computed W
+                return
             raise AttributeError(
-                f"{self.adapter.layer_name or type(self).__name__}: `weight` of an adapted layer is computed (W'); "
-                f"set `{CHILD}.base_weight`, or call mapsurgery.unpatch or mapsurgery.merge first"
+                f"{self.adapter_of(name).layer_name or type(self).__name__}: `{name}` of an adapted layer is computed "
+                f"(W'); set `{child_name(name)}.base_weight`, or call mapsurgery.unpatch or mapsurgery.merge first"
             )
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.adapter.rank}, init={self.adapter.init.kind}"
+        adapter = self.adapter_of(self.adapted[0])
+        what = "" if self.adapted == ("weight",) else f"adapted={', '.join(self.adapted)}, "
+        return f"{super().extra_repr()}, {what}rank={adapter.rank}, init={adapter.init.kind}".removeprefix(", ")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the original model calls the frozen weight by its original name."""
-        original, moved = f"{prefix}weight", f"{prefix}{CHILD}.base_weight"
-        if original in state_dict and moved not in state_dict:
-            state_dict[moved] = state_dict.pop(original)
+        for name in self.adapted:
+            original, moved = f"{prefix}{name}", f"{prefix}{child_name(name)}.base_weight"
+            if original in state_dict and moved not in state_dict:
+                state_dict[moved] = state_dict.pop(original)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes of adapted layers are made on demand: pickle rebuilds them from the original class."""
-        if type(self) is not adapted_class(self.original_class):
-            return super().__reduce_ex__(protocol)  # a user's own subclass of a public class can be imported
-        return _rebuild, (self.original_class,), self.__dict__
+        default = super().__reduce_ex__(protocol)
+        if parametrize.is_parametrized(self) or type(self) is not adapted_class(self.original_class, self.adapted):
+            return default  # a user's own subclass of a public class can be imported; torch refuses parametrised ones
+        return _rebuild, (self.original_class, self.adapted), default[2]
 
 
 class FusedLinear(AdaptedLayer):
@@ -62,8 +110,10 @@ class FusedLinear(AdaptedLayer):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        adapter = self.adapter
-        return adapter.linear(input, self.bias) if adapter.enabled else super().forward(input)
+        adapter: Adapter = self._modules[CHILD]  # type: ignore[assignment]
+        if not adapter.enabled:
+            return super().forward(input)
+        return adapter.linear(input, self.bias, self.given_base())
 
 
 class FusedConv(AdaptedLayer):
@@ -78,11 +128,12 @@ class FusedConv(AdaptedLayer):
     _reversed_padding_repeated_twice: list[int]
 
     def forward(self, input: Tensor) -> Tensor:
-        adapter = self.adapter
+        adapter = self.adapter_of("weight")
         if not adapter.enabled:
             return super().forward(input)
         input, padding = self._padded(input)
-        return adapter.conv(input, self.bias, self.stride, padding, self.dilation, self.groups)
+        settings = (self.stride, padding, self.dilation, self.groups)
+        return adapter.conv(input, self.bias, *settings, self.given_base())
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The input padded where the operator cannot (other modes, uneven 'same'), and the zero padding left to it."""
@@ -94,6 +145,40 @@ class FusedConv(AdaptedLayer):
         if before_after[::2] == before_after[1::2]:  # 'valid', or 'same' with as much before as after
             return input, tuple(before_after[-2::-2])
         return F.pad(input, before_after), (0,) * len(self.stride)
+
+
+class FusedEmbedding(AdaptedLayer):
+    """For layers that compute what nn.Embedding computes: the rows that are asked for, not the whole of W'."""
+
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        adapter = self.adapter_of("weight")
+        if not adapter.enabled or self.scale_grad_by_freq:  # which scales the gradient of W' itself
+            return super().forward(input)
+        return adapter.embedding(input, self.padding_idx, self.given_base())
+
+
+class AdaptedRecurrent(AdaptedLayer):
+    """For nn.RNN, nn.LSTM and nn.GRU, which read their weights from a list of their own."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        # + 0: cuDNN takes the memory of each weight, which W' has only after an operation.
+        return [
+            getattr(self, name) + 0 if name in self.adapted else getattr(self, name, None)
+            for name in self._flat_weights_names
+        ]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        """nn.RNNBase fills its list when it is built, moved or unpickled; here it is made for each call."""
+
+    def flatten_parameters(self) -> None:
+        """W' is made anew for each call: there is no memory to lay out."""
 
 
 class _Constructed:
@@ -117,41 +202,45 @@ class _Constructed:
         dtype = adapter_dtype or default_dtype(weight.dtype)
         adapter = MapLora(weight, rank=rank, init=Init.parse(init), dropout=dropout, dtype=dtype)
         weight.requires_grad_(False)
-        self.__dict__.update(attach(layer, adapter).__dict__)
+        self.__dict__.update(attach(layer, {"weight": adapter}).__dict__)
 
 
 # `weight` is read-only here and a Parameter in the original classes, on purpose: assigning it would lose the adapter.
-class MapLinear(_Constructed, FusedLinear, nn.Linear):  # type: ignore[misc, override]
+class MapLinear(_Constructed, FusedLinear, nn.Linear):  # type: ignore[misc]
     """nn.Linear adapted with MAP: (..., in_features) -> (..., out_features).
 
     ``MapLinear(in_features, out_features, bias=True, ..., rank=8)`` makes a new one; `patch` turns a layer into one.
     """
 
     original_class = nn.Linear
+    weight = Effective("weight")
 
 
-class MapConv1d(_Constructed, FusedConv, nn.Conv1d):  # type: ignore[misc, override]
+class MapConv1d(_Constructed, FusedConv, nn.Conv1d):  # type: ignore[misc]
     """nn.Conv1d adapted with MAP; takes nn.Conv1d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv1d
+    weight = Effective("weight")
 
 
-class MapConv2d(_Constructed, FusedConv, nn.Conv2d):  # type: ignore[misc, override]
+class MapConv2d(_Constructed, FusedConv, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d adapted with MAP; takes nn.Conv2d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv2d
+    weight = Effective("weight")
 
 
-class MapConv3d(_Constructed, FusedConv, nn.Conv3d):  # type: ignore[misc, override]
+class MapConv3d(_Constructed, FusedConv, nn.Conv3d):  # type: ignore[misc]
     """nn.Conv3d adapted with MAP; takes nn.Conv3d's arguments and the adapter's options of `MapLinear`."""
 
     original_class = nn.Conv3d
+    weight = Effective("weight")
 
 
-_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
-    cls.original_class: cls for cls in (MapLinear, MapConv1d, MapConv2d, MapConv3d)
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {
+    (cls.original_class, ("weight",)): cls for cls in (MapLinear, MapConv1d, MapConv2d, MapConv3d)
 }
-"""Original class -> class of its adapted objects; grows as classes are met."""
+"""Original class and adapted parameters -> class of its adapted objects; grows as classes are met."""
 
 
 def default_dtype(weight: torch.dtype) -> torch.dtype:
@@ -159,48 +248,58 @@ def default_dtype(weight: torch.dtype) -> torch.dtype:
     return torch.float64 if weight == torch.float64 else torch.float32
 
 
-def adapted_class(original: type[nn.Module]) -> type[AdaptedLayer]:
-    """The class that an adapted object of class `original` has."""
-    if original not in _CLASSES:
-        _CLASSES[original] = _made_class(original)
-    return _CLASSES[original]
+def adapted_class(original: type[nn.Module], parameters: tuple[str, ...] = ("weight",)) -> type[AdaptedLayer]:
+    """The class that an object of class `original` has while these parameters of it are adapted."""
+    key = (original, parameters)
+    if key not in _CLASSES:
+        _CLASSES[key] = _made_class(original, parameters)
+    return _CLASSES[key]
 
 
-def _made_class(original: type[nn.Module]) -> type[AdaptedLayer]:
-    from .layers import find_type  # layers.py names the mixins of this module
+def _made_class(original: type[nn.Module], parameters: tuple[str, ...]) -> type[AdaptedLayer]:
+    from .layers import mixin_of  # layers.py names the mixins of this module
 
-    layer_type = find_type(original)
-    fused = layer_type is not None and layer_type.is_standard(original)
-    mixin = layer_type.fused if layer_type is not None and fused else AdaptedLayer
-    body = {"original_class": original, "__module__": original.__module__}
-    return type(f"Map{original.__name__}", (mixin, original), body)
+    body: dict[str, Any] = {"original_class": original, "adapted": parameters, "__module__": original.__module__}
+    body |= {name: Effective(name) for name in parameters}
+    return type(f"Map{original.__name__}", (mixin_of(original, parameters), original), body)
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(original)
+def _rebuild(original: type[nn.Module], parameters: tuple[str, ...] = ("weight",)) -> nn.Module:
+    cls = adapted_class(original, parameters)
     return cls.__new__(cls)
 
 
-def attach(layer: nn.Module, adapter: Adapter) -> AdaptedLayer:
-    """Turn a layer into its adapted form, in place: the weight is in the adapter already, and leaves the layer.
+_ORDER = "_mapsurgery_order"
+"""Plain attribute of an adapted layer: the names of its parameters in their order, which state_dict is to keep."""
+
+
+def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
+    """Turn a layer into its adapted form, in place: the weights are in the adapters already, and leave the layer.
 
     Returns the same object. Nothing is changed if the class cannot be.
     """
-    layer.__class__ = adapted_class(type(layer))  # first: the only step that can fail
+    if parametrize.is_parametrized(layer):  # its class is its own, and must not be kept alive
+        layer.__class__ = _made_class(type(layer), tuple(adapters))
+    else:
+        layer.__class__ = adapted_class(type(layer), tuple(adapters))  # first: the only step that can fail
     assert isinstance(layer, AdaptedLayer)
-    adapter.place = list(layer._parameters).index("weight")
-    layer._parameters.pop("weight")
-    layer._modules[CHILD] = adapter
-    adapter.train(layer.training)
+    layer.__dict__[_ORDER] = tuple(layer._parameters)
+    layer.__dict__.pop("_flat_weights", None)  # of a recurrent layer; `detach` makes the list again
+    for name, adapter in adapters.items():
+        layer._parameters.pop(name, None)
+        layer._modules[child_name(name)] = adapter
+        adapter.train(layer.training)
     return layer
 
 
-def detach(layer: AdaptedLayer, weight: nn.Parameter) -> None:
-    """Undo `attach`, with `weight` in its old place, so that state_dict keeps its order."""
-    place = layer.adapter.place
-    del layer._modules[CHILD]
+def detach(layer: AdaptedLayer, weights: Mapping[str, nn.Parameter | None]) -> None:
+    """Undo `attach`, with each weight in its old place (None: it is computed, and was no parameter)."""
+    order = layer.__dict__.pop(_ORDER)
+    for name in layer.adapted:
+        del layer._modules[child_name(name)]
     layer.__class__ = layer.original_class  # type: ignore[assignment]
-    entries = list(layer._parameters.items())
-    entries.insert(place, ("weight", weight))
+    entries = {**layer._parameters, **{name: weight for name, weight in weights.items() if weight is not None}}
     layer._parameters.clear()
-    layer._parameters.update(entries)
+    layer._parameters.update({name: entries.pop(name) for name in order if name in entries} | entries)
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()

@@ -1,4 +1,4 @@
-"""Which layers can be adapted. A new layer type is one new entry in `LAYER_TYPES`."""
+"""Which layers can be adapted, and how. A new layer type is one new entry in `LAYER_TYPES`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
-from .adapted import AdaptedLayer, FusedConv, FusedLinear
+from .adapted import AdaptedLayer, AdaptedRecurrent, FusedConv, FusedEmbedding, FusedLinear, child_name
+from .baking import find_hook
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,27 +23,46 @@ class LayerType:
 
     Attributes:
         qualified_name: of the class; a name, so that no optional package has to be imported.
-        fused: mixin with the activation-space forward, for classes whose forward is the original one.
+        fused: mixin with a forward of its own (activation space), for classes whose forward is the original one; None:
+            the original forward always runs on W'.
         methods: what a subclass must not override for `fused` to compute the same as it does.
         transposed: the weight is (in, out).
+        parameters: names of the parameters that are adapted; a name that ends with "*" stands for all that begin so.
+        always: mixin for classes whose forward is not the original one.
     """
 
     qualified_name: str
-    fused: type[AdaptedLayer]
+    fused: type[AdaptedLayer] | None = None
     methods: tuple[str, ...] = ("forward",)
     transposed: bool = False
+    parameters: tuple[str, ...] = ("weight",)
+    always: type[AdaptedLayer] = AdaptedLayer
 
     def find_in(self, cls: type) -> type | None:
         """This class among the ancestors of `cls`."""
         return next((c for c in cls.__mro__ if f"{c.__module__}.{c.__qualname__}" == self.qualified_name), None)
 
     def is_standard(self, cls: type) -> bool:
-        """Whether `cls` computes exactly what this class computes."""
+        """Whether `cls` computes exactly what this class computes, so that `fused` may do it."""
         own = self.find_in(cls)
-        return own is not None and all(getattr(cls, name) is getattr(own, name) for name in self.methods)
+        if own is None or self.fused is None:
+            return False
+        return all(getattr(cls, name) is getattr(own, name) for name in self.methods)
+
+    def parameters_of(self, module: nn.Module) -> list[str]:
+        """Names of the parameters of this module that are adapted, whether they can be or not."""
+        found: list[str] = []
+        for name in self.parameters:
+            if name.endswith("*"):  # torch's recurrent layers list their names, those that a hook computes included
+                every = getattr(module, "_flat_weights_names", module._parameters)
+                found += [n for n in every if n.startswith(name[:-1]) and weight_of(module, n) is not None]
+            elif name == "weight" or weight_of(module, name) is not None:
+                found.append(name)
+        return found
 
 
 _CONV_METHODS = ("forward", "_conv_forward")
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 LAYER_TYPES: tuple[LayerType, ...] = (
     LayerType("torch.nn.modules.linear.Linear", FusedLinear),
@@ -48,6 +70,15 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     LayerType("torch.nn.modules.conv.Conv2d", FusedConv, _CONV_METHODS),
     LayerType("torch.nn.modules.conv.Conv3d", FusedConv, _CONV_METHODS),
     LayerType("transformers.pytorch_utils.Conv1D", FusedLinear, transposed=True),
+    LayerType("torch.nn.modules.sparse.Embedding", FusedEmbedding),
+    LayerType("torch.nn.modules.sparse.EmbeddingBag"),
+    LayerType("torch.nn.modules.conv.ConvTranspose1d"),
+    LayerType("torch.nn.modules.conv.ConvTranspose2d"),
+    LayerType("torch.nn.modules.conv.ConvTranspose3d"),
+    LayerType("torch.nn.modules.linear.Bilinear"),
+    LayerType("torch.nn.modules.activation.MultiheadAttention", parameters=_ATTENTION),
+    LayerType("torch.nn.modules.rnn.RNNBase", parameters=("weight_*",), always=AdaptedRecurrent),
+    LayerType("torch.nn.modules.rnn.RNNCellBase", parameters=("weight_ih", "weight_hh")),
 )
 
 
@@ -56,53 +87,104 @@ def find_type(cls: type) -> LayerType | None:
     return next((entry for entry in LAYER_TYPES if entry.find_in(cls) is not None), None)
 
 
-def _wrong_type(module: nn.Module) -> str | None:
-    if isinstance(module, AdaptedLayer):
-        return "already adapted"
-    if find_type(type(module)) is None:
-        return f"{type(module).__name__} is not an adaptable layer type"
-    return None
+def mixin_of(cls: type, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
+    """The mixin that adapts these parameters of a class."""
+    entry = find_type(cls)
+    if entry is None:
+        return AdaptedLayer
+    if parameters == ("weight",) and entry.fused is not None and entry.is_standard(cls):
+        return entry.fused
+    return entry.always
 
 
-def _uninitialised(module: nn.Module) -> str | None:
-    lazy = isinstance(module._parameters.get("weight"), UninitializedParameter)
+def weight_of(module: nn.Module, name: str) -> Tensor | None:
+    """What a parameter's name stands for: the Parameter, or the tensor that a parametrisation or hook computes."""
+    held = module._parameters.get(name)
+    if held is not None:
+        return held
+    if parametrize.is_parametrized(module, name):
+        with torch.no_grad():
+            return _computed_quietly(module, name)
+    computed = module.__dict__.get(name)
+    hook = find_hook(module, name)
+    if hook is not None:  # the attribute is as old as the last forward: it may have another dtype
+        quietly = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+        with torch.no_grad():
+            return hook.compute_weight(module, **quietly).detach()
+    return computed if isinstance(computed, Tensor) else None
+
+
+def _computed_quietly(module: nn.Module, name: str) -> Tensor:
+    """A parametrised weight, without what computing it does on the side (spectral norm's power iteration)."""
+    parametrizations: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
+    modes = {part: part.training for part in parametrizations.modules()}
+    try:
+        return parametrizations.eval()().detach()
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _adapted_already(module: nn.Module, name: str) -> str | None:
+    return "already adapted" if isinstance(module, AdaptedLayer) else None
+
+
+def _wrong_type(module: nn.Module, name: str) -> str | None:
+    return None if find_type(type(module)) else f"{type(module).__name__} is not an adaptable layer type"
+
+
+def _uninitialised(module: nn.Module, name: str) -> str | None:
+    lazy = isinstance(module._parameters.get(name), UninitializedParameter)
     return "lazy module without a shape yet: run one forward first" if lazy else None
 
 
-def _computed_weight(module: nn.Module) -> str | None:
-    if getattr(module, "parametrizations", None):
-        return "its weight is parametrised: torch.nn.utils.parametrize.remove_parametrizations first"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is not a Parameter (weight_norm, spectral_norm or a quantised layer)"
+def _no_weight(module: nn.Module, name: str) -> str | None:
+    if weight_of(module, name) is None:
+        return f"its {name} is neither a Parameter nor computed from one (a quantised layer)"
     return None
 
 
-def _special_weight(module: nn.Module) -> str | None:
-    weight = module._parameters["weight"]
-    if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__} (quantised or sharded)"
+def _special_weight(module: nn.Module, name: str) -> str | None:
+    weight = weight_of(module, name)
+    assert weight is not None
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its {name} is a {type(weight).__name__} (quantised or sharded)"
     if weight.dtype not in DTYPES:
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating dtype that MAP computes in"
+        return f"its {name} is {str(weight.dtype).removeprefix('torch.')}, not a floating dtype that MAP computes in"
     if weight.layout != torch.strided:
-        return f"its weight is {weight.layout}"
+        return f"its {name} is {weight.layout}"
+    if weight.dim() < 2:
+        return f"its {name} has shape {tuple(weight.shape)}: no matrix"
     if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
-        return "its weight is expanded: several of its elements share one place in memory"
-    return "its weight is empty" if weight.numel() == 0 else None
+        return f"its {name} is expanded: several of its elements share one place in memory"
+    return f"its {name} is empty" if weight.numel() == 0 else None
 
 
-def _name_taken(module: nn.Module) -> str | None:
-    return "it has an attribute named `adapter` already" if hasattr(module, "adapter") else None
+def _renormalised(module: nn.Module, name: str) -> str | None:
+    if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return f"its forward changes the weight itself (max_norm={module.max_norm})"
+    return None
 
 
-_CHECKS: tuple[Callable[[nn.Module], str | None], ...] = (
-    _wrong_type,
+def _name_taken(module: nn.Module, name: str) -> str | None:
+    child = child_name(name)
+    return f"it has an attribute named `{child}` already" if hasattr(module, child) else None
+
+
+_CHECKS: tuple[Callable[[nn.Module, str], str | None], ...] = (
+    _adapted_already,
     _uninitialised,
-    _computed_weight,
+    _no_weight,
     _special_weight,
+    _renormalised,
     _name_taken,
 )
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why this module cannot be adapted, or None if it can."""
-    return next((reason for check in _CHECKS if (reason := check(module)) is not None), None)
+def why_not(module: nn.Module, name: str = "weight", raw: bool = False) -> str | None:
+    """Why this parameter of a module cannot be adapted, or None if it can.
+
+    Args: raw: the parameter was named by itself, so that the module may be of any type.
+    """
+    checks = _CHECKS if raw else (_wrong_type, *_CHECKS)
+    return next((reason for check in checks if (reason := check(module, name)) is not None), None)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import Adapter
-from . import record
+from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
-from .patch import MERGED, freeze, restore_requires_grad
+from .baking import Unbaked, bake, can_bake, unbake
+from .patch import MERGED, base_weights, freeze, restore_requires_grad
 from .record import Record
 from .uninterrupted import uninterrupted
 
@@ -23,10 +24,17 @@ _MERGED_RECORD = "_mapsurgery_merged_record"
 
 @dataclass
 class Merged:
-    """What a merged layer keeps: its adapter without the weight and, where there is one, the untouched base weight."""
+    """What a merged layer keeps, to be unmerged with.
 
-    adapter: Adapter
-    base: nn.Parameter | None
+    Attributes:
+        adapters: without their weights, by the parameter's name.
+        bases: the untouched base weights, where there are any.
+        before: the layer with its parametrisation, where W was computed.
+    """
+
+    adapters: dict[str, Adapter]
+    bases: dict[str, nn.Parameter]
+    before: Unbaked | None
 
 
 @torch.no_grad()
@@ -34,7 +42,8 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False) -> Mode
     """Fold the adapters into the weights: W <- W', original classes and names, no overhead left.
 
     Works in place, in float32 (float64 for float64 weights) with one rounding and no second copy of a weight; a weight
-    that another module holds too (a tie) gets a copy of its own, and the other holder keeps the base.
+    that another module holds too and that is not adapted there gets a copy of its own, and the other holder keeps the
+    base. A parametrised weight (weight_norm, spectral_norm, torch.nn.utils.parametrize) becomes a plain one.
 
     Args:
         keep_base: keep the base weights (one more copy), so that `unmerge` is exact to the bit.
@@ -44,29 +53,36 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False) -> Mode
         The same model. requires_grad is as before `patch`; what `train` named keeps its trained values.
 
     Raises:
-        ValueError: the model is not patched, an adapter holds NaN or infinity, an adapted layer was replaced since, or
-            `keep_base` and `final` are both asked for. Nothing is merged then.
+        ValueError: the model is not patched, an adapter holds NaN or infinity, an adapted layer was replaced since, a
+            weight is computed by a hook that is not torch's, or `keep_base` and `final` are both asked for. Nothing is
+            merged then.
 
     Should merging fail midway all the same, the model stays patched, and what was merged is taken back as by `unmerge`.
     """
     if keep_base and final:
         raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")
     root, memory = record.find_patched(model)
-    layers = record.intact_layers(root, memory)
-    for path, layer in layers.items():
-        _refuse_unmergeable(path, layer.adapter)
+    sites = record.intact_sites(root, memory)
+    for site in sites:
+        _refuse_unmergeable(site)
     memory_map = _memory_map(model)
     apart = {
-        path: _copy_of(layer)
-        for path, layer in layers.items()
+        site.adapter: _copy_of(site.layer.base_of(site.parameter))
+        for site in sites
         # Multiplied by 0, a weight could not be recovered should a later layer fail.
-        if keep_base or _held_elsewhere(layer, memory_map) or not layer.adapter.recoverable()
+        if keep_base
+        or site.adapter.base_weight is None
+        or _held_elsewhere(site.adapter, memory_map)
+        or not site.adapter.recoverable()
     }
     with uninterrupted():
-        targets = [(layer.adapter, apart.get(path)) for path, layer in layers.items()]
+        targets = [(site.adapter, apart.get(site.adapter)) for site in sites]
         _in_place(targets, Adapter.merge_into, Adapter.unmerge_from)
-        for path, layer in layers.items():
-            _become_merged(layer, apart.get(path), final)
+        gradient_source.uninstall(root)
+        for layer in {site.layer: None for site in record.all_sites(root)}:
+            _become_merged(layer, apart, final)
+        for adapter, _ in targets:
+            adapter.base_weight = None
         restore_requires_grad(root, memory)
         record.drop(root)
         if not final:
@@ -83,28 +99,33 @@ def _in_place(
     done: list[Adapter] = []
     try:
         for adapter, copy in targets:
-            getattr(adapter, operation.__name__)((adapter.base_weight if copy is None else copy).detach())
+            weight = adapter.base_weight if copy is None else copy
+            assert weight is not None
+            getattr(adapter, operation.__name__)(weight.detach())
             if copy is None:
                 done.append(adapter)
     except BaseException:
         for adapter in done:
+            assert adapter.base_weight is not None
             getattr(adapter, inverse.__name__)(adapter.base_weight.detach())
         raise
 
 
-def _copy_of(layer: AdaptedLayer) -> nn.Parameter:
-    base = layer.adapter.base_weight
+def _copy_of(base: Tensor) -> nn.Parameter:
     return nn.Parameter(base.detach().clone(memory_format=torch.preserve_format), requires_grad=False)
 
 
-def _become_merged(layer: AdaptedLayer, copy: nn.Parameter | None, final: bool) -> None:
-    """The original class again, on the merged weight: the layer's own, or its copy."""
-    adapter = layer.adapter
-    base = adapter.base_weight
-    detach(layer, base if copy is None else copy)
-    adapter.register_parameter("base_weight", None)
+def _become_merged(layer: AdaptedLayer, apart: dict[Adapter, nn.Parameter], final: bool) -> None:
+    """The original class again, on the merged weights: the layer's own, or their copies."""
+    adapters = {name: layer.adapter_of(name) for name in layer.adapted}
+    held = base_weights(layer)
+    merged = {name: None if weight is None else apart.get(adapters[name], weight) for name, weight in held.items()}
+    detach(layer, merged)
+    computed = {name: apart[adapters[name]] for name, weight in held.items() if weight is None}
+    before = bake(layer, computed) if computed else None
     if not final:
-        layer.__dict__[MERGED] = Merged(adapter, None if copy is None else base)
+        bases = {name: weight for name, weight in held.items() if weight is not None and adapters[name] in apart}
+        layer.__dict__[MERGED] = Merged(adapters, bases, before)
 
 
 @torch.no_grad()
@@ -124,27 +145,46 @@ def unmerge(model: Model) -> Model:
     layers = {path: m for path, m in root.named_modules() if MERGED in m.__dict__}
     for path, layer in layers.items():
         kept: Merged = layer.__dict__[MERGED]
-        if kept.base is None and not kept.adapter.recoverable():
-            raise ValueError(f"{path}: its base was multiplied by 0, so the merged weight holds nothing of it any more")
+        for name, adapter in kept.adapters.items():
+            if kept.before is None and name not in kept.bases and not adapter.recoverable():
+                raise ValueError(
+                    f"{path}: its base was multiplied by 0, so the merged weight holds nothing of it any more"
+                )
     with uninterrupted():
+        in_place: dict[Adapter, None] = {}
         for layer in layers.values():
-            _give_weight_back(layer, layer.__dict__[MERGED])
-        kept_of: list[Merged] = [layer.__dict__[MERGED] for layer in layers.values()]
-        _in_place([(m.adapter, None) for m in kept_of if m.base is None], Adapter.unmerge_from, Adapter.merge_into)
+            in_place |= dict.fromkeys(_give_weights_back(layer, layer.__dict__[MERGED]))
+        _in_place([(adapter, None) for adapter in in_place], Adapter.unmerge_from, Adapter.merge_into)
         for layer in layers.values():
-            attach(layer, layer.__dict__.pop(MERGED).adapter)
+            kept = layer.__dict__.pop(MERGED)
+            if kept.before is not None:
+                unbake(layer, kept.before)
+            attach(layer, kept.adapters)
         del root.__dict__[_MERGED_RECORD]
         record.put(root, memory)
-        freeze(root, [layer.adapter for layer in record.adapted_layers(root).values()], memory.trained)
+        adapters = record.adapters_of(root).values()
+        freeze(root, adapters, memory.trained)
+        gradient_source.install(root, adapters)
     return model
 
 
-def _give_weight_back(layer: nn.Module, kept: Merged) -> None:
-    """The adapter holds its weight again, where the model is now; the layer's own is not changed yet."""
-    weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
-    kept.adapter.base_weight = None  # type: ignore[assignment]
-    kept.adapter.to(weight.device)
-    kept.adapter.base_weight = weight if kept.base is None else _on(kept.base, weight)
+def _give_weights_back(layer: nn.Module, kept: Merged) -> list[Adapter]:
+    """The adapters hold their weights again, where the model is now; the layer's own are not changed yet.
+
+    Returns those of which the weight is still W'.
+    """
+    merged: list[Adapter] = []
+    for name, adapter in kept.adapters.items():
+        weight = layer._parameters[name]
+        assert weight is not None
+        adapter.base_weight = None
+        adapter.to(weight.device)
+        if name in kept.bases:
+            adapter.base_weight = _on(kept.bases[name], weight)
+        elif kept.before is None or name not in kept.before.computed:
+            adapter.base_weight = weight
+            merged.append(adapter)
+    return merged
 
 
 def _on(base: nn.Parameter, weight: Tensor) -> nn.Parameter:
@@ -153,12 +193,18 @@ def _on(base: nn.Parameter, weight: Tensor) -> nn.Parameter:
     return base if same else nn.Parameter(base.detach().to(weight), requires_grad=False)
 
 
-def _refuse_unmergeable(path: str, adapter: Adapter) -> None:
-    if adapter.base_weight.is_meta:
-        raise ValueError(f"{path}: the weight is on meta; load the model's weights before merging")
+def _refuse_unmergeable(site: record.Site) -> None:
+    adapter = site.adapter
+    if adapter.weight_norm.is_meta or (adapter.base_weight is not None and adapter.base_weight.is_meta):
+        raise ValueError(f"{site.path}: the weight is on meta; load the model's weights before merging")
     for name, parameter in adapter.own_parameters().items():
         if not parameter.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values; nothing was merged")
+            raise ValueError(f"{site.path}: {name} holds NaN or infinite values; nothing was merged")
+    if adapter.base_weight is None and not can_bake(site.layer, site.parameter):
+        raise ValueError(
+            f"{site.path}: its {site.parameter} is computed by a hook of its own kind, which would overwrite what is "
+            "merged; remove the hook, patch, and merge then"
+        )
 
 
 def _find_merged(model: nn.Module) -> tuple[nn.Module, Record]:
@@ -187,9 +233,9 @@ def _memory_map(model: nn.Module) -> dict[int, list[tuple[int, int, nn.Module]]]
     return spans
 
 
-def _held_elsewhere(layer: AdaptedLayer, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:
-    """Whether writing to the layer's weight would change a tensor of another module."""
-    adapter = layer.adapter
+def _held_elsewhere(adapter: Adapter, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:
+    """Whether writing to the adapter's weight would change a tensor of another module."""
+    assert adapter.base_weight is not None
     start, stop = _span(adapter.base_weight)
     held = memory_map[adapter.base_weight.untyped_storage().data_ptr()]
     return any(owner is not adapter and first < stop and start < last for first, last, owner in held)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter, Init
-from . import record
+from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
+from .layers import weight_of
 from .plan import Config, Patterns, Plan, build, make_plan
 from .record import Record
 from .uninterrupted import uninterrupted
@@ -33,6 +34,8 @@ def patch(
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     train: Patterns = (),
+    parameters: Patterns = (),
+    tied: str = "share",
 ) -> Model:
     """Adapt layers of a model in place with MAP: W' = alpha W/||W||_F + beta BA/||BA||_F (arXiv 2505.23094).
 
@@ -41,8 +44,9 @@ def patch(
     read once, for ||W||_F, and never copied.
 
     Args:
-        model: any torch model. Layers that can be adapted: nn.Linear, nn.Conv1d/2d/3d, transformers' Conv1D and their
-            subclasses; `plan` shows the others with the reason.
+        model: any torch model. Layers that can be adapted: nn.Linear, nn.Conv1d/2d/3d and their transposes,
+            transformers' Conv1D, nn.Embedding and EmbeddingBag, nn.Bilinear, nn.MultiheadAttention, nn.RNN, LSTM and
+            GRU and their cells, and subclasses, parametrised ones included; `plan` shows the others with the reason.
         targets: globs of layers to adapt.
         exclude: globs of layers to leave.
         rank: of the update. More than min(out, in) of a layer is reduced to that there, as the plan says.
@@ -53,6 +57,11 @@ def patch(
         dtype: of the adapter's parameters; None is float32 (float64 on float64 weights).
         train: globs of further parameters to train in full and to save (a new head, norms), matched against the names
             of parameters and of the modules that contain them. A layer whose weight is trained is not adapted.
+        parameters: globs of raw parameters to adapt, by their names or those of the modules that contain them: a matrix
+            (m, K), or a stack (E, m, K) such as the experts of a mixture, each of which gets an adapter of its own.
+        tied: what becomes of a weight that several modules hold (embedding and output of a language model). "share":
+            one adapter for all of them, those that no pattern takes included, and the model stays tied; "separate":
+            each layer that a pattern takes gets its own, the other holders keep the base weight; "refuse": an error.
 
     Returns:
         The same model.
@@ -62,7 +71,8 @@ def patch(
             only what cannot be adapted (the reasons are), a model that is patched already, NaN in a weight. The model
             is then as it was.
     """
-    config = Config.checked(targets, exclude, rank, rank_pattern, method, update, init, dropout, dtype, train)
+    options = (exclude, rank, rank_pattern, method, update, init, dropout, dtype, train, parameters, tied)
+    config = Config.checked(targets, *options)
     root = record.unwrapped(model) if isinstance(model, nn.Module) else model
     apply_plan(root, make_plan(root, config))
     return model
@@ -70,28 +80,42 @@ def patch(
 
 def apply_plan(model: Model, plan: Plan) -> Model:
     """Carry out a plan: everything that can fail comes first, and what fails later is rolled back."""
-    adapters = [build(layer, plan.config) for layer in plan.layers]
+    adapters: dict[str, Adapter] = {}
+    for layer in plan.layers:
+        adapters[layer.path] = adapters[layer.shares] if layer.shares else build(layer, plan.config)
     memory = _remember(model, plan)
     with uninterrupted():
         _attach_all(model, plan, adapters, memory)
     return model
 
 
-def _attach_all(model: nn.Module, plan: Plan, adapters: list[Adapter], memory: Record) -> None:
-    done: list[tuple[AdaptedLayer, nn.Parameter]] = []
+def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memory: Record) -> None:
+    by_module: dict[nn.Module, dict[str, Adapter]] = {}
+    for planned in plan.layers:
+        by_module.setdefault(planned.module, {})[planned.parameter] = adapters[planned.path]
+        if planned.parameter in planned.module.__dict__:  # a hook's result, as old as the last forward
+            planned.module.__dict__[planned.parameter] = weight_of(planned.module, planned.parameter)
+    done: list[AdaptedLayer] = []
     try:
-        for layer, adapter in zip(plan.layers, adapters, strict=True):
-            done.append((attach(layer.module, adapter), adapter.base_weight))
-        freeze(model, adapters, memory.trained)
+        for module, own in by_module.items():
+            done.append(attach(module, own))
+        freeze(model, adapters.values(), memory.trained)
+        gradient_source.install(model, adapters.values())
         record.put(model, memory)
     except BaseException:
-        for layer_done, weight in done:
-            detach(layer_done, weight)
+        gradient_source.uninstall(model)
+        for layer in done:
+            detach(layer, base_weights(layer))
         restore_requires_grad(model, memory)
         record.drop(model)
         raise
     for module in model.modules():
         module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
+
+
+def base_weights(layer: AdaptedLayer) -> dict[str, nn.Parameter | None]:
+    """The frozen weights of a layer by their original names; None for one that is computed."""
+    return {name: layer.adapter_of(name).base_weight for name in layer.adapted}
 
 
 MERGED = "_mapsurgery_merged"
@@ -146,14 +170,15 @@ def unpatch(model: Model) -> Model:
         ValueError: the model is not patched.
     """
     root, memory = record.find_patched(model)
-    layers = record.adapted_layers(root)
+    layers = {site.layer: None for site in record.all_sites(root)}
     tensors: dict[str, Tensor] = dict(root.named_parameters()) | record.persistent_buffers(root)
     with uninterrupted():
+        gradient_source.uninstall(root)
         for name, original in memory.originals.items():  # first: what can fail must leave the model patched
             if original is not None and name in tensors and tensors[name].shape == original.shape:
                 tensors[name].copy_(original)
-        for layer in layers.values():
-            detach(layer, layer.adapter.base_weight)
+        for layer in layers:
+            detach(layer, base_weights(layer))
         restore_requires_grad(root, memory)
         record.drop(root)
     return model
@@ -170,7 +195,7 @@ def disabled(model: Model) -> Iterator[Model]:
     Raises:
         ValueError: the model is not patched.
     """
-    adapters = [layer.adapter for layer in record.adapted_layers(model).values()]
+    adapters = list(record.adapters_of(model).values())
     before = [adapter.enabled for adapter in adapters]
     for adapter in adapters:
         adapter.enabled = False

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from ..methods import Adapter, Init, find
-from ..methods.base import check_dropout, check_rank
+from ..methods.base import check_dropout, check_rank, matrix_shape
 from ..tables import render
 from .adapted import AdaptedLayer, default_dtype
 from .globs import as_patterns, first_match, matches, nearest
-from .layers import DTYPES, LayerType, find_type, why_not
+from .layers import DTYPES, LayerType, find_type, mixin_of, weight_of, why_not
 
 Patterns = str | Iterable[str]
+TIES = ("share", "separate", "refuse")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Config:
     dropout: float = 0.0
     dtype: torch.dtype | None = None
     train: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    tied: str = "share"
 
     @classmethod
     def checked(
@@ -49,6 +53,8 @@ class Config:
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
         train: Patterns = (),
+        parameters: Patterns = (),
+        tied: str = "share",
     ) -> Config:
         """Normalised and checked arguments.
 
@@ -62,9 +68,11 @@ class Config:
         check_dropout(dropout)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
-        patterns = as_patterns(targets, "targets")
-        if not patterns:
+        patterns, raw = as_patterns(targets, "targets"), as_patterns(parameters, "parameters")
+        if not patterns and not raw:
             raise ValueError('targets is empty: name the layers to adapt by glob, such as targets=["*attn*"]')
+        if tied not in TIES:
+            raise ValueError(f"tied must be one of {', '.join(map(repr, TIES))}, got {tied!r}")
         find(method, update)
         return cls(
             targets=patterns,
@@ -77,6 +85,8 @@ class Config:
             dropout=float(dropout),
             dtype=dtype,
             train=as_patterns(train, "train"),
+            parameters=raw,
+            tied=tied,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,33 +102,43 @@ class Config:
             "dropout": self.dropout,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "train": list(self.train),
+            "parameters": list(self.parameters),
+            "tied": self.tied,
         }
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer to adapt.
+    """One parameter of one layer to adapt: in most layers, their weight.
 
     Attributes:
-        paths: every name by which the model reaches the module; the first is the one used in files.
-        shape: of the weight, as the layer holds it.
-        matrix: (m, K), the weight as MAP sees it.
+        parameter: its name in the layer.
+        paths: every name by which the model reaches it, the layer's path for a ``weight`` and the parameter's name for
+            others; the first is the one used in files.
+        layer_type: entry of the table of layer types; None for a raw parameter of any other module.
+        shape: of the parameter, as the layer holds it.
+        matrix: (m, K), as MAP sees it; of each matrix of a stack.
+        stacked: it is a stack (E, m, K) of matrices that are adapted one by one.
         rank: after the limit min(m, K); requested_rank before.
-        pattern: the first target pattern that took it.
+        pattern: the first pattern that took it.
         path_kind: "fused", or "weight" where the layer's own forward runs on W'.
+        shares: the name under which the adapter of a tied parameter is built already.
         weight_norm, dtype: ||W||_F and the adapter's dtype where a file gives them; else measured and by `Config`.
     """
 
     module: nn.Module = field(repr=False)
+    parameter: str
     paths: tuple[str, ...]
-    layer_type: LayerType
+    layer_type: LayerType | None
     shape: tuple[int, ...]
     matrix: tuple[int, int]
+    stacked: bool
     rank: int
     requested_rank: int
     pattern: str
     notes: tuple[str, ...] = ()
-    weight_norm: float | None = None
+    shares: str | None = None
+    weight_norm: float | tuple[float, ...] | None = None
     dtype: torch.dtype | None = None
 
     @property
@@ -130,13 +150,22 @@ class PlannedLayer:
         return type(self.module).__name__
 
     @property
+    def transposed(self) -> bool:
+        return self.layer_type is not None and self.layer_type.transposed
+
+    @property
     def path_kind(self) -> str:
-        return "fused" if self.layer_type.is_standard(type(self.module)) else "weight"
+        mixin = mixin_of(type(self.module), (self.parameter,))
+        return "fused" if self.layer_type is not None and mixin is self.layer_type.fused else "weight"
+
+    @property
+    def matrices(self) -> int:
+        return self.shape[0] if self.stacked else 1
 
     @property
     def trainable(self) -> int:
-        """Trained parameters of the adapter: r (m + K) + 2."""
-        return self.rank * sum(self.matrix) + 2
+        """Trained parameters of the adapter: r (m + K) + 2, for each matrix."""
+        return 0 if self.shares else self.matrices * (self.rank * sum(self.matrix) + 2)
 
 
 @dataclass(frozen=True)
@@ -235,7 +264,7 @@ def _grouped(layers: tuple[PlannedLayer, ...], full: bool) -> list[list[PlannedL
     groups: dict[Any, list[PlannedLayer]] = {}
     for i, layer in enumerate(layers):
         alike = (_family(layer.path), layer.type_name, layer.shape, layer.rank, layer.pattern, len(layer.paths))
-        key = i if full else (*alike, tuple(_family(note) for note in layer.notes))
+        key = i if full else (*alike, layer.shares is None, tuple(_family(note) for note in layer.notes))
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
 
@@ -275,6 +304,8 @@ def plan(
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     train: Patterns = (),
+    parameters: Patterns = (),
+    tied: str = "share",
 ) -> Plan:
     """Dry run of `patch`: the same arguments, the same errors about names, and nothing touched.
 
@@ -286,7 +317,8 @@ def plan(
     """
     from .record import unwrapped  # record.py stores this module's Config
 
-    config = Config.checked(targets, exclude, rank, rank_pattern, method, update, init, dropout, dtype, train)
+    options = (exclude, rank, rank_pattern, method, update, init, dropout, dtype, train, parameters, tied)
+    config = Config.checked(targets, *options)
     return make_plan(unwrapped(model) if isinstance(model, nn.Module) else model, config)
 
 
@@ -311,18 +343,19 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
     layers: list[PlannedLayer] = []
     skipped: list[SkippedModule] = []
     for module, paths in modules.items():
-        pattern = first_match(paths, config.targets)
-        if pattern is None or not _has_weights(module):
-            continue
-        reason = _reason_to_skip(module, paths, config, trained)
-        if reason is None:
-            layers.append(_planned(module, paths, pattern, config))
-        else:
-            skipped.append(SkippedModule(paths, type(module).__name__, reason))
-    counts = {p: sum(any(matches(path, p) for path in layer.paths) for layer in layers) for p in config.targets}
-    _refuse_unmatched(config, counts, layers, skipped, all_paths)
-    notes = _tie_notes(model, layers)
-    layers = [replace(layer, notes=(*layer.notes, *notes.get(layer.path, ()))) for layer in layers]
+        for name, pattern in _asked_for(module, paths, config).items():
+            sites = site_paths(paths, name)
+            reason = _reason_to_skip(module, name, paths, config, trained)
+            if reason is None:
+                layers.append(_planned(module, name, sites, pattern, config))
+            else:
+                skipped.append(SkippedModule(sites, type(module).__name__, reason))
+    from .ties import resolve_ties  # which plans further holders of a tied weight
+
+    layers, tie_notes = resolve_ties(model, layers, config)
+    counts = {p: _count(layers, p) for p in (*config.targets, *config.parameters)}
+    _refuse_unmatched(config, counts, layers, skipped, model)
+    layers = [replace(layer, notes=(*layer.notes, *tie_notes.get(layer.path, ()))) for layer in layers]
     return Plan(
         config=config,
         layers=tuple(layers),
@@ -332,6 +365,36 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         trained_parameters=sum(p.numel() for p in trained.values()),
         model_parameters=count_parameters(model),
     )
+
+
+def site_paths(module_paths: Iterable[str], parameter: str) -> tuple[str, ...]:
+    """Names of a parameter that is adapted: that of its module for a ``weight``, its own for another."""
+    return tuple(p if parameter == "weight" else f"{p}.{parameter}".lstrip(".") for p in module_paths)
+
+
+def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dict[str, str]:
+    """Parameters of a module that a pattern takes, each with the first pattern that does."""
+    if any(f".{path}.".find(".parametrizations.") >= 0 for path in paths):
+        return {}  # the originals of a parametrised weight, which is adapted as a whole
+    asked: dict[str, str] = {}
+    pattern = first_match(paths, config.targets)
+    if pattern is not None and _has_weights(module):
+        kind = find_type(type(module))
+        asked |= dict.fromkeys(kind.parameters_of(module) if kind is not None else ["weight"], pattern)
+    for name, parameter in module._parameters.items():
+        raw = first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters)
+        if raw is not None and parameter is not None and name not in asked:
+            asked[name] = raw
+    return asked
+
+
+def _count(layers: list[PlannedLayer], pattern: str) -> int:
+    return sum(any(matches(path, pattern) for path in _names(layer.paths, layer.parameter)) for layer in layers)
+
+
+def _names(sites: tuple[str, ...], parameter: str) -> tuple[str, ...]:
+    """What a pattern may call a site: a weight answers to its own name, too."""
+    return (*sites, *(f"{site}.weight".lstrip(".") for site in sites)) if parameter == "weight" else sites
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -370,39 +433,60 @@ def _trained_parameters(model: nn.Module, config: Config, all_paths: list[str]) 
 
 
 def _reason_to_skip(
-    module: nn.Module, paths: tuple[str, ...], config: Config, trained: dict[str, nn.Parameter]
+    module: nn.Module, name: str, paths: tuple[str, ...], config: Config, trained: dict[str, nn.Parameter]
 ) -> str | None:
-    excluded = first_match(paths, config.exclude)
+    excluded = first_match(paths, config.exclude) or first_match(site_paths(paths, name), config.exclude)
     if excluded is not None:
         return f"excluded by {excluded!r}"
-    if any(module._parameters.get("weight") is parameter for parameter in trained.values()):
+    if any(part is parameter for part in _parts(module, name) for parameter in trained.values()):
         return "trained in full, as `train` asks"
-    return why_not(module)
+    named = first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters) is not None
+    reason = why_not(module, name, raw=named)
+    if reason is not None and find_type(type(module)) is None and not named:
+        raw = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and p.dim() > 1]
+        return f"{reason}; name its raw parameters in `parameters`: {', '.join(raw)}" if raw else reason
+    return reason
 
 
-def _planned(module: nn.Module, paths: tuple[str, ...], pattern: str, config: Config) -> PlannedLayer:
-    asked = next((rank for glob, rank in config.rank_pattern.items() if first_match(paths, [glob])), config.rank)
-    layer = planned_layer(module, paths, pattern, asked)
+def _parts(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The Parameters that a weight is, or is computed from."""
+    if parametrize.is_parametrized(module, name):
+        return list(module.parametrizations[name].parameters())  # type: ignore[index, union-attr]
+    own = [module._parameters.get(n) for n in (name, f"{name}_g", f"{name}_v", f"{name}_orig")]
+    return [parameter for parameter in own if parameter is not None]
+
+
+def _planned(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, config: Config) -> PlannedLayer:
+    asked = next((rank for glob, rank in config.rank_pattern.items() if first_match(sites, [glob])), config.rank)
+    layer = planned_layer(module, name, sites, pattern, asked)
     return replace(layer, notes=_own_notes(layer, config))
 
 
-def planned_layer(module: nn.Module, paths: tuple[str, ...], pattern: str, asked: int) -> PlannedLayer:
-    """The entry of a layer that can be adapted (`why_not` gave no reason), its rank limited to min(m, K)."""
+def planned_layer(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, asked: int) -> PlannedLayer:
+    """The entry of a parameter that can be adapted (`why_not` gave no reason), its rank limited to min(m, K)."""
     layer_type = find_type(type(module))
-    weight = module._parameters["weight"]
-    assert layer_type is not None and weight is not None
-    m = weight.shape[1] if layer_type.transposed else weight.shape[0]
-    matrix = (m, weight.numel() // m)
-    return PlannedLayer(module, paths, layer_type, tuple(weight.shape), matrix, min(asked, *matrix), asked, pattern)
+    if layer_type is not None and name not in layer_type.parameters_of(module):
+        layer_type = None
+    weight = weight_of(module, name)
+    assert weight is not None
+    stacked = layer_type is None and weight.dim() == 3
+    matrix = matrix_shape(weight.shape, layer_type is not None and layer_type.transposed, stacked)
+    shape, rank = tuple(weight.shape), min(asked, *matrix)
+    return PlannedLayer(module, name, sites, layer_type, shape, matrix, stacked, rank, asked, pattern)
 
 
 def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
-    weight: torch.Tensor = layer.module._parameters["weight"]  # type: ignore[assignment]
+    weight = weight_of(layer.module, layer.parameter)
+    assert weight is not None
     notes = []
     if layer.rank < layer.requested_rank:
         notes.append(f"rank {layer.requested_rank} is more than the layer allows: {layer.rank}")
+    if layer.stacked:
+        notes.append(f"{layer.matrices} matrices, adapted one by one")
     if layer.path_kind == "weight":
         notes.append("own forward, runs on W'" + (" (no dropout)" if config.dropout else ""))
+    if not isinstance(weight, nn.Parameter):
+        notes.append("parametrised: W is computed for each call")
     if weight.is_meta:
         notes.append("on meta: the norm is taken when the weight arrives")
     elif _is_zero(weight.detach()):
@@ -413,23 +497,6 @@ def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
 def _is_zero(weight: torch.Tensor) -> bool:
     """Whether all elements are 0. One look at the first spares reading most weights."""
     return weight[(0,) * weight.dim()].item() == 0 and not weight.any()
-
-
-def _tie_notes(model: nn.Module, layers: list[PlannedLayer]) -> dict[str, tuple[str, ...]]:
-    """Layers whose weight another module holds as well."""
-    holders: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    notes: dict[str, tuple[str, ...]] = {}
-    for layer in layers:
-        weight = layer.module._parameters["weight"]
-        own = {f"{path}.weight" if path else "weight" for path in layer.paths}
-        others = [name for name in holders[id(weight)] if name not in own]
-        if others:
-            notes[layer.path] = (f"tied with {', '.join(others)}, which keeps the base weight",)
-    return notes
 
 
 def _no_match(argument: str, pattern: str, paths: list[str]) -> str:
@@ -447,27 +514,35 @@ def _refuse_unmatched(
     counts: dict[str, int],
     layers: list[PlannedLayer],
     skipped: list[SkippedModule],
-    all_paths: list[str],
+    model: nn.Module,
 ) -> None:
-    for argument, patterns in (("targets", config.targets), ("exclude", config.exclude)):
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    names = [*paths, *(name for name, _ in model.named_parameters(remove_duplicate=False))]
+    asked = (("targets", config.targets, paths), ("exclude", config.exclude, names))
+    for argument, patterns, known in (*asked, ("parameters", config.parameters, names)):
         for pattern in patterns:
-            if not any(matches(path, pattern) for path in all_paths):
-                raise ValueError(_no_match(argument, pattern, all_paths))
-    for pattern, count in counts.items():
-        covered = [skip for skip in skipped if first_match(skip.paths, [pattern])]
-        if count == 0 and covered:
-            reasons = "; ".join(f"{s.path or 'the model itself'} ({s.type_name}): {s.reason}" for s in covered[:5])
-            raise ValueError(f"targets pattern {pattern!r} matches nothing that can be adapted: {reasons}")
-        if count == 0:
-            raise ValueError(f"targets pattern {pattern!r} matches only modules without parameters of their own")
+            if not any(matches(path, pattern) for path in known):
+                raise ValueError(_no_match(argument, pattern, known))
+    for argument, patterns in (("targets", config.targets), ("parameters", config.parameters)):
+        for pattern in patterns:
+            _refuse_uncounted(argument, pattern, counts[pattern], skipped)
     for pattern in config.rank_pattern:
         if not any(first_match(layer.paths, [pattern]) for layer in layers):
             raise ValueError(_no_match("rank_pattern", pattern, [layer.path for layer in layers]))
 
 
+def _refuse_uncounted(argument: str, pattern: str, count: int, skipped: list[SkippedModule]) -> None:
+    covered = [skip for skip in skipped if first_match(skip.paths, [pattern])]
+    if count == 0 and covered:
+        reasons = "; ".join(f"{s.path or 'the model itself'} ({s.type_name}): {s.reason}" for s in covered[:5])
+        raise ValueError(f"{argument} pattern {pattern!r} matches nothing that can be adapted: {reasons}")
+    if count == 0:
+        raise ValueError(f"{argument} pattern {pattern!r} matches only modules without parameters of their own")
+
+
 def build(layer: PlannedLayer, config: Config) -> Adapter:
     """The adapter of a planned layer, on its own weight; the layer is not changed."""
-    weight = layer.module._parameters["weight"]
+    weight = weight_of(layer.module, layer.parameter)
     assert weight is not None
     return find(config.method, config.update)(
         weight,
@@ -475,7 +550,8 @@ def build(layer: PlannedLayer, config: Config) -> Adapter:
         init=config.init,
         dropout=config.dropout,
         dtype=layer.dtype or config.dtype or default_dtype(weight.dtype),
-        transposed=layer.layer_type.transposed,
+        transposed=layer.transposed,
+        stacked=layer.stacked,
         name=layer.path,
         weight_norm=layer.weight_norm,
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..methods import Adapter
-from .adapted import CHILD, AdaptedLayer
-from .plan import Config, module_paths
+from .adapted import AdaptedLayer, child_name
+from .plan import Config, module_paths, site_paths
 
 _ATTRIBUTE = "_mapsurgery"
 
@@ -19,7 +19,7 @@ class Record:
 
     Attributes:
         config: the checked arguments of `patch`.
-        layers: paths of the adapted layers.
+        layers: names of the adapted parameters: the layer's path for a ``weight``, else the parameter's own name.
         trained: names of the parameters that `train` asked for.
         requires_grad: of every parameter before the patch, by its original name.
         originals: copies of the trained parameters and persistent buffers as they were, by name; training changes
@@ -31,6 +31,39 @@ class Record:
     trained: tuple[str, ...]
     requires_grad: dict[str, bool]
     originals: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted parameter of one layer.
+
+    Attributes:
+        layer: the adapted layer; parameter: the parameter's name in it.
+        paths: every name of the site, as in `PlannedLayer.paths`.
+        layer_path: the layer's first name.
+    """
+
+    layer: AdaptedLayer
+    parameter: str
+    paths: tuple[str, ...]
+    layer_path: str
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.layer.adapter_of(self.parameter)
+
+    def entry(self, name: str) -> str:
+        """Name in the model of one of the adapter's parameters or buffers."""
+        return entry(self.layer_path, self.parameter, name)
+
+
+def entry(layer_path: str, parameter: str, name: str) -> str:
+    """Name in the model of a parameter of an adapter: "<layer>.adapter.A"."""
+    return ".".join(part for part in (layer_path, child_name(parameter), name) if part)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -80,12 +113,12 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
 
 def _of_constructed(model: nn.Module) -> Record:
     """The record of a model that was built of `MapLinear` and its like, not patched: what else it trains is saved."""
-    layers = adapted_layers(model)
-    adapter = next(iter(layers.values())).adapter
-    config = Config(targets=tuple(layers), rank=adapter.rank, init=adapter.init, dropout=adapter.dropout)
-    own_names = {f"{path}.{CHILD}.{name}".lstrip(".") for path, a in layers.items() for name in a.adapter.ROLES}
+    sites = all_sites(model)
+    adapter = sites[0].adapter
+    config = Config(targets=tuple(s.path for s in sites), rank=adapter.rank, init=adapter.init, dropout=adapter.dropout)
+    own_names = {site.entry(name) for site in sites for name in site.adapter.ROLES}
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad and name not in own_names)
-    return Record(config=config, layers=tuple(layers), trained=trained, requires_grad={})
+    return Record(config=config, layers=config.targets, trained=trained, requires_grad={})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -99,26 +132,31 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def intact_layers(root: nn.Module, memory: Record) -> dict[str, AdaptedLayer]:
-    """The adapted layers, all of those that `patch` made and with their base frozen.
+def intact_sites(root: nn.Module, memory: Record) -> list[Site]:
+    """One site for each adapter, all of those that `patch` made and with their base frozen.
 
     Raises:
         ValueError: one was replaced since (a new head over an adapted one), or its base weight was unfrozen.
     """
-    layers = adapted_layers(root)
-    every = {path for module, paths in module_paths(root).items() if isinstance(module, AdaptedLayer) for path in paths}
+    sites = all_sites(root)
+    every = {path for site in sites for path in site.paths}
     lost = tuple(path for path in memory.layers if path not in every)
     if lost:
         raise ValueError(
             f"adapted layers were replaced or removed after patch, their adapters are gone: {', '.join(lost)}"
         )
-    thawed = [path for path, layer in layers.items() if layer.adapter.base_weight.requires_grad]
+    thawed = [site.path for site in sites if _thawed(site)]
     if thawed:
         raise ValueError(
             f"the base weight of an adapted layer requires a gradient: {', '.join(thawed[:5])}; an adapter cannot hold "
             "what it would learn. Freeze it (requires_grad_(False)), or name the layer in `train` instead of `targets`"
         )
-    return layers
+    return one_per_adapter(sites)
+
+
+def _thawed(site: Site) -> bool:
+    base = site.adapter.base_weight
+    return base.requires_grad if base is not None else site.layer.base_of(site.parameter).requires_grad
 
 
 def trained_names(root: nn.Module, memory: Record) -> tuple[str, ...]:
@@ -132,13 +170,28 @@ def trained_names(root: nn.Module, memory: Record) -> tuple[str, ...]:
     return tuple(name for name in found if name in present)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers of a model by their first name.
+def all_sites(model: nn.Module) -> list[Site]:
+    """Every adapted parameter of a model, in the order of their layers; tied ones share an adapter.
 
     Raises:
         ValueError: there are none.
     """
-    layers = {paths[0]: m for m, paths in module_paths(model).items() if isinstance(m, AdaptedLayer)}
-    if not layers:
+    sites = [
+        Site(module, name, site_paths(paths, name), paths[0])
+        for module, paths in module_paths(model).items()
+        if isinstance(module, AdaptedLayer)
+        for name in module.adapted
+    ]
+    if not sites:
         raise ValueError(f"the model ({type(model).__name__}) has no adapted layers: call mapsurgery.patch first")
-    return layers
+    return sites
+
+
+def one_per_adapter(sites: list[Site]) -> list[Site]:
+    """The first site of each adapter."""
+    return list({id(site.adapter): site for site in reversed(sites)}.values())[::-1]
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by the first name of what they adapt."""
+    return {site.path: site.adapter for site in one_per_adapter(all_sites(model))}

@@ -1,0 +1,439 @@
+"""The layers beyond Linear and Conv, raw parameters, parametrised weights and ties: one set of properties for all."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from definition import Snapshot, to_generic_point, weight_by
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+
+import mapsurgery
+from mapsurgery.methods import Adapter
+from mapsurgery.surgery import record
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+
+
+class Experts(nn.Module):
+    """A stack of raw matrices, used as mixtures of experts use theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 5))
+        self.bank = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("td,edh,ch->tec", x, self.up.transpose(1, 2).mT, self.bank).flatten(1)
+
+
+class Tied(nn.Module):
+    """An embedding and an output layer with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.body = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 9, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.body(self.embed(ids)))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+class First(nn.Module):
+    """The first result of a module that returns several."""
+
+    def __init__(self, layer: nn.Module, repeat: int = 1) -> None:
+        super().__init__()
+        self.layer, self.repeat = layer, repeat
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(*[x] * self.repeat)[0]
+
+
+class Twice(nn.Module):
+    """Two steps of a recurrent cell: in the first, the state is 0, and so is the gradient of what multiplies it."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.cell(x, self.cell(x))
+        return state[0] if isinstance(state, tuple) else state
+
+
+def _parametrized() -> nn.Module:
+    layer = nn.Linear(6, 5)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+def _two_parametrizations() -> nn.Module:
+    layer = _parametrized()
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    return layer
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], nn.Module]
+    input: Callable[[], Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    count: int = 1
+    """Adapters."""
+    pickles: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def built(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        torch.manual_seed(2)
+        return self.make().to(dtype).eval()
+
+    def data(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        torch.manual_seed(3)
+        x = self.input()
+        return x.to(dtype) if x.is_floating_point() else x
+
+    def patched(self, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+        return mapsurgery.patch(self.built(dtype), **{"targets": "*", "rank": 2, **self.options, **options})
+
+
+def ids() -> Tensor:
+    return torch.tensor([[1, 2, 5], [2, 8, 0]])
+
+
+def rows(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape, dtype=torch.float64)
+
+
+RAW = {"targets": (), "parameters": "*"}
+CASES = [
+    Case("embedding", lambda: nn.Embedding(9, 6), ids),
+    Case("embedding_padded", lambda: nn.Embedding(9, 6, padding_idx=2), ids),
+    Case("embedding_by_frequency", lambda: nn.Embedding(9, 6, scale_grad_by_freq=True), ids),
+    Case("embedding_sparse", lambda: nn.Embedding(9, 6, sparse=True), ids),
+    Case("embedding_bag", lambda: nn.EmbeddingBag(9, 6, mode="mean"), ids),
+    Case("embedding_bag_sparse", lambda: nn.EmbeddingBag(9, 6, mode="sum", sparse=True), ids),
+    Case("conv_transpose", lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), rows(2, 4, 5, 5)),
+    Case("bilinear", lambda: First(nn.Bilinear(6, 6, 4), 2), rows(3, 6)),
+    Case("attention", lambda: First(nn.MultiheadAttention(6, 2, batch_first=True), 3), rows(2, 4, 6), count=2),
+    Case("attention_apart", lambda: First(nn.MultiheadAttention(6, 2, kdim=6, vdim=6), 3), rows(4, 2, 6), count=2),
+    Case("attention_bias_kv", lambda: First(nn.MultiheadAttention(6, 2, add_bias_kv=True), 3), rows(4, 2, 6), count=2),
+    Case("encoder", lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), rows(2, 4, 6), count=4),
+    Case("lstm", lambda: First(nn.LSTM(6, 5, 2, bidirectional=True)), rows(4, 2, 6), count=8),
+    Case("lstm_projected", lambda: First(nn.LSTM(6, 5, proj_size=3)), rows(4, 2, 6), count=3),
+    Case("gru", lambda: First(nn.GRU(6, 5, batch_first=True)), rows(2, 4, 6), count=2),
+    Case("rnn", lambda: First(nn.RNN(6, 5)), rows(4, 2, 6), count=2),
+    Case("lstm_cell", lambda: Twice(nn.LSTMCell(6, 5)), rows(2, 6), count=2),
+    Case("gru_cell", lambda: Twice(nn.GRUCell(6, 5)), rows(2, 6), count=2),
+    Case("experts", Experts, rows(3, 6), RAW, count=2),
+    Case("tied", Tied, ids, count=2),
+    Case("tied_one_side", Tied, ids, {"targets": "out"}, count=1),
+    Case("tied_separate", Tied, ids, {"tied": "separate"}, count=3),
+    Case("parametrized", _parametrized, rows(3, 6), pickles=False),
+    Case("two_parametrizations", _two_parametrizations, rows(3, 6), pickles=False),
+    Case("weight_norm", lambda: parametrizations.weight_norm(nn.Conv1d(6, 5, 3)), rows(2, 6, 7), pickles=False),
+    Case("spectral_norm", lambda: parametrizations.spectral_norm(nn.Linear(6, 5)), rows(3, 6), pickles=False),
+    Case("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(6, 5)), rows(3, 6), pickles=False),
+    Case("old_weight_norm", lambda: nn.utils.weight_norm(nn.Linear(6, 5)), rows(3, 6)),
+    Case("old_spectral_norm", lambda: nn.utils.spectral_norm(nn.Conv2d(4, 5, 3)), rows(2, 4, 5, 5)),
+    Case(
+        "weight_norm_of_lstm",
+        lambda: First(nn.utils.weight_norm(nn.LSTM(6, 5), "weight_hh_l0")),
+        rows(4, 2, 6),
+        count=2,
+    ),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def adapters(model: nn.Module) -> list[Adapter]:
+    return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+def by_definition(case: Case, model: nn.Module) -> nn.Module:
+    """A model without adapters whose plain weights are W' by the definition."""
+    sites = {
+        (s.layer_path, s.parameter): weight_by(s.adapter, s.layer.base_of(s.parameter).detach())
+        for s in record.all_sites(model)
+    }
+    plain = case.built()
+    plain(case.data())  # hooks leave their weights in the layer
+    for (path, name), weight in sites.items():
+        layer = plain.get_submodule(path)
+        if parametrize.is_parametrized(layer, name):
+            parametrize.remove_parametrizations(layer, name)
+        for removal in (nn.utils.remove_weight_norm, nn.utils.remove_spectral_norm):
+            try:
+                removal(layer, name)
+            except ValueError:
+                continue
+        layer._parameters[name] = nn.Parameter(weight)
+        if isinstance(layer, nn.RNNBase):
+            layer._init_flat_weights()
+    return plain
+
+
+@every_case
+def test_the_start_is_the_base_and_every_weight_is_adapted(case: Case) -> None:
+    model = case.patched()
+    assert len(adapters(model)) == case.count
+    torch.testing.assert_close(model(case.data()), case.built()(case.data()), rtol=1e-12, atol=1e-12)
+
+
+@every_case
+def test_outputs_are_those_of_the_definition(case: Case) -> None:
+    model = to_generic_point(case.patched())
+    expected = by_definition(case, model)(case.data())
+    torch.testing.assert_close(model(case.data()), expected, rtol=1e-10, atol=1e-10)
+    assert (expected - case.built()(case.data())).abs().max() > 1e-3
+
+
+@every_case
+def test_every_adapter_parameter_has_the_gradient_of_finite_differences(case: Case) -> None:
+    model = to_generic_point(case.patched())
+    x = case.data()
+    direction = torch.randn_like(model(x))
+    grads = torch.autograd.grad(
+        (model(x) * direction).sum(), [p for a in adapters(model) for p in a.own_parameters().values()]
+    )
+    torch.manual_seed(0)
+    steps = [torch.randn_like(grad) for grad in grads]
+    slope = sum((g * s).sum() for g, s in zip(grads, steps, strict=True))
+    parameters = [p for a in adapters(model) for p in a.own_parameters().values()]
+    eps, values = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for p, s in zip(parameters, steps, strict=True):
+                p.add_(s, alpha=sign * eps)
+            values.append((model(x) * direction).sum())
+    if case.name in ("embedding_padded", "embedding_by_frequency"):
+        pytest.skip("the layer's gradient is, by design, not that of its output")
+    torch.testing.assert_close(slope, (values[0] - values[1]) / (2 * eps), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["embedding_padded", "embedding_by_frequency", "embedding_sparse"])
+def test_gradients_of_an_embedding_are_those_of_its_own_backward(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    model = to_generic_point(case.patched())
+    own = list(model.adapter.own_parameters().values())
+    direction = torch.randn_like(model(case.data()))
+    plain = case.built()
+    weight = model.adapter.effective_weight()
+    output = F.embedding(case.data(), weight, plain.padding_idx, scale_grad_by_freq=plain.scale_grad_by_freq)
+    expected = torch.autograd.grad((output * direction).sum(), own)
+    found = torch.autograd.grad((model(case.data()) * direction).sum(), own)
+    for want, got in zip(expected, found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@every_case
+def test_verify_finds_nothing_wrong(case: Case) -> None:
+    model = case.patched()
+    snapshot = Snapshot(model)
+    mapsurgery.verify(model, case.data())
+    if "norm" not in case.name:  # whose hooks leave the last weight in the layer
+        snapshot.assert_holds(model)
+
+
+@every_case
+def test_merge_is_the_adapted_output_and_unmerge_takes_it_back(case: Case) -> None:
+    model = to_generic_point(case.patched())
+    expected, classes = model(case.data()), {path: type(m) for path, m in model.named_modules()}
+    mapsurgery.merge(model)
+    assert not adapters(model)
+    torch.testing.assert_close(model(case.data()), expected, rtol=1e-10, atol=1e-10)
+    mapsurgery.unmerge(model)
+    torch.testing.assert_close(model(case.data()), expected, rtol=1e-9, atol=1e-9)
+    assert [path for path, _ in model.named_modules()] == list(classes)
+    mapsurgery.unpatch(model)
+    torch.testing.assert_close(model(case.data()), case.built()(case.data()), rtol=1e-9, atol=1e-9)
+
+
+@every_case
+def test_unpatch_is_the_original_bitwise(case: Case) -> None:
+    model = case.built()
+    expected = model(case.data())
+    snapshot = Snapshot(model)
+    mapsurgery.patch(model, **{"targets": "*", "rank": 2, **case.options})
+    to_generic_point(model)(case.data())
+    mapsurgery.unpatch(model)
+    snapshot.assert_holds(model)
+    assert torch.equal(model(case.data()), expected)
+
+
+@every_case
+def test_a_failed_merge_leaves_the_model_patched(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = to_generic_point(case.patched())
+    expected, last = model(case.data()), adapters(model)[-1]
+    original = Adapter.merge_into
+
+    def failing(self: Adapter, weight: Tensor) -> None:
+        if self is last:
+            raise MemoryError("midway")
+        type(self).__mro__[0]._in_place(self, mapsurgery.ops.merge_, weight)
+
+    monkeypatch.setattr(type(last), "merge_into", failing)
+    with pytest.raises(MemoryError, match="midway"):
+        mapsurgery.merge(model)
+    assert original is Adapter.merge_into and len(adapters(model)) == case.count
+    torch.testing.assert_close(model(case.data()), expected, rtol=1e-9, atol=1e-9)
+
+
+@every_case
+def test_a_saved_adapter_loads_into_a_fresh_model(case: Case, tmp_path: Path) -> None:
+    model = to_generic_point(case.patched())
+    mapsurgery.save(model, tmp_path / "a.safetensors")
+    fresh = mapsurgery.load(case.built(), tmp_path / "a.safetensors")
+    assert torch.equal(fresh(case.data()), model(case.data()))
+    assert len(adapters(fresh)) == case.count
+    other = case.built()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    if case.name not in ("weight_norm", "old_weight_norm", "spectral_norm", "old_spectral_norm", "orthogonal"):
+        with pytest.raises(ValueError, match="another base"):
+            mapsurgery.load(other, tmp_path / "a.safetensors")
+
+
+@every_case
+def test_disabled_is_the_base(case: Case) -> None:
+    model = to_generic_point(case.patched())
+    with mapsurgery.disabled(model):
+        torch.testing.assert_close(model(case.data()), case.built()(case.data()), rtol=1e-12, atol=1e-12)
+
+
+@every_case
+def test_copies_compute_the_same(case: Case) -> None:
+    model = to_generic_point(case.patched())
+    expected = model(case.data())
+    assert torch.equal(copy.deepcopy(model)(case.data()), expected)
+    if case.pickles and not case.name.startswith("weight_norm"):
+        assert torch.equal(pickle.loads(pickle.dumps(model))(case.data()), expected)
+
+
+@every_case
+def test_compiled_is_eager(case: Case, _fresh_compiler: None) -> None:
+    if (
+        case.name in ("embedding_bag_sparse", "old_spectral_norm", "old_weight_norm")
+        or case.name[:4] == "lstm"
+        or case.name in ("gru", "rnn", "weight_norm_of_lstm")
+    ):
+        pytest.skip("torch does not compile the base in one graph")
+    model = to_generic_point(case.patched())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(case.data()), model(case.data()), rtol=1e-10, atol=1e-10)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_dtypes_run_and_learn(case: Case, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and case.name == "orthogonal":
+        pytest.skip("torch has no bfloat16 orthogonal parametrisation")
+    model = case.patched(dtype).train()
+    y = model(case.data(dtype))
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    for adapter in adapters(model):
+        assert adapter.A.dtype == torch.float32
+        grads = [p.grad for p in adapter.own_parameters().values()]
+        assert all(g is not None and g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+
+
+def test_a_tie_that_is_shared_stays_a_tie() -> None:
+    model = mapsurgery.patch(Tied(), "out", rank=2)
+    assert model.out.adapter is model.embed.adapter
+    assert "tied" in str(mapsurgery.plan(Tied(), "out"))
+    mapsurgery.merge(to_generic_point(model))
+    assert model.out.weight is model.embed.weight
+
+
+def test_a_tie_can_be_refused_and_its_holders_excluded_are_named() -> None:
+    with pytest.raises(ValueError, match=r"tied with .*embed"):
+        mapsurgery.patch(Tied(), "out", tied="refuse")
+    with pytest.raises(ValueError, match=r"embed.*excluded.*separate"):
+        mapsurgery.patch(Tied(), "out", exclude="embed")
+    with pytest.raises(ValueError, match="tied must be one of"):
+        mapsurgery.patch(Tied(), "out", tied="both")
+
+
+def test_raw_parameters_are_named_by_the_plan_and_by_parameters_alone() -> None:
+    model = nn.ModuleDict([("plain", nn.Linear(4, 4)), ("experts", Experts())])
+    plan = mapsurgery.plan(model, "*", rank=2)
+    assert [layer.path for layer in plan.layers] == ["plain"]
+    assert "name its raw parameters in `parameters`: up (3, 6, 5), bank (4, 5)" in plan.skipped[0].reason
+    plan = mapsurgery.plan(model, "plain", parameters="*.up", rank=2)
+    assert [layer.path for layer in plan.layers] == ["plain", "experts.up"]
+    assert plan.layers[1].trainable == 3 * (2 * (6 + 5) + 2)
+    with pytest.raises(ValueError, match="parameters pattern 'down'.*experts"):
+        mapsurgery.plan(model, "plain", parameters="down")
+
+
+def test_a_vector_is_no_matrix() -> None:
+    with pytest.raises(ValueError, match="bias.*no matrix"):
+        mapsurgery.patch(nn.Linear(4, 4), (), parameters="bias")
+
+
+def test_metadata_of_a_weight_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = to_generic_point(mapsurgery.patch(nn.Linear(6, 5), "*", rank=2))
+    calls = []
+    original = mapsurgery.ops.lazy._computation if hasattr(mapsurgery.ops.lazy, "_computation") else None
+    assert original is None
+    value = mapsurgery.ops.lazy.LazyWeight.value
+    monkeypatch.setattr(mapsurgery.ops.lazy.LazyWeight, "value", lambda self: calls.append(1) or value(self))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            weight = layer.weight
+            found = (weight.shape, weight.dtype, weight.device, weight.size(0), weight.dim(), weight.requires_grad)
+            assert found == (torch.Size([5, 6]), torch.float32, torch.device("cpu"), 5, 2, grad)
+            assert isinstance(weight, Tensor) and weight.is_contiguous() and weight.numel() == 30
+    assert not calls
+    F.linear(torch.randn(2, 6), layer.weight)
+    assert calls
+
+
+def test_a_weight_read_by_a_function_of_autograd_keeps_its_gradient() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+            return None, grad.t() @ ctx.saved_tensors[0]
+
+    layer = to_generic_point(mapsurgery.patch(nn.Linear(6, 5, bias=False), "*", rank=2))
+    x = torch.randn(3, 6)
+    expected = torch.autograd.grad(layer(x).sum(), list(layer.adapter.own_parameters().values()))
+    found = torch.autograd.grad(Product.apply(x, layer.weight).sum(), list(layer.adapter.own_parameters().values()))
+    for want, got in zip(expected, found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_functional_call_with_other_adapter_values_is_that_of_the_definition() -> None:
+    model = to_generic_point(mapsurgery.patch(Tied().double(), "*", rank=2))
+    other = {name: p.detach() * 1.1 for name, p in model.named_parameters() if p.requires_grad}
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, value in other.items():
+            copied.get_parameter(name).copy_(value)
+    torch.testing.assert_close(functional_call(model, other, (ids(),)), copied(ids()), rtol=1e-12, atol=1e-12)
