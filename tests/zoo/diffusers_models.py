@@ -83,17 +83,6 @@ _UNETS: dict[str, tuple[Make, Callable[[], Inputs]]] = {
         },
         lambda: args(floats(1, 4, 3, 8, 8), _time(10), encoder_hidden_states=floats(1, 5, 16)),
     ),
-    "UNetMotionModel": (
-        {
-            **{key: value for key, value in _CONDITIONED.items() if key != "attention_head_dim"},
-            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-            "motion_num_attention_heads": 2,
-            "num_attention_heads": 2,
-            "motion_max_seq_length": 8,
-        },
-        lambda: args(floats(1, 4, 3, 8, 8), _time(10), encoder_hidden_states=floats(1, 5, 16)),
-    ),
     "UNetSpatioTemporalConditionModel": (
         {
             "sample_size": 8,
@@ -110,24 +99,13 @@ _UNETS: dict[str, tuple[Make, Callable[[], Inputs]]] = {
         },
         lambda: args(floats(1, 2, 8, 8, 8), _time(10), floats(1, 1, 16), added_time_ids=torch.ones(1, 3)),
     ),
-    "Kandinsky3UNet": (
-        {
-            "block_out_channels": (32, 64),
-            "layers_per_block": 1,
-            "groups": 8,
-            "attention_head_dim": 8,
-            "cross_attention_dim": 16,
-            "encoder_hid_dim": 16,
-            "time_embedding_dim": 64,
-        },
-        _image(encoder_hidden_states=_words(16), encoder_attention_mask=lambda: torch.ones(2, 5)),
-    ),
     "I2VGenXLUNet": (
         {
             **{key: value for key, value in _CONDITIONED.items() if key != "attention_head_dim"},
             "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
             "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-            "num_attention_heads": 2,
+            "block_out_channels": (64, 64),
+            "num_attention_heads": 32,
         },
         lambda: args(
             floats(1, 4, 3, 8, 8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from fnmatch import fnmatchcase
 
@@ -16,6 +17,7 @@ FAMILIES = {
 }
 
 
+@functools.cache  # a configuration of each model is made: some seconds
 def family(name: str) -> list[Entry]:
     """The entries of one family.
 
