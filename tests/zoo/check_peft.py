@@ -153,7 +153,7 @@ def _untie(model: nn.Module, site: Site) -> None:
 
 
 def _defined(site: Site, weight: Tensor, layer: Any) -> Tensor:
-    """W + scaling B A in float64, in the layout of the layer; group by group where these two convolutions have groups."""
+    """W + scaling B A in float64, in the layer's layout; group by group where both convolutions have groups."""
     A = layer.lora_A["default"].weight.detach().double().flatten(1)
     B = layer.lora_B["default"].weight.detach().double().flatten(1)
     groups = A.shape[0] // B.shape[1]

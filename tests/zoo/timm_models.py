@@ -21,12 +21,23 @@ from .entry import Entry, args, floats
 CHOICE = Path(__file__).with_name("timm_smallest.json")
 SIZES = (32, 64, 96, 128, 192, 224, 256, 384, 448, 512)
 
+SMALLER: dict[str, dict[str, Any]] = {
+    "beit": {"depth": 2},
+    "deepseek_vit": {"depth": 2, "embed_dim": 64, "num_heads": 4},
+    "gemma4_vit": {"depth": 2, "embed_dim": 96, "num_heads": 4},
+    "naflexvit": {"depth": 2},
+    "qwen3_vit": {"depth": 2},
+    "vision_transformer_sam": {"depth": 2},
+}
+"""Modules without a small model: fewer blocks of the smallest."""
+
 
 def entries() -> list[Entry]:
     return [_entry(module, **chosen) for module, chosen in json.loads(CHOICE.read_text()).items()]
 
 
 def _entry(module: str, model: str, size: int, options: dict[str, Any]) -> Entry:
+    options = {**options, **SMALLER.get(module, {})}
     make = functools.partial(timm.create_model, model, pretrained=False, num_classes=5, **options)
     return Entry(f"timm/{module}", "timm", make, lambda: args(floats(2, 3, size, size)))
 

@@ -1,4 +1,4 @@
-"""torchvision: the smallest model of each classification module, and of each detection, segmentation, flow and video one.
+"""torchvision: the smallest model of each classification module, and of each for detection, masks, flow and video.
 
 Detection models need their images' targets in training, and a choice of boxes that no rounding can change in eval.
 """

@@ -64,13 +64,20 @@ def class_of(model_type: str) -> str | None:
 
 
 def entry(model_type: str) -> Entry:
-    """The tiny model of a type, with inputs by what its forward takes."""
-    model_class: Any = _found(class_of(model_type) or "")
-    config = configuration(model_type)
+    """The tiny model of a type, with inputs by what its forward takes; nothing is imported before it is made."""
+
+    def make() -> nn.Module:
+        return _class(model_type)(configuration(model_type))
+
+    def inputs() -> Inputs:
+        return inputs_of(_class(model_type), configuration(model_type))
+
     options = Options(**OPTIONS.get(model_type, {}))
-    inputs = INPUTS.get(model_type) or inputs_of(model_class, config)
-    name = f"transformers/{model_type}"
-    return Entry(name, "transformers", lambda: model_class(configuration(model_type)), inputs, options)
+    return Entry(f"transformers/{model_type}", "transformers", make, INPUTS.get(model_type, inputs), options)
+
+
+def _class(model_type: str) -> Any:
+    return _found(class_of(model_type) or "")
 
 
 def _found(name: str) -> Any:
@@ -87,16 +94,12 @@ def configuration(model_type: str) -> PreTrainedConfig:
     return tiny(CONFIG_MAPPING[model_type], overrides() if callable(overrides) else overrides)
 
 
-def inputs_of(model_class: Any, config: PreTrainedConfig) -> Callable[[], Inputs]:
+def inputs_of(model_class: Any, config: PreTrainedConfig) -> Inputs:
     """Inputs by the names that the forward takes."""
     main = getattr(model_class, "main_input_name", "input_ids")
     takes = set(inspect.signature(model_class.forward).parameters)
-    makers = {name: _MAKERS[name] for name in (main, *_also(takes, config)) if name in _MAKERS and name in takes}
-
-    def inputs() -> Inputs:
-        return args(**{name: maker(config) for name, maker in makers.items()})
-
-    return inputs
+    chosen = [name for name in dict.fromkeys((main, *_also(takes, config))) if name in _MAKERS and name in takes]
+    return args(**{name: _MAKERS[name](config) for name in chosen})
 
 
 def _also(takes: set[str], config: PreTrainedConfig) -> list[str]:

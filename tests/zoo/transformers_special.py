@@ -1,4 +1,4 @@
-"""What the rules for transformers' models do not fit: values of a configuration, inputs, classes, options of the check."""
+"""What the rules for transformers' models do not fit: values of a configuration, inputs, classes, options."""
 
 from __future__ import annotations
 

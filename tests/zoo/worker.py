@@ -16,7 +16,7 @@ import torch
 from . import inventory
 from .verdict import Verdict
 
-MEMORY = 6 * 2**30
+MEMORY = 10 * 2**30
 """Bytes of data that an entry may take."""
 
 
