@@ -20,7 +20,7 @@ from .verdict import Verdict
 
 def check(entry: Entry, report: Report = lambda clause: None) -> Verdict:
     """Judge peft on one entry; all clauses but "gradient", which is about MAP's magnitudes."""
-    started = time.monotonic()
+    started = time.process_time()
     verdict = Verdict(entry.name, entry.family, column="peft")
     report("plain")
     plain = plain_model(entry, verdict)
@@ -32,7 +32,7 @@ def check(entry: Entry, report: Report = lambda clause: None) -> Verdict:
             _PeftCheck(plain, verdict, report).all()
         else:
             verdict.kind, verdict.notes = "refused", ["none of its layers is a Linear, Conv2d or Conv1D"]
-    verdict.seconds = round(time.monotonic() - started, 2)
+    verdict.seconds = round(time.process_time() - started, 2)
     return verdict
 
 
