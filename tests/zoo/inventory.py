@@ -11,10 +11,10 @@ from .entry import Entry
 
 FAMILIES = {
     "hazard": "hazards",
-    "timm": "timm_models",
-    "torchvision": "torchvision_models",
     "transformers": "transformers_models",
     "diffusers": "diffusers_models",
+    "torchvision": "torchvision_models",
+    "timm": "timm_models",
 }
 
 

@@ -5,6 +5,7 @@ It lives until its input ends; `run` starts another one should it crash, hang or
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -40,6 +41,7 @@ def main() -> None:
     for line in sys.stdin:
         column, name = line.split()
         print(f"verdict {judge(column, name, answer).to_json()}", file=answer, flush=True)
+        gc.collect()  # models hold themselves in cycles, and the next one may be large
 
 
 if __name__ == "__main__":
