@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from .entry import Entry, Inputs, Options, args, floats
 from .tiny_config import LAST_SPECIAL, VOCABULARY, tiny
-from .transformers_special import CLASSES, INPUTS, MEL_FIRST, OPTIONS, OVERRIDES, PAIRS
+from .transformers_special import CLASSES, IMAGE_TOKENS, INPUTS, MEL_FIRST, OPTIONS, OVERRIDES, PAIRS
 
 transformers.logging.set_verbosity_error()  # that fused kernels are not installed, for one
 
@@ -96,6 +96,8 @@ def configuration(model_type: str) -> PreTrainedConfig:
 
 def inputs_of(model_class: Any, config: PreTrainedConfig) -> Inputs:
     """Inputs by the names that the forward takes."""
+    if config.model_type in IMAGE_TOKENS:
+        return _image_and_text(config)
     main = getattr(model_class, "main_input_name", "input_ids")
     takes = set(inspect.signature(model_class.forward).parameters)
     chosen = [name for name in dict.fromkeys((main, *_also(takes, config))) if name in _MAKERS and name in takes]
@@ -112,6 +114,12 @@ def _also(takes: set[str], config: PreTrainedConfig) -> list[str]:
     if config.model_type in PAIRS or "logit_scale_init_value" in vars(config):
         found += ["pixel_values", "input_ids"]
     return found
+
+
+def _image_and_text(config: PreTrainedConfig) -> Inputs:
+    place = getattr(config, "image_token_id", None) or config.image_token_index
+    images = torch.full((2, IMAGE_TOKENS[config.model_type]), place)
+    return args(input_ids=torch.cat([images, _tokens(6)(config)], 1), pixel_values=floats(2, 3, 32, 32))
 
 
 def _tokens(length: int) -> Callable[[PreTrainedConfig], torch.Tensor]:

@@ -131,6 +131,19 @@ CLASSES: dict[str, str] = {
 PAIRS = frozenset({"align", "altclip", "blip", "chinese_clip", "clip", "flava", "groupvit", "kosmos-2", "vilt"})
 """Two towers, or one that wants both kinds of input."""
 
+IMAGE_TOKENS = {
+    "aya_vision": 4,
+    "cohere2_vision": 4,
+    "deepseek_vl": 16,
+    "got_ocr2": 1,
+    "internvl": 1,
+    "janus": 16,
+    "llava": 16,
+    "ovis2": 16,
+    "paligemma": 16,
+}
+"""Language models that see: how many tokens an image of 32 pixels takes. Others of the kind are given text alone."""
+
 MEL_FIRST = frozenset(
     {"whisper", "qwen2_audio_encoder", "voxtral_encoder", "glmasr_encoder", "voxtral_realtime_encoder"}
 )
