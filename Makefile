@@ -11,6 +11,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TEST_ARGS ?=
+# Processes that the tests are spread over; each computes with one thread.
+TEST_JOBS ?= auto
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 ZOO_ARGS ?=
@@ -30,11 +32,11 @@ CPP = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cu' 'csr
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo
-demo: $(DONE)/library $(DONE)/packaged  ## Fine-tune a real ViT-S/14 on MNIST with MAP and prove the result (about 2 minutes)
+demo: $(DONE)/library $(DONE)/packaged  ## Fine-tune a real ViT-S/14 on MNIST with MAP and prove the result (about 3 minutes)
 	mkdir -p outputs
 	$(PY) examples/finetune_timm.py --model vit_small_patch14_dinov2 --weights packaged \
 	    --data mnist --train-samples 1000 --test-samples 1000 --img-size 70 \
-	    --targets '*attn*' '*mlp*' --rank 8 --epochs 5 --lr 5e-4 \
+	    --targets '*attn*' '*mlp*' --rank 8 --epochs 4 --lr 5e-4 \
 	    --output outputs/vit-mnist.safetensors $(DEMO_ARGS)
 
 .PHONY: bench
@@ -51,7 +53,7 @@ setup: $(DONE)/library $(DONE)/packaged  ## Create .venv and build the native co
 # No test may ask a model hub, or wait for one that does not answer.
 test: export HF_HUB_OFFLINE := 1
 test: setup  ## Run all tests (TEST_ARGS="-m 'not slow'" leaves the slow ones out)
-	$(PY) -m pytest $(TEST_ARGS)
+	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
 .PHONY: zoo
 # Every model is built with random weights: a hub that is asked for anything is a mistake.

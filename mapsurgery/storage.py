@@ -17,12 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .methods import find
-from .methods.base import frobenius_norms
 from .state import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .surgery import record
+from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
 from .surgery.patch import apply_plan, unpatch
-from .surgery.plan import Config, Plan, PlannedLayer, count_parameters, module_paths, planned_layer, site_paths
+from .surgery.plan import (
+    Plan,
+    PlannedLayer,
+    count_parameters,
+    module_paths,
+    norm_of,
+    planned_layer,
+    site_paths,
+)
+from .surgery.quantisation import kind_of
+from .surgery.quantised import QuantisedLinear
 
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 1
@@ -80,6 +90,7 @@ def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
     if adapter.weight_norm.is_meta or adapter.pending:
         raise ValueError(f"{site.path}: its weight is not loaded (meta device): there is no adapter to save yet")
     norms = adapter.weight_norm.tolist()
+    kind = kind_of(site.layer) if isinstance(site.layer, QuantisedLinear) else None
     return {
         "layer": site.layer_path,
         "parameter": site.parameter,
@@ -87,6 +98,7 @@ def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
         "type": site.layer.original_class.__name__,
         "shape": list(adapter.shape),
         "dtype": str(adapter.base_dtype).removeprefix("torch."),
+        "quantised": kind.name if kind else "",
         "rank": adapter.rank,
         "weight_norm": norms if adapter.stacked else norms[0],
     }
@@ -389,9 +401,9 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
             continue
         weight = weight_of(layer.module, layer.parameter)
         assert weight is not None
-        tolerance = _norm_tolerance(weight, file.layers[layer.path]["dtype"])
+        tolerance = _norm_tolerance(layer, weight, file.layers[layer.path])
         found, expected = (
-            torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (_found_norm(layer, weight), layer.weight_norm)
+            torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
         )
         off = ~((found - expected).abs() <= tolerance * expected)
         if off.any():
@@ -406,15 +418,19 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
         )
 
 
-def _found_norm(layer: PlannedLayer, weight: Tensor) -> float | list[float]:
-    return frobenius_norms(weight.detach(), layer.stacked)
+_SAME_KERNEL, _OTHER_QUANTISATION = 1e-4, 0.03
+"""Relative tolerances of ||W||_F: one quantised weight, dequantised on two machines; one weight, quantised or not."""
 
 
-def _norm_tolerance(weight: Tensor, saved_dtype: str) -> float:
-    """Relative: float32 rounding of a norm; more where the base was cast to or from a half type since.
+def _norm_tolerance(layer: PlannedLayer, weight: Tensor, described: dict[str, Any]) -> float:
+    """Relative: float32 rounding of a norm; more where the base was cast to or from a half type since, or quantised.
 
     Rounding n elements, each by at most eps/2 and independently, moves the norm by about eps/sqrt(n).
     """
+    quantisation, saved_dtype = layer.quantisation, described["dtype"]
+    here, there = quantisation.name if quantisation else "", described.get("quantised", "")
+    if here or there:
+        return _SAME_KERNEL if here == there else _OTHER_QUANTISATION
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype == saved_dtype:
         return 1e-6

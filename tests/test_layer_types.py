@@ -90,6 +90,9 @@ def _two_parametrizations() -> nn.Module:
     return layer
 
 
+Device = torch.device | str
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -103,17 +106,18 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def built(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+    def built(self, dtype: torch.dtype = torch.float64, device: Device = "cpu") -> nn.Module:
         torch.manual_seed(2)
-        return self.make().to(dtype).eval()
+        return self.make().to(dtype).to(device).eval()
 
-    def data(self, dtype: torch.dtype = torch.float64) -> Tensor:
+    def data(self, dtype: torch.dtype = torch.float64, device: Device = "cpu") -> Tensor:
         torch.manual_seed(3)
-        x = self.input()
+        x = self.input().to(device)
         return x.to(dtype) if x.is_floating_point() else x
 
-    def patched(self, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-        return mapsurgery.patch(self.built(dtype), **{"targets": "*", "rank": 2, **self.options, **options})
+    def patched(self, dtype: torch.dtype = torch.float64, device: Device = "cpu", **options: Any) -> nn.Module:
+        options = {"targets": "*", "rank": 2, **self.options, **options}
+        return mapsurgery.patch(self.built(dtype, device), **options)
 
 
 def ids() -> Tensor:
@@ -175,8 +179,9 @@ def by_definition(case: Case, model: nn.Module) -> nn.Module:
         (s.layer_path, s.parameter): weight_by(s.adapter, s.layer.base_of(s.parameter).detach())
         for s in record.all_sites(model)
     }
-    plain = case.built()
-    plain(case.data())  # hooks leave their weights in the layer
+    device = next(model.parameters()).device
+    plain = case.built(device=device)
+    plain(case.data(device=device))  # hooks leave their weights in the layer
     for (path, name), weight in sites.items():
         layer = plain.get_submodule(path)
         if parametrize.is_parametrized(layer, name):
@@ -200,11 +205,11 @@ def test_the_start_is_the_base_and_every_weight_is_adapted(case: Case) -> None:
 
 
 @every_case
-def test_outputs_are_those_of_the_definition(case: Case) -> None:
-    model = to_generic_point(case.patched())
-    expected = by_definition(case, model)(case.data())
-    torch.testing.assert_close(model(case.data()), expected, rtol=1e-10, atol=1e-10)
-    assert (expected - case.built()(case.data())).abs().max() > 1e-3
+def test_outputs_are_those_of_the_definition(case: Case, device: torch.device) -> None:
+    model, x = to_generic_point(case.patched(device=device)), case.data(device=device)
+    expected = by_definition(case, model)(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    assert (expected - case.built(device=device)(x)).abs().max() > 1e-3
 
 
 @every_case
@@ -345,11 +350,11 @@ def test_compiled_is_eager(case: Case, _fresh_compiler: None) -> None:
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_other_dtypes_run_and_learn(case: Case, dtype: torch.dtype) -> None:
+def test_other_dtypes_run_and_learn(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     if dtype == torch.bfloat16 and case.name == "orthogonal":
         pytest.skip("torch has no bfloat16 orthogonal parametrisation")
-    model = case.patched(dtype).train()
-    y = model(case.data(dtype))
+    model = case.patched(dtype, device).train()
+    y = model(case.data(dtype, device))
     assert y.dtype == dtype
     y.float().square().sum().backward()
     for adapter in adapters(model):

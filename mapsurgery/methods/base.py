@@ -143,6 +143,10 @@ class Adapter(nn.Module):
         """Rows of W' (m, K); ids (...), result (..., K). No gradient from rows at padding_idx."""
         raise NotImplementedError
 
+    def around(self, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'^T + bias, made of output (..., m) = x W^T + bias where a kernel of its own computes that; x (..., K)."""
+        raise NotImplementedError
+
     def effective_weight(self, weight: Tensor | None = None) -> Tensor:
         """W' in the layout and dtype of the weight, differentiable."""
         raise NotImplementedError
@@ -178,10 +182,14 @@ class Adapter(nn.Module):
         """The weight (or a tensor of its shape) as (m, K), a stack as (E, m, K): a view where strides allow."""
         return weight.t() if self.transposed else weight.flatten(2 if self.stacked else 1)
 
-    def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """W and ||W||_F: the adapter's own, or those of a W that was computed for this call."""
+    def tell_watch(self) -> None:
+        """The adapter runs."""
         if not torch.is_grad_enabled() and self.watch is not None and not torch.compiler.is_compiling():
             self.watch.saw()
+
+    def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """W and ||W||_F: the adapter's own, or those of a W that was computed for this call."""
+        self.tell_watch()
         if weight is None or weight is self.base_weight:
             assert self.base_weight is not None
             return self.base_weight, self.weight_norm

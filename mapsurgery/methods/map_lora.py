@@ -111,6 +111,19 @@ class MapLora(Adapter):
             return rows
         return torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
 
+    def around(self, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+        """output + (s_w - 1) (output - bias) + s_d (x A^T) B^T.
+
+        s_w - 1 keeps its digits where a half type would round s_w to 1, and where it is 0 the base's own output is left
+        bit for bit.
+        """
+        self.tell_watch()
+        scales = reference.map_scales(*self._factors(self.weight_norm))[0]
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
+        update = F.linear(h * scales[reference.S_D].to(h.dtype), self.B.to(h.dtype)).to(output.dtype)
+        product = output if bias is None else output - bias.to(output.dtype)
+        return output + ((scales[reference.S_W] - 1).to(output.dtype) * product + update)
+
     def _scales(self, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """s_w and s_d, differentiable, where no operator computes them on the way."""
         scales = reference.map_scales(*self._factors(norm))[0].to(dtype)

@@ -128,7 +128,9 @@ class MapConvFunction(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = _ops.map_conv.default(*inputs)
         _save(ctx, inputs, output)
-        return output[0]
+        y = output[0]
+        # torch's 1d convolution is a squeezed 2d one: its result is a view, which the caller could not change in place.
+        return y.data if y._is_view() else y
 
     backward = staticmethod(conv_backward)
 

@@ -9,6 +9,7 @@ access to that very Parameter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +68,11 @@ class AdaptedLayer(nn.Module):
         if parameter in self.__dict__:
             return self.__dict__[parameter]  # torch.nn.utils.weight_norm and spectral_norm leave their result there
         return self.parametrizations[parameter]()  # type: ignore[operator, index]
+
+    def base_learns(self, parameter: str) -> bool:
+        """Whether the frozen W was unfrozen."""
+        held = self.adapter_of(parameter).base_weight
+        return (self.base_of(parameter) if held is None else held).requires_grad
 
     def given_base(self, parameter: str = "weight") -> Tensor | None:
         """W where it is computed for each call, None where the adapter holds it."""
@@ -273,6 +279,15 @@ _ORDER = "_mapsurgery_order"
 """Plain attribute of an adapted layer: the names of its parameters in their order, which state_dict is to keep."""
 
 
+def _class_for(layer: nn.Module, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
+    from .quantisation import kind_of  # these two name this module's AdaptedLayer
+    from .quantised import quantised_class
+
+    if parameters == ("weight",) and kind_of(layer) is not None:
+        return quantised_class(type(layer))
+    return adapted_class(type(layer), parameters)
+
+
 def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
     """Turn a layer into its adapted form, in place: the weights are in the adapters already, and leave the layer.
 
@@ -281,15 +296,28 @@ def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
     if parametrize.is_parametrized(layer):  # its class is its own, and must not be kept alive
         layer.__class__ = _made_class(type(layer), tuple(adapters))
     else:
-        layer.__class__ = adapted_class(type(layer), tuple(adapters))  # first: the only step that can fail
+        layer.__class__ = _class_for(layer, tuple(adapters))  # first: the only step that can fail
     assert isinstance(layer, AdaptedLayer)
+    rebind_forward(layer, layer.original_class)
     layer.__dict__[_ORDER] = tuple(layer._parameters)
     layer.__dict__.pop("_flat_weights", None)  # of a recurrent layer; `detach` makes the list again
     for name, adapter in adapters.items():
-        layer._parameters.pop(name, None)
+        if adapter.base_weight is not None:  # a quantised weight stays
+            layer._parameters.pop(name, None)
         layer._modules[child_name(name)] = adapter
         adapter.train(layer.training)
     return layer
+
+
+def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
+    """A forward that the object itself keeps (accelerate's hooks keep the one they wrap) is that of its new class.
+
+    Args: before: the class that the layer had until now.
+    """
+    for name in ("forward", "_old_forward"):
+        kept = layer.__dict__.get(name)
+        if isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is before.forward:
+            layer.__dict__[name] = MethodType(type(layer).forward, layer)
 
 
 def detach(layer: AdaptedLayer, weights: Mapping[str, nn.Parameter | None]) -> None:
@@ -297,7 +325,9 @@ def detach(layer: AdaptedLayer, weights: Mapping[str, nn.Parameter | None]) -> N
     order = layer.__dict__.pop(_ORDER)
     for name in layer.adapted:
         del layer._modules[child_name(name)]
+    adapted = type(layer)
     layer.__class__ = layer.original_class  # type: ignore[assignment]
+    rebind_forward(layer, adapted)
     entries = {**layer._parameters, **{name: weight for name, weight in weights.items() if weight is not None}}
     layer._parameters.clear()
     layer._parameters.update({name: entries.pop(name) for name in order if name in entries} | entries)

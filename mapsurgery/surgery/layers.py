@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from . import quantisation
 from .adapted import AdaptedLayer, AdaptedRecurrent, FusedConv, FusedEmbedding, FusedLinear, child_name
 from .baking import find_hook
 
@@ -98,7 +99,12 @@ def mixin_of(cls: type, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
 
 
 def weight_of(module: nn.Module, name: str) -> Tensor | None:
-    """What a parameter's name stands for: the Parameter, or the tensor that a parametrisation or hook computes."""
+    """What a parameter's name stands for: the Parameter, or the tensor that a parametrisation or hook computes.
+
+    Of a quantised linear layer, a tensor of W's shape and dtype without its values.
+    """
+    if name == "weight" and quantisation.kind_of(module) is not None:
+        return quantisation.stand_in(module)
     held = module._parameters.get(name)
     if held is not None:
         return held
@@ -186,5 +192,7 @@ def why_not(module: nn.Module, name: str = "weight", raw: bool = False) -> str |
 
     Args: raw: the parameter was named by itself, so that the module may be of any type.
     """
+    if name == "weight" and quantisation.kind_of(module) is not None:
+        return _adapted_already(module, name) or _name_taken(module, name) or quantisation.why_not(module)
     checks = _CHECKS if raw else (_wrong_type, *_CHECKS)
     return next((reason for check in checks if (reason := check(module, name)) is not None), None)

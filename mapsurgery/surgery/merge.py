@@ -8,13 +8,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..methods import Adapter
 from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
 from .baking import Unbaked, bake, can_bake, unbake
 from .patch import MERGED, base_weights, freeze, restore_requires_grad
+from .quantised import QuantisedLinear
 from .record import Record
+from .requantised import CHOICES, Replaced, Replacement, put_back, put_in, replacement
 from .uninterrupted import uninterrupted
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,16 +32,16 @@ class Merged:
     Attributes:
         adapters: without their weights, by the parameter's name.
         bases: the untouched base weights, where there are any.
-        before: the layer with its parametrisation, where W was computed.
+        before: the layer with its parametrisation, where W was computed, or with its quantised weight.
     """
 
     adapters: dict[str, Adapter]
     bases: dict[str, nn.Parameter]
-    before: Unbaked | None
+    before: Unbaked | Replaced | None
 
 
 @torch.no_grad()
-def merge(model: Model, *, keep_base: bool = False, final: bool = False) -> Model:
+def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantised: str = "refuse") -> Model:
     """Fold the adapters into the weights: W <- W', original classes and names, no overhead left.
 
     Works in place, in float32 (float64 for float64 weights) with one rounding and no second copy of a weight; a weight
@@ -48,40 +51,52 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False) -> Mode
     Args:
         keep_base: keep the base weights (one more copy), so that `unmerge` is exact to the bit.
         final: keep nothing to unmerge with. The model then holds no trace of mapsurgery; its pickle loads without it.
+        quantised: what becomes of layers with a quantised weight, which cannot hold W' as it is. "refuse": an error;
+            "dequantise": they become nn.Linear, with W' in the dtype that was quantised; "requantise": W' is quantised
+            with the settings of the base, whose error it then has anew. With either, all merged weights are held
+            beside the quantised ones until all are there, and `unmerge` gives the quantised base back bit for bit.
 
     Returns:
         The same model. requires_grad is as before `patch`; what `train` named keeps its trained values.
 
     Raises:
         ValueError: the model is not patched, an adapter holds NaN or infinity, an adapted layer was replaced since, a
-            weight is computed by a hook that is not torch's, or `keep_base` and `final` are both asked for. Nothing is
-            merged then.
+            weight is computed by a hook that is not torch's, or is quantised (see `quantised`), or `keep_base` and
+            `final` are both asked for. Nothing is merged then.
 
     Should merging fail midway all the same, the model stays patched, and what was merged is taken back as by `unmerge`.
     """
     if keep_base and final:
         raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")
+    if quantised not in CHOICES:
+        raise ValueError(f"quantised must be one of {', '.join(map(repr, CHOICES))}, got {quantised!r}")
     root, memory = record.find_patched(model)
     sites = record.intact_sites(root, memory)
     for site in sites:
         _refuse_unmergeable(site)
+    packed = [site for site in sites if isinstance(site.layer, QuantisedLinear)]
+    replacements = _replacements(root, packed, quantised)
     memory_map = _memory_map(model)
     apart = {
         site.adapter: _copy_of(site.layer.base_of(site.parameter))
         for site in sites
+        if site.adapter not in replacements
         # Multiplied by 0, a weight could not be recovered should a later layer fail.
-        if keep_base
-        or site.adapter.base_weight is None
-        or _held_elsewhere(site.adapter, memory_map)
-        or not site.adapter.recoverable()
+        and (
+            keep_base
+            or site.adapter.base_weight is None
+            or _held_elsewhere(site.adapter, memory_map)
+            or not site.adapter.recoverable()
+        )
     }
     with uninterrupted():
-        targets = [(site.adapter, apart.get(site.adapter)) for site in sites]
+        adapters = [site.adapter for site in sites]
+        targets = [(adapter, apart.get(adapter)) for adapter in adapters if adapter not in replacements]
         _in_place(targets, Adapter.merge_into, Adapter.unmerge_from)
         gradient_source.uninstall(root)
         for layer in {site.layer: None for site in record.all_sites(root)}:
-            _become_merged(layer, apart, final)
-        for adapter, _ in targets:
+            _become_merged(layer, apart, replacements, final)
+        for adapter in adapters:
             adapter.base_weight = None
         restore_requires_grad(root, memory)
         record.drop(root)
@@ -115,8 +130,43 @@ def _copy_of(base: Tensor) -> nn.Parameter:
     return nn.Parameter(base.detach().clone(memory_format=torch.preserve_format), requires_grad=False)
 
 
-def _become_merged(layer: AdaptedLayer, apart: dict[Adapter, nn.Parameter], final: bool) -> None:
-    """The original class again, on the merged weights: the layer's own, or their copies."""
+def _replacements(root: nn.Module, sites: list[record.Site], choice: str) -> dict[Adapter, Replacement]:
+    """Merged weights for the quantised ones."""
+    if sites and choice == "refuse":
+        names = ", ".join(site.path for site in sites[:5]) + (f" and {len(sites) - 5} more" if len(sites) > 5 else "")
+        raise ValueError(
+            f"quantised weights cannot hold what is merged ({names}): keep the adapter beside them, or choose "
+            'quantised="dequantise" (they become plain) or quantised="requantise" (they are quantised again, with the '
+            "error of that)"
+        )
+    dtype = _usual_dtype(root)
+    return {site.adapter: replacement(site.layer, site.path, choice, dtype) for site in sites}  # type: ignore[arg-type]
+
+
+def _usual_dtype(root: nn.Module) -> torch.dtype:
+    """The dtype of most of a model's own floating parameters, in which it hands activations on."""
+    sizes: dict[torch.dtype, int] = {}
+    for module in root.modules():
+        for parameter in [] if isinstance(module, Adapter) else module._parameters.values():
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _become_merged(
+    layer: AdaptedLayer,
+    apart: dict[Adapter, nn.Parameter],
+    replacements: dict[Adapter, Replacement],
+    final: bool,
+) -> None:
+    """The original class again, on the merged weights: the layer's own, copies, or what replaces quantised ones."""
+    if isinstance(layer, QuantisedLinear):
+        adapter = layer.adapter_of("weight")
+        detach(layer, {"weight": None})
+        replaced = put_in(layer, replacements[adapter])
+        if not final:
+            layer.__dict__[MERGED] = Merged({"weight": adapter}, {}, replaced)
+        return
     adapters = {name: layer.adapter_of(name) for name in layer.adapted}
     held = base_weights(layer)
     merged = {name: None if weight is None else apart.get(adapters[name], weight) for name, weight in held.items()}
@@ -132,8 +182,9 @@ def _become_merged(layer: AdaptedLayer, apart: dict[Adapter, nn.Parameter], fina
 def unmerge(model: Model) -> Model:
     """Take merged adapters out of the weights again: the model is patched as before `merge`.
 
-    Exact to the bit after ``merge(keep_base=True)``. Otherwise W = (W' - s_d BA)/s_w, right up to the rounding that
-    merging did: about one unit in the last place of float32, a visible one of bfloat16 and float16.
+    Exact to the bit after ``merge(keep_base=True)``, and always for a quantised base. Otherwise W = (W' - s_d BA)/s_w,
+    right up to the rounding that merging did: about one unit in the last place of float32, a visible one of bfloat16
+    and float16.
 
     Returns:
         The same model.
@@ -157,7 +208,9 @@ def unmerge(model: Model) -> Model:
         _in_place([(adapter, None) for adapter in in_place], Adapter.unmerge_from, Adapter.merge_into)
         for layer in layers.values():
             kept = layer.__dict__.pop(MERGED)
-            if kept.before is not None:
+            if isinstance(kept.before, Replaced):
+                put_back(layer, kept.before)
+            elif kept.before is not None:
                 unbake(layer, kept.before)
             attach(layer, kept.adapters)
         del root.__dict__[_MERGED_RECORD]
@@ -200,6 +253,8 @@ def _refuse_unmergeable(site: record.Site) -> None:
     for name, parameter in adapter.own_parameters().items():
         if not parameter.isfinite().all():
             raise ValueError(f"{site.path}: {name} holds NaN or infinite values; nothing was merged")
+    if isinstance(site.layer, QuantisedLinear):
+        return
     if adapter.base_weight is None and not can_bake(site.layer, site.parameter):
         raise ValueError(
             f"{site.path}: its {site.parameter} is computed by a hook of its own kind, which would overwrite what is "
@@ -228,9 +283,15 @@ def _memory_map(model: nn.Module) -> dict[int, list[tuple[int, int, nn.Module]]]
     spans: dict[int, list[tuple[int, int, nn.Module]]] = {}
     for module in model.modules():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() > 0:
+            if tensor is not None and _has_memory(tensor):
                 spans.setdefault(tensor.untyped_storage().data_ptr(), []).append((*_span(tensor), module))
     return spans
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has a place in memory of its own; wrappers (torchao's) hold other tensors instead."""
+    strided = not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() > 0
+    return strided and not is_traceable_wrapper_subclass(tensor)
 
 
 def _held_elsewhere(adapter: Adapter, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:

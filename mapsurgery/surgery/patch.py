@@ -13,8 +13,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..methods import Adapter, Init
 from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
+from .config import Config, Patterns
 from .layers import weight_of
-from .plan import Config, Patterns, Plan, build, make_plan
+from .plan import Plan, build, make_plan
 from .record import Record
 from .uninterrupted import uninterrupted
 
@@ -46,7 +47,9 @@ def patch(
     Args:
         model: any torch model. Layers that can be adapted: nn.Linear, nn.Conv1d/2d/3d and their transposes,
             transformers' Conv1D, nn.Embedding and EmbeddingBag, nn.Bilinear, nn.MultiheadAttention, nn.RNN, LSTM and
-            GRU and their cells, and subclasses, parametrised ones included; `plan` shows the others with the reason.
+            GRU and their cells, and subclasses, parametrised ones included; linear layers with a quantised weight
+            (bitsandbytes, torchao, any module that acts like nn.Linear), which run on their own kernel and whose
+            ``weight`` keeps reading as the quantised one; `plan` shows the others with the reason.
         targets: globs of layers to adapt.
         exclude: globs of layers to leave.
         rank: of the update. More than min(out, in) of a layer is reduced to that there, as the plan says.

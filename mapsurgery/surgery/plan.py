@@ -13,98 +13,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..methods import Adapter, Init, find
-from ..methods.base import check_dropout, check_rank, matrix_shape
+from ..methods.base import frobenius_norms, matrix_shape
 from ..tables import render
+from . import quantisation
 from .adapted import AdaptedLayer, default_dtype
-from .globs import as_patterns, first_match, matches, nearest
-from .layers import DTYPES, LayerType, find_type, mixin_of, weight_of, why_not
-
-Patterns = str | Iterable[str]
-TIES = ("share", "separate", "refuse")
-
-
-@dataclass(frozen=True)
-class Config:
-    """The arguments of `patch`, checked."""
-
-    targets: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    rank: int = 8
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    method: str = "map"
-    update: str = "lora"
-    init: Init = field(default_factory=Init)
-    dropout: float = 0.0
-    dtype: torch.dtype | None = None
-    train: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
-    tied: str = "share"
-
-    @classmethod
-    def checked(
-        cls,
-        targets: Patterns,
-        exclude: Patterns = (),
-        rank: int = 8,
-        rank_pattern: Mapping[str, int] | None = None,
-        method: str = "map",
-        update: str = "lora",
-        init: str | Init = "soft",
-        dropout: float = 0.0,
-        dtype: torch.dtype | None = None,
-        train: Patterns = (),
-        parameters: Patterns = (),
-        tied: str = "share",
-    ) -> Config:
-        """Normalised and checked arguments.
-
-        Raises:
-            TypeError, ValueError: naming the argument and its value.
-        """
-        ranks = dict(rank_pattern or {})
-        as_patterns(ranks, "rank_pattern")
-        for name, value in [("rank", rank), *((f"rank_pattern[{key!r}]", value) for key, value in ranks.items())]:
-            check_rank(value, name)
-        check_dropout(dropout)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
-        patterns, raw = as_patterns(targets, "targets"), as_patterns(parameters, "parameters")
-        if not patterns and not raw:
-            raise ValueError('targets is empty: name the layers to adapt by glob, such as targets=["*attn*"]')
-        if tied not in TIES:
-            raise ValueError(f"tied must be one of {', '.join(map(repr, TIES))}, got {tied!r}")
-        find(method, update)
-        return cls(
-            targets=patterns,
-            exclude=as_patterns(exclude, "exclude"),
-            rank=rank,
-            rank_pattern=ranks,
-            method=method,
-            update=update,
-            init=Init.parse(init),
-            dropout=float(dropout),
-            dtype=dtype,
-            train=as_patterns(train, "train"),
-            parameters=raw,
-            tied=tied,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's metadata."""
-        return {
-            "targets": list(self.targets),
-            "exclude": list(self.exclude),
-            "rank": self.rank,
-            "rank_pattern": dict(self.rank_pattern),
-            "method": self.method,
-            "update": self.update,
-            "init": self.init.to_dict(),
-            "dropout": self.dropout,
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
-            "train": list(self.train),
-            "parameters": list(self.parameters),
-            "tied": self.tied,
-        }
+from .config import Config, Patterns
+from .globs import first_match, matches, nearest
+from .layers import LayerType, find_type, mixin_of, weight_of, why_not
+from .quantisation import Quantisation
 
 
 @dataclass(frozen=True)
@@ -121,7 +37,7 @@ class PlannedLayer:
         stacked: it is a stack (E, m, K) of matrices that are adapted one by one.
         rank: after the limit min(m, K); requested_rank before.
         pattern: the first pattern that took it.
-        path_kind: "fused", or "weight" where the layer's own forward runs on W'.
+        path_kind: "fused"; "weight" where the layer's own forward runs on W'; "base" where it runs on quantised W.
         shares: the name under which the adapter of a tied parameter is built already.
         weight_norm, dtype: ||W||_F and the adapter's dtype where a file gives them; else measured and by `Config`.
     """
@@ -154,7 +70,14 @@ class PlannedLayer:
         return self.layer_type is not None and self.layer_type.transposed
 
     @property
+    def quantisation(self) -> Quantisation | None:
+        """How the weight is quantised, if it is."""
+        return quantisation.kind_of(self.module) if self.parameter == "weight" else None
+
+    @property
     def path_kind(self) -> str:
+        if self.quantisation is not None:
+            return "base"
         mixin = mixin_of(type(self.module), (self.parameter,))
         return "fused" if self.layer_type is not None and mixin is self.layer_type.fused else "weight"
 
@@ -336,7 +259,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = module_paths(model)
     _refuse_patched(modules)
-    if not any(True for _ in model.parameters()):
+    if not any(True for _ in model.parameters()) and not any(map(quantisation.kind_of, modules)):
         raise ValueError(f"the model ({type(model).__name__}) has no parameters: there is nothing to adapt")
     all_paths = [path for paths in modules.values() for path in paths]
     trained = _trained_parameters(model, config, all_paths)
@@ -399,7 +322,8 @@ def _names(sites: tuple[str, ...], parameter: str) -> tuple[str, ...]:
 
 def _has_weights(module: nn.Module) -> bool:
     """Whether a module holds numbers of its own; a quantised or parametrised weight is none of its parameters."""
-    return bool(module._parameters) or "weight" in module._buffers or hasattr(type(module), "weight")
+    named = "weight" in module._buffers or hasattr(type(module), "weight")
+    return named or bool(module._parameters) or quantisation.kind_of(module) is not None
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -443,9 +367,13 @@ def _reason_to_skip(
     named = first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters) is not None
     reason = why_not(module, name, raw=named)
     if reason is not None and find_type(type(module)) is None and not named:
-        raw = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and p.dim() > 1]
+        raw = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and _is_raw(p)]
         return f"{reason}; name its raw parameters in `parameters`: {', '.join(raw)}" if raw else reason
     return reason
+
+
+def _is_raw(parameter: nn.Parameter) -> bool:
+    return parameter.dim() > 1 and parameter.is_floating_point()
 
 
 def _parts(module: nn.Module, name: str) -> list[nn.Parameter]:
@@ -483,6 +411,8 @@ def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
         notes.append(f"rank {layer.requested_rank} is more than the layer allows: {layer.rank}")
     if layer.stacked:
         notes.append(f"{layer.matrices} matrices, adapted one by one")
+    if layer.quantisation is not None:
+        return (*notes, f"quantised ({layer.quantisation.name}): runs on its own kernel")
     if layer.path_kind == "weight":
         notes.append("own forward, runs on W'" + (" (no dropout)" if config.dropout else ""))
     if not isinstance(weight, nn.Parameter):
@@ -553,5 +483,14 @@ def build(layer: PlannedLayer, config: Config) -> Adapter:
         transposed=layer.transposed,
         stacked=layer.stacked,
         name=layer.path,
-        weight_norm=layer.weight_norm,
+        weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
     )
+
+
+def norm_of(layer: PlannedLayer) -> float | list[float]:
+    """||W||_F of a planned layer, or one for each matrix of a stack; a quantised weight is dequantised for it."""
+    if layer.quantisation is not None:
+        return frobenius_norms(quantisation.dequantised(layer.module))
+    weight = weight_of(layer.module, layer.parameter)
+    assert weight is not None
+    return frobenius_norms(weight.detach(), layer.stacked)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..methods import Adapter
 from .adapted import AdaptedLayer, child_name
-from .plan import Config, module_paths, site_paths
+from .config import Config
+from .plan import module_paths, site_paths
 
 _ATTRIBUTE = "_mapsurgery"
 
@@ -145,18 +146,13 @@ def intact_sites(root: nn.Module, memory: Record) -> list[Site]:
         raise ValueError(
             f"adapted layers were replaced or removed after patch, their adapters are gone: {', '.join(lost)}"
         )
-    thawed = [site.path for site in sites if _thawed(site)]
+    thawed = [site.path for site in sites if site.layer.base_learns(site.parameter)]
     if thawed:
         raise ValueError(
             f"the base weight of an adapted layer requires a gradient: {', '.join(thawed[:5])}; an adapter cannot hold "
             "what it would learn. Freeze it (requires_grad_(False)), or name the layer in `train` instead of `targets`"
         )
     return one_per_adapter(sites)
-
-
-def _thawed(site: Site) -> bool:
-    base = site.adapter.base_weight
-    return base.requires_grad if base is not None else site.layer.base_of(site.parameter).requires_grad
 
 
 def trained_names(root: nn.Module, memory: Record) -> tuple[str, ...]:

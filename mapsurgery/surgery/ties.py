@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from torch import nn
 
+from .config import Config
 from .globs import first_match
 from .layers import why_not
-from .plan import Config, PlannedLayer, module_paths, planned_layer, site_paths
+from .plan import PlannedLayer, module_paths, planned_layer, site_paths
 
 Notes = dict[str, tuple[str, ...]]
 

@@ -71,7 +71,8 @@ class Worker:
             if clause.startswith("start"):
                 started = _Clock(process.pid)  # imports are not the entry's
             clause = rest
-        return _lost(column, name, clause, self._end(), started.computed())
+        seconds = started.computed()  # before it has ended
+        return _lost(column, name, clause, self._end(), seconds)
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.maxvit import MaxVit
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from .entry import Entry, Inputs, Options, args, floats
@@ -24,7 +25,6 @@ _CLASSIFIERS: dict[str, tuple[int, dict[str, Any]]] = {
     "efficientnet_v2_s": (32, {}),
     "googlenet": (64, {"init_weights": False}),
     "inception_v3": (96, {"init_weights": False}),
-    "maxvit_t": (64, {"input_size": (64, 64), "partition_size": 2}),
     "mnasnet0_5": (32, {}),
     "mobilenet_v2": (32, {}),
     "mobilenet_v3_small": (32, {}),
@@ -35,7 +35,6 @@ _CLASSIFIERS: dict[str, tuple[int, dict[str, Any]]] = {
     "squeezenet1_1": (64, {}),
     "swin_t": (32, {}),
     "swin_v2_t": (32, {}),
-    "vgg11_bn": (32, {}),
     "vit_b_16": (32, {"image_size": 32}),
     "wide_resnet50_2": (32, {}),
 }
@@ -51,7 +50,7 @@ _DETECTORS: dict[str, dict[str, Any]] = {
     "ssd300_vgg16": {"weights_backbone": None},
     "ssdlite320_mobilenet_v3_large": {"weights_backbone": None},
 }
-_VIDEOS = ("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "mvit", "swin3d_t")
+_VIDEOS = ("mc3_18", "r2plus1d_18", "r3d_18", "mvit", "swin3d_t")
 
 
 def _maker(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -65,8 +64,7 @@ def _images(side: int) -> Callable[[], Inputs]:
 def _video(name: str) -> Entry:
     if name == "mvit":
         return Entry("torchvision/mvit", "torchvision", _small_mvit, lambda: args(floats(1, 3, 4, 32, 32)))
-    frames, side = (14, 64) if name == "s3d" else (4, 32)
-    return Entry(f"torchvision/{name}", "torchvision", _maker(name), lambda: args(floats(1, 3, frames, side, side)))
+    return Entry(f"torchvision/{name}", "torchvision", _maker(name), lambda: args(floats(1, 3, 4, 32, 32)))
 
 
 def _small_mvit() -> nn.Module:
@@ -86,6 +84,29 @@ def _small_mvit() -> nn.Module:
         proj_after_attn=True,
         num_classes=5,
     )
+
+
+def _small_maxvit() -> nn.Module:
+    return MaxVit(
+        input_size=(32, 32),
+        stem_channels=8,
+        partition_size=2,
+        block_channels=[8, 16],
+        block_layers=[1, 1],
+        head_dim=4,
+        stochastic_depth_prob=0.0,
+        num_classes=5,
+    )
+
+
+def _small_vgg() -> nn.Module:
+    """A VGG without the 120 million parameters of its first full layer."""
+    model = torchvision.models.vgg11_bn(weights=None, num_classes=5)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier[0] = nn.Linear(512, 64)
+    model.classifier[3] = nn.Linear(64, 64)
+    model.classifier[6] = nn.Linear(64, 5)
+    return model
 
 
 def _targets(side: int) -> list[dict[str, Tensor]]:
@@ -129,6 +150,8 @@ def entries() -> list[Entry]:
         Entry(f"torchvision/{name}", "torchvision", _maker(name, num_classes=5, **options), _images(side))
         for name, (side, options) in _CLASSIFIERS.items()
     ]
+    for name, make in {"maxvit_t": _small_maxvit, "vgg11_bn": _small_vgg}.items():
+        found.append(Entry(f"torchvision/{name}", "torchvision", make, _images(32)))
     for name in _SEGMENTERS:
         make = _maker(name, weights_backbone=None, num_classes=3)
         found.append(Entry(f"torchvision/{name}", "torchvision", make, _images(64)))

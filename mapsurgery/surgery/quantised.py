@@ -1,0 +1,82 @@
+"""Layers whose weight is quantised: they compute x W^T + bias with a kernel of their own, and W is in no Parameter.
+
+An adapted one runs that kernel and corrects what comes out of it,
+
+    y = base(x) + (s_w - 1) (base(x) - bias) + s_d (x A^T) B^T,
+
+so that forward and backward are the base's own and the start, s_w = 1, is the base bit for bit. W is dequantised where
+its numbers themselves are wanted: once at `patch` for ||W||_F, for a report, and for merging.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapted import AdaptedLayer
+from .quantisation import dequantised
+
+
+class QuantisedLinear(AdaptedLayer):
+    """Mixin for quantised layers that act like nn.Linear, whatever their class and storage.
+
+    Reading ``weight`` gives the quantised weight of the base, not W': parents read its dtype and device, kernels its
+    packed bytes. Nothing but calling the layer applies the adapter.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    support_avx512bf16_for_cpu = property(lambda self: False, lambda self, value: None)
+    """bitsandbytes 4-bit on CPUs with AVX512-BF16: a forward in eval mode would repack the weight for inference, after
+    which no gradient passes through the layer. A property comes before the object's own attribute."""
+
+    def base_of(self, parameter: str) -> Tensor:
+        """W, dequantised: (out_features, in_features), float32 (float64 for a float64 kernel)."""
+        return dequantised(self)
+
+    def base_learns(self, parameter: str) -> bool:
+        return any(p.requires_grad for name, p in self.named_parameters(recurse=False) if name != "bias")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self.adapter_of("weight")
+        output = super().forward(*args, **kwargs)
+        if not adapter.enabled:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        return adapter.around(x, output, self.bias if hasattr(self, "bias") else None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)  # the base's own code may replace its weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The weight stays under its own name. A checkpoint of another base brings another ||W||_F."""
+        super(AdaptedLayer, self)._load_from_state_dict(state_dict, prefix, *args)
+        below = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+        if any(name != "bias" for name in below) and not any(name.startswith("adapter.") for name in below):
+            adapter = self.adapter_of("weight")
+            before = adapter.weight_norm.clone()
+            adapter.take_norm(weight=dequantised(self))
+            adapter.norm_changed(before)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.original_class,), super(AdaptedLayer, self).__reduce_ex__(protocol)[2]
+
+
+_CLASSES: dict[type[nn.Module], type[QuantisedLinear]] = {}
+"""Original class -> class of its adapted quantised objects; grows as classes are met."""
+
+
+def quantised_class(original: type[nn.Module]) -> type[QuantisedLinear]:
+    """The class that a quantised object of class `original` has while it is adapted."""
+    if original not in _CLASSES:
+        body = {"original_class": original, "__module__": original.__module__}
+        _CLASSES[original] = type(f"MapQuantised{original.__name__}", (QuantisedLinear, original), body)
+    return _CLASSES[original]
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    cls = quantised_class(original)
+    return cls.__new__(cls)

@@ -1,0 +1,113 @@
+"""What takes the place of a quantised weight when its adapter is merged: a plain layer, or W' quantised again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import rebind_forward
+from .quantisation import Quantisation, dequantised, device_of, kind_of
+from .quantised import QuantisedLinear
+
+CHOICES = ("refuse", "dequantise", "requantise")
+
+
+@dataclass
+class Replaced:
+    """A layer as it was before a merged weight replaced its quantised one: what `put_back` needs."""
+
+    original_class: type[nn.Module]
+    attributes: dict[str, Any]
+    computed: ClassVar[tuple[str, ...]] = ("weight",)
+    """As in `baking.Unbaked`."""
+
+
+@dataclass
+class Replacement:
+    """A merged weight, made but not put in yet.
+
+    Attributes:
+        weight: floating, for a layer that becomes an nn.Linear, or quantised.
+        attributes: of the layer, that go with a quantised weight.
+        plain: the layer becomes an nn.Linear.
+    """
+
+    weight: nn.Parameter
+    attributes: dict[str, Any] = field(default_factory=dict)
+    plain: bool = True
+
+
+def replacement(layer: QuantisedLinear, path: str, choice: str, surroundings: torch.dtype) -> Replacement:
+    """The merged weight of an adapted layer, which is not changed.
+
+    Args: choice: "dequantise" or "requantise"; surroundings: dtype of a plain weight where the layer has none.
+
+    Raises:
+        ValueError: the layer cannot be quantised again.
+    """
+    kind = kind_of(layer)
+    assert kind is not None
+    if choice == "requantise" and kind.quantise is None:
+        raise ValueError(_cannot(path, kind, "this library knows no way to pack its weight again"))
+    merged = dequantised(layer)
+    layer.adapter_of("weight").merge_into(merged)
+    if choice == "dequantise" or kind.quantise is None:
+        return Replacement(nn.Parameter(merged.to(kind.dtype(layer) or surroundings), requires_grad=False))
+    try:
+        weight, attributes = kind.quantise(layer, merged)
+    except ValueError as error:
+        raise ValueError(_cannot(path, kind, str(error))) from error
+    return Replacement(weight, attributes, plain=False)
+
+
+def _cannot(path: str, kind: Quantisation, reason: str) -> str:
+    return f'{path} ({kind.name}) cannot be quantised again: {reason}; merge with quantised="dequantise"'
+
+
+_KEPT = ("training", "_hf_hook", "_old_forward", "forward")
+_DICTIONARIES = ("_parameters", "_buffers", "_modules")
+
+
+def put_in(layer: nn.Module, new: Replacement) -> Replaced:
+    """Replace the weight of a layer, which is of its original class again. Returns what `put_back` needs."""
+    before = Replaced(type(layer), {**layer.__dict__, **{name: {**layer.__dict__[name]} for name in _DICTIONARIES}})
+    if new.plain:
+        _become_linear(layer, new.weight)
+    else:
+        layer._parameters["weight"] = new.weight
+        layer.__dict__.update(new.attributes)
+    return before
+
+
+def _become_linear(layer: nn.Module, weight: nn.Parameter) -> None:
+    """nn.Linear, with this weight and the layer's bias and hooks, and nothing else of what it held."""
+    m, K = weight.shape
+    bias = getattr(layer, "bias", None)
+    fresh = nn.Linear(K, m, bias=False, device="meta").__dict__
+    hooks = {name for name in fresh if name.startswith(("_forward", "_backward", "_is_full"))}
+    own = {name: value for name, value in layer.__dict__.items() if name in hooks or name in _KEPT}
+    layer.__dict__.clear()
+    layer.__dict__.update(fresh | own)
+    original = type(layer)
+    layer.__class__ = nn.Linear
+    rebind_forward(layer, original)
+    layer._parameters["weight"] = weight
+    if isinstance(bias, Tensor) and bias.numel():
+        if not isinstance(bias, nn.Parameter) or bias.dtype != weight.dtype:
+            bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        layer.register_parameter("bias", bias)
+
+
+def put_back(layer: nn.Module, before: Replaced) -> None:
+    """Undo `put_in`, on the device and in the mode that the layer is in now."""
+    weight, training = layer._parameters["weight"], layer.training
+    assert weight is not None
+    layer.__class__ = before.original_class
+    layer.__dict__.clear()
+    layer.__dict__.update(before.attributes)
+    layer.train(training)
+    if device_of(layer) != weight.device:
+        layer.to(weight.device)
