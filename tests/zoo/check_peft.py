@@ -20,7 +20,7 @@ from .verdict import Verdict
 
 def check(entry: Entry, report: Report = lambda clause: None) -> Verdict:
     """Judge peft on one entry; all clauses but "gradient", which is about MAP's magnitudes."""
-    started = time.monotonic()
+    started = time.process_time()
     verdict = Verdict(entry.name, entry.family, column="peft")
     report("plain")
     plain = plain_model(entry, verdict)
@@ -32,7 +32,7 @@ def check(entry: Entry, report: Report = lambda clause: None) -> Verdict:
             _PeftCheck(plain, verdict, report).all()
         else:
             verdict.kind, verdict.notes = "refused", ["none of its layers is a Linear, Conv2d or Conv1D"]
-    verdict.seconds = round(time.monotonic() - started, 2)
+    verdict.seconds = round(time.process_time() - started, 2)
     return verdict
 
 
@@ -153,7 +153,7 @@ def _untie(model: nn.Module, site: Site) -> None:
 
 
 def _defined(site: Site, weight: Tensor, layer: Any) -> Tensor:
-    """W + scaling B A in float64, in the layer's layout; B A group by group where the convolutions A and B have groups."""
+    """W + scaling B A in float64, in the layer's layout; group by group where both convolutions have groups."""
     A = layer.lora_A["default"].weight.detach().double().flatten(1)
     B = layer.lora_B["default"].weight.detach().double().flatten(1)
     groups = A.shape[0] // B.shape[1]

@@ -17,14 +17,36 @@ import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import psutil
+
 from . import inventory, tables
 from .verdict import COLUMNS, Verdict
 
 FOLDER = Path(__file__).resolve().parents[2] / "outputs" / "zoo"
 SECONDS = 60.0
-"""That one entry may take."""
-STARTING = 120.0
-"""That a new worker may take for its imports, beside."""
+"""Of computing that one entry may take: on a busy machine that is much longer by the clock."""
+WAITING = 600.0
+"""Seconds by the clock, for what hangs without computing."""
+
+
+class _Clock:
+    """How long a process has computed since."""
+
+    def __init__(self, pid: int) -> None:
+        self.process, self.wall = psutil.Process(pid), time.monotonic()
+        self.before = self._seconds()
+
+    def _seconds(self) -> float:
+        try:
+            return sum(self.process.cpu_times()[:2])
+        except psutil.NoSuchProcess:
+            return self.before  # it has ended, which its closed output tells
+
+    def computed(self) -> float:
+        return self._seconds() - self.before
+
+    def late(self) -> bool:
+        return self.computed() > SECONDS or time.monotonic() - self.wall > WAITING
 
 
 class Worker:
@@ -37,35 +59,36 @@ class Worker:
 
     def judge(self, column: str, name: str) -> Verdict:
         """The verdict on an entry, or what became of the worker while it was at it."""
-        fresh = self.process is None
         process = self._running()
         assert process.stdin is not None
         process.stdin.write(f"{column} {name}\n".encode())
         process.stdin.flush()
-        started = time.monotonic()
-        deadline, clause = started + SECONDS + (STARTING if fresh else 0), "start of the worker"
-        while (line := self._line(process, deadline)) is not None:
+        clause, started = "start of the worker", _Clock(process.pid)
+        while (line := self._line(process, started)) is not None:
             word, _, rest = line.partition(" ")
             if word == "verdict":
                 return Verdict.from_json(rest)
             if clause.startswith("start"):
-                deadline = time.monotonic() + SECONDS
+                started = _Clock(process.pid)  # imports are not the entry's
             clause = rest
-        return _lost(column, name, clause, self._end(), time.monotonic() - started)
+        seconds = started.computed()  # before it has ended
+        return _lost(column, name, clause, self._end(), seconds)
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             with self.log.open("ab") as log:
                 command = [sys.executable, "-m", "zoo.worker"]
                 self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
             self.pending = b""
         return self.process
 
-    def _line(self, process: subprocess.Popen[bytes], deadline: float) -> str | None:
+    def _line(self, process: subprocess.Popen[bytes], started: _Clock) -> str | None:
         """The next line of the worker; None if it ended or is late."""
         assert process.stdout is not None
         while b"\n" not in self.pending:
-            ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select([process.stdout], [], [], 1.0)
+            if not ready and not started.late():
+                continue
             data = os.read(process.stdout.fileno(), 65536) if ready else b""
             if not data:
                 return None
@@ -82,7 +105,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            return f"took more than {SECONDS:.0f} s"
+            return f"took more than {SECONDS:.0f} s of computing, or hung"
         return f"the process ended with code {code}"
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ class Verdict:
     Attributes:
         kind: one of `KINDS`. "refused": the library said itself what it does not adapt, and did the rest right.
         failures: clause -> message, of each clause that does not hold.
+        seconds: of computing.
         sites, live: weights asked for, and those that have a gradient in the plain model.
         notes: clauses that could not be checked, with the reason; refusals.
     """

@@ -5,6 +5,7 @@ It lives until its input ends; `run` starts another one should it crash, hang or
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -16,7 +17,7 @@ import torch
 from . import inventory
 from .verdict import Verdict
 
-MEMORY = 6 * 2**30
+MEMORY = 10 * 2**30
 """Bytes of data that an entry may take."""
 
 
@@ -40,6 +41,7 @@ def main() -> None:
     for line in sys.stdin:
         column, name = line.split()
         print(f"verdict {judge(column, name, answer).to_json()}", file=answer, flush=True)
+        gc.collect()  # models hold themselves in cycles, and the next one may be large
 
 
 if __name__ == "__main__":

@@ -107,6 +107,27 @@ class Hooks(Holder):
         return self.after(self.fc(self.before(x)))
 
 
+class InPlace(Holder):
+    """Parents that change a layer's output in place (ConvBERT, inplace activations)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.same = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.line = nn.ModuleList([nn.Conv1d(8, 8, k, groups=g, padding=k // 2) for k, g in ((1, 1), (3, 1), (3, 8))])
+        self.plane = nn.ModuleList([nn.Conv2d(8, 8, k, groups=g, padding=k // 2) for k, g in ((1, 1), (3, 1), (3, 4))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(self.before(x))
+        x += 0.1
+        x = nn.functional.relu(self.same(x[0]), inplace=True)[:, None]
+        for conv in self.line:
+            x = conv(x.reshape(-1, 8, 1))
+            x += 0.1
+        for conv in self.plane:
+            x = conv(x.reshape(-1, 8, 1, 1)).mul_(2)
+        return self.after(x.flatten(1))
+
+
 class TypeChecks(Holder):
     """Parents that ask what their layers are."""
 
@@ -158,6 +179,7 @@ def entries() -> list[Entry]:
         *hazard("call_unbound", Unbound, rows(4, 8)),
         *hazard("call_conv_forward", ConvForward, rows(2, 3, 6, 6)),
         *hazard("call_hooks", Hooks, rows(4, 8)),
+        *hazard("call_in_place", InPlace, rows(2, 4, 8)),
         *hazard("call_type_checks", TypeChecks, rows(4, 8)),
         *hazard("call_standardised", Standardised, rows(2, 4, 12, 12)),
         *hazard("call_plain_subclass", Subclasses, rows(4, 8)),
