@@ -38,6 +38,7 @@ class Config:
     def checked(
         cls,
         targets: Patterns,
+        *,
         exclude: Patterns = (),
         rank: int = 8,
         rank_pattern: Mapping[str, int] | None = None,

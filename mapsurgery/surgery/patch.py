@@ -74,8 +74,20 @@ def patch(
             only what cannot be adapted (the reasons are), a model that is patched already, NaN in a weight. The model
             is then as it was.
     """
-    options = (exclude, rank, rank_pattern, method, update, init, dropout, dtype, train, parameters, tied)
-    config = Config.checked(targets, *options)
+    config = Config.checked(
+        targets,
+        exclude=exclude,
+        rank=rank,
+        rank_pattern=rank_pattern,
+        method=method,
+        update=update,
+        init=init,
+        dropout=dropout,
+        dtype=dtype,
+        train=train,
+        parameters=parameters,
+        tied=tied,
+    )
     root = record.unwrapped(model) if isinstance(model, nn.Module) else model
     apply_plan(root, make_plan(root, config))
     return model

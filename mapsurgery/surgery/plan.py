@@ -251,8 +251,20 @@ def plan(
     """
     from .record import unwrapped  # record.py stores this module's Config
 
-    options = (exclude, rank, rank_pattern, method, update, init, dropout, dtype, train, parameters, tied)
-    config = Config.checked(targets, *options)
+    config = Config.checked(
+        targets,
+        exclude=exclude,
+        rank=rank,
+        rank_pattern=rank_pattern,
+        method=method,
+        update=update,
+        init=init,
+        dropout=dropout,
+        dtype=dtype,
+        train=train,
+        parameters=parameters,
+        tied=tied,
+    )
     return make_plan(unwrapped(model) if isinstance(model, nn.Module) else model, config)
 
 
