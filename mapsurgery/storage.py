@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -58,6 +58,7 @@ def save(model: nn.Module, path: Path) -> None:
     holders = record.all_sites(root)
     layers = {site.path: _describe(site, holders) for site in sites}
     tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
+    buffers = changed_buffers(root, memory)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -65,17 +66,12 @@ def save(model: nn.Module, path: Path) -> None:
         "config": json.dumps(memory.config.to_dict()),
         "layers": json.dumps(layers),
         "trained": json.dumps(list(record.trained_names(root, memory))),
-        "buffers": json.dumps(changed_buffers(root, memory)),
+        "buffers": json.dumps(buffers),
     }
-    factors = {site.entry(role) for site in sites for role in _roles(memory)}
-    diverged = [name for name, tensor in tensors.items() if name in factors and not tensor.isfinite().all()]
+    diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
     if diverged:
-        raise ValueError(f"the adapter holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
+        raise ValueError(f"what was trained holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
     _write_atomically(tensors, metadata, os.path.realpath(os.fspath(path)))  # a link stays one
-
-
-def _roles(memory: record.Record) -> Iterable[str]:
-    return find(memory.config.method, memory.config.update).ROLES
 
 
 def _library_version() -> str:
@@ -164,11 +160,24 @@ def load(model: Model, path: Path) -> Model:
     plan = _plan_of(model, file)
     apply_plan(model, plan)
     try:
-        load_adapter_state_dict(model, file.tensors)
+        load_adapter_state_dict(model, _named_by(model, file))
     except BaseException:
         unpatch(model)
         raise
     return model
+
+
+def _named_by(model: nn.Module, file: _File) -> dict[str, Tensor]:
+    """The file's tensors by their names in this model, which may list a layer's several names in another order."""
+    sites = record.all_sites(model)
+    first = {id(site.adapter): site for site in record.one_per_adapter(sites)}
+    by_path = {path: first[id(site.adapter)] for site in sites for path in site.paths}
+    renamed = {
+        _entry(layer, role): by_path[name].entry(role)
+        for name, layer in file.layers.items()
+        for role in (*find(file.config.method, file.config.update).ROLES, FORM)
+    }
+    return {renamed.get(name, name): tensor for name, tensor in file.tensors.items()}
 
 
 def _read(path: str) -> _File:
@@ -226,7 +235,7 @@ def _config(path: str, value: dict[str, Any]) -> Config:
         dtype = value["dtype"]
         torch_dtype = None if dtype is None else getattr(torch, dtype)
         return Config.checked(**{**value, "init": Init(**value["init"]), "dtype": torch_dtype})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
 
 
@@ -271,14 +280,19 @@ def _check_consistent(file: _File) -> None:
         places = [[layer["layer"], layer["parameter"]], *layer["tied"]]
         if not all(isinstance(place, list) and [type(part) for part in place] == [str, str] for place in places):
             raise ValueError(f"{file.path}: layer {name} is tied with {layer['tied']!r}, expected pairs of names")
+        if site_paths([layer["layer"]], layer["parameter"]) != (name,):
+            raise ValueError(f"{file.path}: layer {name} is {layer['layer']} {layer['parameter']} in its own entry")
         if layer["dtype"] not in _DTYPES:
             raise ValueError(f"{file.path}: layer {name} has dtype = {layer['dtype']!r}, expected one of {_DTYPES}")
         expected |= {_entry(layer, role) for role in (*roles, FORM)}
     missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
     if missing or unknown:
         raise ValueError(f"{file.path}: tensors missing: {missing[:5]}, tensors that nothing announces: {unknown[:5]}")
-    for name, tensor in file.tensors.items():
-        if name not in file.buffers and not tensor.isfinite().all():  # a mask may hold -inf
+    for name in expected - {*file.buffers}:  # of which a mask may hold -inf
+        tensor = file.tensors[name]
+        if str(tensor.dtype).removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"{file.path}: {name} is {tensor.dtype}, expected one of {_DTYPES}")
+        if not tensor.isfinite().all():
             raise ValueError(f"{file.path}: {name} holds NaN or infinite values")
 
 
@@ -336,6 +350,8 @@ def _planned_by_file(
         norms = tuple(float(norm) for norm in _norms(described))
         dtype = file.tensors[_entry(described, "alpha")].dtype
         shares = found[0].path if found else None
+        # Under the name that the file gives it: this model may list the names of one module in another order.
+        layer = replace(layer, paths=tuple(dict.fromkeys((*site_paths([path], parameter), *layer.paths))))
         found.append(replace(layer, weight_norm=norms if layer.stacked else norms[0], dtype=dtype, shares=shares))
     return found
 
@@ -372,6 +388,10 @@ def _problem_with_factors(layer: PlannedLayer, described: dict[str, Any], file: 
         tensor = file.tensors[_entry(described, role)]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             return f"needs {role} of shape {shape} for rank {rank}, the file's is {tuple(tensor.shape)} {tensor.dtype}"
+    tau, relative = file.tensors[_entry(described, FORM)].tolist()
+    wanted = file.config.init
+    if not abs(tau - wanted.tau) <= 1e-6 * wanted.tau or bool(relative) != wanted.relative:
+        return f"says tau={tau:.6g} relative={bool(relative)}, but the file's init is {wanted}"
     return None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .methods import Adapter
 from .surgery import disabled, record
+from .surgery.merge import held_elsewhere, memory_map_of
 from .tables import render
 
 _UPDATE = ("down", "up")
@@ -51,7 +54,9 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
 
     Checked, on random projections of all floating outputs: from where it is now, each adapter gets a finite, non-zero
     gradient on A or B; at a generic point, every parameter of it does in eval mode, and some do in train mode; the
-    output differs from the base's; and inference (no_grad, eval, fast paths on) gives what eval with autograd gives.
+    output differs from the base's; inference (no_grad, eval, fast paths on) gives what eval with autograd gives; and
+    the model computes the same where W' stands in the place of W, so that nobody reads W behind its layer's back (for
+    that, one more copy of the adapted weights is kept meanwhile).
     The model is left as it was: parameters, gradients, buffers, mode, random state. A train mode that cannot run here
     (batch statistics of one sample, missing labels) is said in the notes.
 
@@ -63,14 +68,16 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
 
     Raises:
         VerificationError: listing the adapters that are frozen, unused, dead or not finite, or saying that inference
-            bypasses the adapters.
+            or a reader of the weights bypasses the adapters.
         ValueError: the model is not patched, or its output holds no floating tensor.
     """
     root, memory = record.find_patched(model)
     adapters = {site.path: site.adapter for site in record.intact_sites(root, memory)}
     if any(adapter.weight_norm.is_meta for adapter in adapters.values()):
         raise ValueError("the model is on meta: load its weights before verifying it")
-    with _left_as_it_was(model, adapters), torch.inference_mode(False):
+    if not all(adapter.enabled for adapter in adapters.values()):
+        raise ValueError("adapters are disabled: verify the model outside of mapsurgery.disabled")
+    with _left_as_it_was(model, adapters, (inputs, kwargs)), torch.inference_mode(False):
         call: Callable[[], list[Tensor]] = lambda: _tensors(model(*inputs, **kwargs))  # noqa: E731
         model.eval()
         _fill_zeros(model, adapters)
@@ -87,7 +94,8 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
             listed = "; ".join(f"{path}: {verdict}" for path, verdict in list(result.failures.items())[:20])
             raise VerificationError(f"{len(result.failures)} of {len(verdicts)} adapters fail: {listed}", result)
         _check_inference(model, call, result)
-    return result
+        unchecked = _check_readers(model, record.intact_sites(root, memory), call, result)
+    return dataclasses.replace(result, notes=(*result.notes, unchecked)) if unchecked else result
 
 
 _Gradients = dict[str, dict[str, Tensor]]
@@ -138,10 +146,14 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, adapters: dict[str, Adapter]) -> Iterator[None]:
+def _left_as_it_was(model: nn.Module, adapters: dict[str, Adapter], inputs: Any) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    grads = {parameter: parameter.grad for parameter in model.parameters()}
-    kept = [(t, t.detach().clone()) for t in model.buffers()]
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_leaf]
+    grads = {tensor: tensor.grad for tensor in (*model.parameters(), *leaves)}
+    python_state, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    kept = [(b, b.detach().clone()) for _, _, b in buffers]
     kept += [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     kept += [(p, p.detach().clone()) for a in adapters.values() for p in a.own_parameters().values()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -154,10 +166,15 @@ def _left_as_it_was(model: nn.Module, adapters: dict[str, Adapter]) -> Iterator[
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
         for parameter, grad in grads.items():
             parameter.grad = grad
         for module, mode in modes.items():
             module.training = mode
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 def _gradients(adapters: dict[str, Adapter], call: Callable[[], list[Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -228,10 +245,9 @@ def _check_inference(model: nn.Module, call: Callable[[], list[Tensor]], result:
     with disabled(model):
         base = _seeded(call)
     for i, (want, got, without) in enumerate(zip(expected, found, base, strict=True)):
-        want, got, without = want.double(), got.double(), without.double()
-        error, effect = (want - got).norm().item(), (want - without).norm().item()
+        error, effect = _distance(want, got), _distance(want, without)
         # Fast paths order their sums differently: rounding is forgiven, a share of the adapters' own effect is not.
-        rounding = 4 * torch.finfo(expected[i].dtype).eps * want.norm().item()
+        rounding = 4 * torch.finfo(want.dtype).eps * _distance(want)
         if not error <= max(rounding, 0.02 * effect):
             raise VerificationError(
                 f"inference differs from eval with autograd, by {error / max(effect, 1e-300):.1%} of the adapters' "
@@ -240,6 +256,51 @@ def _check_inference(model: nn.Module, call: Callable[[], list[Tensor]], result:
             )
     if all(torch.equal(a, b) for a, b in zip(expected, base, strict=True)):
         raise VerificationError("the adapted output equals the base's: the adapters do not act on it", result)
+
+
+def _distance(a: Tensor, b: Tensor | None = None) -> float:
+    """Norm of the difference, in float64; entries that are the same infinity in both (masks) count as equal."""
+    if b is None:
+        return torch.where(a.isinf(), 0, a.double()).norm().item()
+    return torch.where(a == b, 0, a.double() - b.double()).norm().item()
+
+
+@torch.no_grad()
+def _check_readers(
+    model: nn.Module, sites: list[record.Site], call: Callable[[], list[Tensor]], result: Verification
+) -> str | None:
+    """Compare with the output where W' stands in the memory of W: differs if someone computes with W beside a layer.
+
+    Returns a note where this cannot be told.
+    """
+    memory = memory_map_of(model)
+    held = [s for s in sites if s.adapter.base_weight is not None and not held_elsewhere(s.adapter, memory)]
+    bases = [s.adapter.base_weight for s in held if s.adapter.base_weight is not None]
+    if any(base.dtype in (torch.bfloat16, torch.float16) for base in bases):
+        return "readers of the weights were not checked: in half precision the rounding of W' hides them"
+    wanted = _seeded(call)
+    with disabled(model):
+        without = _seeded(call)
+    copies = [base.detach().clone() for base in bases]
+    try:
+        for site, base in zip(held, bases, strict=True):
+            site.adapter.merge_into(base.detach())
+            site.adapter.enabled = False
+        found = _seeded(call)
+    finally:
+        for site, base, copy in zip(held, bases, copies, strict=True):
+            base.detach().copy_(copy)
+            site.adapter.enabled = True
+    for i, (want, got, base_output) in enumerate(zip(wanted, found, without, strict=True)):
+        error, effect = _distance(want, got), _distance(want, base_output)
+        if not error <= max(1e-5 * _distance(want), 0.02 * effect):
+            raise VerificationError(
+                f"output {i} is another where W' stands in the place of W, by {error / max(effect, 1e-300):.1%} of the "
+                "adapters' effect: something computes with a weight of an adapted layer behind its back (a Parameter "
+                "or tensor kept from before `patch`)",
+                result,
+            )
+    return None
 
 
 def _seeded(call: Callable[[], list[Tensor]]) -> list[Tensor]:

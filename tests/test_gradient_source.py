@@ -144,3 +144,86 @@ def test_checkpointing_of_transformers_needs_no_trick(reentrant: bool) -> None:
     ids = torch.arange(6)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(grad is not None for grad in _grads(model).values())
+
+
+class Teacher(nn.Module):
+    """A branch without autograd beside one with it: nothing is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.forwards = nn.BatchNorm1d(6), nn.Linear(6, 6), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        with torch.no_grad():
+            target = self.layer(x).to(self.layer.weight.dtype)
+        return self.layer(self.norm(x)) - target
+
+
+def test_a_branch_without_autograd_is_no_cut() -> None:
+    model = mapsurgery.patch(Teacher(), "layer", rank=2).train()
+    model(torch.randn(4, 6)).sum().backward()
+    assert model.forwards == 1 and model.norm.num_batches_tracked == 1
+    assert not model.layer.adapter.watch.needed
+
+
+def test_hooks_of_the_user_run_once_although_the_forward_runs_twice() -> None:
+    model = mapsurgery.patch(Checkpointed(False), "blocks", rank=2)
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    model.register_forward_hook(lambda module, args, output: output + 1)
+    x = _input(False)
+    first, second = model(x), model(x)
+    assert model.forwards == 3
+    torch.testing.assert_close(first, second)
+
+
+def test_a_model_that_calls_itself_is_watched_in_each_call() -> None:
+    class Twice(Checkpointed):
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            if again:
+                with torch.no_grad():
+                    self(x, again=False)
+            return super().forward(x)
+
+    model = mapsurgery.patch(Twice(True), "blocks", rank=2).train()
+    model(_input(True)).sum().backward()
+    assert all(grad is not None for grad in _grads(model).values())
+    assert not model.blocks[0][0].adapter.watch.calls
+
+
+def test_a_forward_that_fails_leaves_no_state() -> None:
+    model = mapsurgery.patch(Checkpointed(True), "blocks", rank=2)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[99]]))
+    watch = model.blocks[0][0].adapter.watch
+    assert not watch.calls
+
+
+def test_a_cut_that_cannot_be_mended_is_said() -> None:
+    class Entered(Checkpointed):
+        def features(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Table(Checkpointed):
+        def __init__(self) -> None:
+            super().__init__(True)
+            self.table = nn.Parameter(torch.randn(9, 6))
+            self.stem = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.table[x])
+
+    with pytest.warns(UserWarning, match="will not learn.*own forward"):
+        mapsurgery.patch(Entered(True), "blocks", rank=2).features(_input(True))
+    model = mapsurgery.patch(Table(), "blocks", rank=2)
+    with pytest.warns(UserWarning, match="will not learn"):
+        model(_input(True))
+    with pytest.raises(mapsurgery.VerificationError, match="train mode"):
+        mapsurgery.verify(model, _input(True))
+
+
+def test_a_copied_layer_does_not_drag_the_model_along() -> None:
+    model = nn.ModuleDict({"small": nn.Linear(6, 6), "large": nn.Linear(300, 300)})
+    model.gradient_checkpointing = False
+    mapsurgery.patch(model, "small", rank=2)
+    assert len(pickle.dumps(model["small"])) < 20_000

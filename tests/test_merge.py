@@ -314,3 +314,18 @@ def test_a_merge_that_fails_midway_leaves_the_model_as_it_was(monkeypatch: pytes
     with pytest.raises(MemoryError, match="midway"):
         mapsurgery.merge(model, keep_base=True)
     snapshot.assert_holds(model)
+
+
+def test_a_part_of_a_patched_model_is_not_undone_by_itself() -> None:
+    model = _patched()
+    for operation in (mapsurgery.merge, mapsurgery.unpatch):
+        with pytest.raises(ValueError, match="part of a patched model"):
+            operation(model.body)
+
+
+def test_unmerge_is_refused_where_a_part_was_patched_again() -> None:
+    model = _patched()
+    mapsurgery.merge(model, keep_base=True)
+    mapsurgery.patch(model.body, "*", rank=1)
+    with pytest.raises(ValueError, match=r"patched again.*body\.0"):
+        mapsurgery.unmerge(model)

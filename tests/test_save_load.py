@@ -493,3 +493,26 @@ def test_a_link_stays_a_link_and_permissions_stay(path: Path) -> None:
 def test_a_folder_that_does_not_exist_is_named(path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         mapsurgery.save(mapsurgery.patch(net(), "body", rank=2), path.parent / "nowhere" / "a.safetensors")
+
+
+class _Aliased(nn.Module):
+    """One layer under two names, and a tie, in either order."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shared, tied = nn.Linear(4, 4), nn.Linear(4, 4)
+        tied.weight = shared.weight
+        for name in names:
+            self.add_module(name, tied if name == "t" else shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.t(self.a(x))
+
+
+def test_names_of_one_layer_may_come_in_another_order(path: Path) -> None:
+    model = to_generic_point(mapsurgery.patch(_Aliased("abt"), "*", rank=2))
+    mapsurgery.save(model, path)
+    x = torch.randn(2, 4)
+    for names in ("bat", "tab"):
+        assert torch.equal(mapsurgery.load(_Aliased(names), path)(x), model(x))

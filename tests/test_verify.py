@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
 from definition import STARTS, Snapshot, image, net, start_name, to_generic_point, train_steps
@@ -121,7 +123,7 @@ def test_an_adapter_at_a_dead_point_is_named() -> None:
 
 def test_a_disabled_adapter_is_named() -> None:
     model = _patched(TwoPaths)
-    with mapsurgery.disabled(model), pytest.raises(mapsurgery.VerificationError, match="2 of 2"):
+    with mapsurgery.disabled(model), pytest.raises(ValueError, match="disabled"):
         mapsurgery.verify(model, torch.randn(3, 4))
 
 
@@ -228,3 +230,44 @@ def test_a_train_mode_that_cannot_run_is_noted() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     result = mapsurgery.verify(mapsurgery.patch(model, "0", rank=2), torch.randn(1, 4))
     assert "train mode was not checked" in str(result)
+
+
+class _Captured(nn.Module):
+    """Computes with a weight that it took from a layer when it was built, beside calling the layer."""
+
+    def __init__(self, alias: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.weights = [self.a.weight.data if alias else self.a.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(nn.functional.linear(self.a(x), self.weights[0]))
+
+
+@pytest.mark.parametrize("alias", [False, True], ids=["parameter", "memory"])
+def test_a_weight_that_was_kept_from_before_patch_is_found(alias: bool) -> None:
+    model = mapsurgery.patch(_Captured(alias), "*", rank=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(mapsurgery.VerificationError, match="behind its back"):
+        mapsurgery.verify(model, torch.randn(3, 4))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(m.enabled for m in model.modules() if isinstance(m, mapsurgery.methods.Adapter))
+
+
+def test_verify_leaves_rebound_buffers_inputs_and_random_states() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count = self.count + random.random() + float(numpy.random.rand())
+            return self.layer(x)
+
+    model = mapsurgery.patch(Counting(), "*", rank=2)
+    x = torch.randn(2, 4, requires_grad=True)
+    states = random.getstate(), numpy.random.get_state()[1].tolist()
+    mapsurgery.verify(model, x)
+    assert model.count == 0 and x.grad is None
+    assert states == (random.getstate(), numpy.random.get_state()[1].tolist())

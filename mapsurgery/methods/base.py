@@ -185,7 +185,7 @@ class Adapter(nn.Module):
     def tell_watch(self) -> None:
         """The adapter runs."""
         if not torch.is_grad_enabled() and self.watch is not None and not torch.compiler.is_compiling():
-            self.watch.saw()
+            self.watch.saw(self)
 
     def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """W and ||W||_F: the adapter's own, or those of a W that was computed for this call."""
@@ -193,8 +193,9 @@ class Adapter(nn.Module):
         if weight is None or weight is self.base_weight:
             assert self.base_weight is not None
             return self.base_weight, self.weight_norm
-        norm = torch.linalg.vector_norm(weight.detach(), dtype=self.weight_norm.dtype)
-        return weight, norm.reshape(1)
+        # The model may have been cast since: a norm may be taken in a wider dtype only.
+        dtype = torch.promote_types(self.weight_norm.dtype, weight.dtype)
+        return weight, torch.linalg.vector_norm(weight.detach(), dtype=dtype).reshape(1)
 
     def take_norm(self, norm: float | Sequence[float] | None = None, weight: Tensor | None = None) -> None:
         """Set ||W||_F, measured here unless given.

@@ -42,7 +42,8 @@ class LazyWeight(Tensor):
     def value(self) -> Tensor:
         """W' itself, without a gradient."""
         if self._value is None:
-            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            # Kept for readers in any mode, so not an inference tensor.
+            with torch.inference_mode(False), torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
                 self._value = self._compute()
         return self._value
 
@@ -50,6 +51,10 @@ class LazyWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares its default as a static function
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], LazyWeight):
+            raise RuntimeError(
+                f"{func}: the weight of an adapted layer is computed (W'); writing to it changes nothing"
+            )
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -92,7 +97,8 @@ class _LazyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.t() if ctx.transposed else grad.flatten(1)
-        scales, gram_a, gram_b = ctx.saved
+        # Nothing is saved where nobody used the numbers of W'.
+        scales, gram_a, gram_b = ctx.saved or _ops.map_scales.default(*ctx.saved_tensors[1:], *ctx.rest[:2])
         grads = weight_gradients(ctx.saved_tensors, ctx.rest, (scales, gram_a, gram_b), ctx.needs_input_grad[2:], grad)
         return (None, None, *grads)
 
@@ -101,13 +107,25 @@ _TENSORS = 6  # of the inputs of effective_weight: weight, A, B, alpha, beta, we
 
 
 def _lazy(shape: torch.Size, transposed: bool, inputs: tuple[Any, ...], saved: list[Tensor]) -> LazyWeight:
+    versions = _versions(inputs)
+
     def compute() -> Tensor:
+        if _versions(inputs) != versions:
+            raise RuntimeError(
+                "the adapter or its base was changed in place after this `weight` was read and before it was used: "
+                "read it again, or use it (.clone()) before the change"
+            )
         value, *rest = _ops.effective_weight.default(*inputs)
         saved[:] = rest
         return value.t() if transposed else value.reshape(shape)
 
     like = inputs[0].t() if transposed else inputs[0].view(shape)
     return LazyWeight(like, compute)
+
+
+def _versions(inputs: tuple[Any, ...]) -> list[int]:
+    """How often each tensor was changed in place; inference tensors do not count that."""
+    return [t._version for t in inputs[:_TENSORS] if not t.is_inference()]
 
 
 def can_wait(weight: Tensor) -> bool:

@@ -29,16 +29,31 @@ class StackedWeightFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, tau, relative = inputs
         result, *saved = _forward(tuple(tensors), tau, relative)
-        ctx.save_for_backward(*tensors[:3], *saved)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.settings = (tau, relative)
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_weight = ctx.needs_input_grad[0]
+        if torch.is_grad_enabled():  # create_graph: gradients with a graph of their own, by autograd
+            return _differentiable_gradients(ctx, grad)
         one = partial(reference.effective_weight_backward, need_weight=need_weight)
-        dweight, dA, dB, dalpha, dbeta = torch.func.vmap(one)(grad, *ctx.saved_tensors)
+        weight, A, B, _, _, _, *saved = ctx.saved_tensors
+        dweight, dA, dB, dalpha, dbeta = torch.func.vmap(one)(grad, weight, A, B, *saved)
         return dweight if need_weight else None, dA, dB, dalpha.squeeze(1), dbeta.squeeze(1), None, None, None
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors[:6]
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad[:6]) if need]
+    with torch.enable_grad():
+        result = _forward(tensors, *ctx.settings)[0]
+        found = torch.autograd.grad(result, [tensors[i] for i in wanted], grad, create_graph=True)
+    grads: list[Tensor | None] = [None] * 8
+    for i, value in zip(wanted, found, strict=True):
+        grads[i] = value
+    return tuple(grads)
 
 
 def stacked_weight(

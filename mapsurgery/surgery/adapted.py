@@ -28,6 +28,10 @@ def child_name(parameter: str) -> str:
     return CHILD if parameter == "weight" else f"{CHILD}_{parameter}"
 
 
+_MEMO = "_mapsurgery_memo"
+"""Plain attribute of an `AdaptedRaw` layer while its forward runs: what W' was when it was first read there."""
+
+
 class Effective:
     """What an adapted parameter's name reads as: W', differentiable; the frozen W inside `mapsurgery.disabled`.
 
@@ -42,7 +46,15 @@ class Effective:
             return self
         adapter = layer.adapter_of(self.parameter)
         weight = layer.base_of(self.parameter)
-        return adapter.effective_weight(weight) if adapter.enabled else weight
+        if not adapter.enabled:
+            return weight
+        memo = layer.__dict__.get(_MEMO)
+        if memo is None:
+            return adapter.effective_weight(weight)
+        key = (self.parameter, torch.is_grad_enabled())
+        if key not in memo:
+            memo[key] = adapter.effective_weight(weight)
+        return memo[key]
 
     def __set__(self, layer: AdaptedLayer, value: Any) -> None:
         # nn.Module assigns through __setattr__; this makes the class attribute stronger than an instance's.
@@ -85,7 +97,8 @@ class AdaptedLayer(nn.Module):
                 return
             raise AttributeError(
                 f"{self.adapter_of(name).layer_name or type(self).__name__}: `{name}` of an adapted layer is computed "
-                f"(W'); set `{child_name(name)}.base_weight`, or call mapsurgery.unpatch or mapsurgery.merge first"
+                f"(W'); write into `{child_name(name)}.base_weight` and call `{child_name(name)}.take_norm()`, or call "
+                "mapsurgery.unpatch or mapsurgery.merge first"
             )
         super().__setattr__(name, value)
 
@@ -117,7 +130,7 @@ class FusedLinear(AdaptedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         adapter: Adapter = self._modules[CHILD]  # type: ignore[assignment]
-        if not adapter.enabled:
+        if not adapter.enabled or input.is_nested:  # the operator knows no nested tensors, F.linear on W' does
             return super().forward(input)
         return adapter.linear(input, self.bias, self.given_base())
 
@@ -164,6 +177,26 @@ class FusedEmbedding(AdaptedLayer):
         if not adapter.enabled or self.scale_grad_by_freq:  # which scales the gradient of W' itself
             return super().forward(input)
         return adapter.embedding(input, self.padding_idx, self.given_base())
+
+
+class AdaptedRaw(AdaptedLayer):
+    """For modules of any type with raw parameters: a mixture reads its stack for each expert, but W' is built once."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _MEMO in self.__dict__:
+            return super().forward(*args, **kwargs)
+        self.__dict__[_MEMO] = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            del self.__dict__[_MEMO]
+
+
+class FusedConv1D(FusedLinear):
+    """For transformers' Conv1D, whose argument has another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class AdaptedRecurrent(AdaptedLayer):

@@ -12,7 +12,16 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from . import quantisation
-from .adapted import AdaptedLayer, AdaptedRecurrent, FusedConv, FusedEmbedding, FusedLinear, child_name
+from .adapted import (
+    AdaptedLayer,
+    AdaptedRaw,
+    AdaptedRecurrent,
+    FusedConv,
+    FusedConv1D,
+    FusedEmbedding,
+    FusedLinear,
+    child_name,
+)
 from .baking import find_hook
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +79,7 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     LayerType("torch.nn.modules.conv.Conv1d", FusedConv, _CONV_METHODS),
     LayerType("torch.nn.modules.conv.Conv2d", FusedConv, _CONV_METHODS),
     LayerType("torch.nn.modules.conv.Conv3d", FusedConv, _CONV_METHODS),
-    LayerType("transformers.pytorch_utils.Conv1D", FusedLinear, transposed=True),
+    LayerType("transformers.pytorch_utils.Conv1D", FusedConv1D, transposed=True),
     LayerType("torch.nn.modules.sparse.Embedding", FusedEmbedding),
     LayerType("torch.nn.modules.sparse.EmbeddingBag"),
     LayerType("torch.nn.modules.conv.ConvTranspose1d"),
@@ -92,7 +101,7 @@ def mixin_of(cls: type, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
     """The mixin that adapts these parameters of a class."""
     entry = find_type(cls)
     if entry is None:
-        return AdaptedLayer
+        return AdaptedRaw
     if parameters == ("weight",) and entry.fused is not None and entry.is_standard(cls):
         return entry.fused
     return entry.always
@@ -172,6 +181,12 @@ def _renormalised(module: nn.Module, name: str) -> str | None:
     return None
 
 
+def _is_container(module: nn.Module, name: str) -> str | None:
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return f"a {type(module).__name__} takes every child for one of its own, and the adapter is one"
+    return None
+
+
 def _name_taken(module: nn.Module, name: str) -> str | None:
     child = child_name(name)
     return f"it has an attribute named `{child}` already" if hasattr(module, child) else None
@@ -183,6 +198,7 @@ _CHECKS: tuple[Callable[[nn.Module, str], str | None], ...] = (
     _no_weight,
     _special_weight,
     _renormalised,
+    _is_container,
     _name_taken,
 )
 

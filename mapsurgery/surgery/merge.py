@@ -15,6 +15,7 @@ from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
 from .baking import Unbaked, bake, can_bake, unbake
 from .patch import MERGED, base_weights, freeze, restore_requires_grad
+from .plan import module_paths, site_paths
 from .quantised import QuantisedLinear
 from .record import Record
 from .requantised import CHOICES, Replaced, Replacement, put_back, put_in, replacement
@@ -76,7 +77,7 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         _refuse_unmergeable(site)
     packed = [site for site in sites if isinstance(site.layer, QuantisedLinear)]
     replacements = _replacements(root, packed, quantised)
-    memory_map = _memory_map(model)
+    memory_map = memory_map_of(model)
     apart = {
         site.adapter: _copy_of(site.layer.base_of(site.parameter))
         for site in sites
@@ -85,7 +86,7 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         and (
             keep_base
             or site.adapter.base_weight is None
-            or _held_elsewhere(site.adapter, memory_map)
+            or held_elsewhere(site.adapter, memory_map)
             or not site.adapter.recoverable()
         )
     }
@@ -194,6 +195,7 @@ def unmerge(model: Model) -> Model:
     """
     root, memory = _find_merged(model)
     layers = {path: m for path, m in root.named_modules() if MERGED in m.__dict__}
+    _refuse_incomplete(root, memory)
     for path, layer in layers.items():
         kept: Merged = layer.__dict__[MERGED]
         for name, adapter in kept.adapters.items():
@@ -271,6 +273,22 @@ def _find_merged(model: nn.Module) -> tuple[nn.Module, Record]:
     raise ValueError(f"the model ({type(model).__name__}) holds nothing that mapsurgery.merge merged")
 
 
+def _refuse_incomplete(root: nn.Module, memory: Record) -> None:
+    """A part that was patched again, or replaced, since the merge would stay as it is, without a word."""
+    there = {
+        path
+        for module, paths in module_paths(root).items()
+        if MERGED in module.__dict__
+        for name in module.__dict__[MERGED].adapters
+        for path in site_paths(paths, name)
+    }
+    gone = [path for path in memory.layers if path not in there]
+    if gone:
+        raise ValueError(
+            f"merged layers were patched again or replaced since: {', '.join(gone[:5])}; they must be undone"
+        )
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First and one-past-last byte that a tensor may touch."""
     start = tensor.data_ptr()
@@ -278,7 +296,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (reach + 1) * tensor.element_size()
 
 
-def _memory_map(model: nn.Module) -> dict[int, list[tuple[int, int, nn.Module]]]:
+def memory_map_of(model: nn.Module) -> dict[int, list[tuple[int, int, nn.Module]]]:
     """Storage -> the spans of it that parameters and buffers use, with the module that holds each."""
     spans: dict[int, list[tuple[int, int, nn.Module]]] = {}
     for module in model.modules():
@@ -294,7 +312,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return strided and not is_traceable_wrapper_subclass(tensor)
 
 
-def _held_elsewhere(adapter: Adapter, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:
+def held_elsewhere(adapter: Adapter, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:
     """Whether writing to the adapter's weight would change a tensor of another module."""
     assert adapter.base_weight is not None
     start, stop = _span(adapter.base_weight)

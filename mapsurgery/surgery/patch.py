@@ -176,10 +176,10 @@ def unpatch(model: Model) -> Model:
     layers = {site.layer: None for site in record.all_sites(root)}
     tensors: dict[str, Tensor] = dict(root.named_parameters()) | record.persistent_buffers(root)
     with uninterrupted():
-        gradient_source.uninstall(root)
         for name, original in memory.originals.items():  # first: what can fail must leave the model patched
             if original is not None and name in tensors and tensors[name].shape == original.shape:
                 tensors[name].copy_(original)
+        gradient_source.uninstall(root)
         for layer in layers:
             detach(layer, base_weights(layer))
         restore_requires_grad(root, memory)

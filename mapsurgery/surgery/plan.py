@@ -79,7 +79,13 @@ class PlannedLayer:
         if self.quantisation is not None:
             return "base"
         mixin = mixin_of(type(self.module), (self.parameter,))
-        return "fused" if self.layer_type is not None and mixin is self.layer_type.fused else "weight"
+        fused = self.layer_type is not None and mixin is self.layer_type.fused
+        return "fused" if fused and not getattr(self.module, "scale_grad_by_freq", False) else "weight"
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout applies: where the update has an input of numbers, and the forward is ours."""
+        return self.path_kind != "weight" and not isinstance(self.module, nn.Embedding)
 
     @property
     def matrices(self) -> int:
@@ -137,7 +143,7 @@ class Plan:
     def table(self, full: bool = False) -> str:
         """The plan as text; `full` gives every layer a row of its own."""
         groups = _grouped(self.layers, full)
-        columns = ["layer", "n", "type", "weight", "rank", "trainable", "pattern", "notes"]
+        columns = ["layer", "n", "type", "weight", "way", "rank", "trainable", "pattern", "notes"]
         rows = [_row(group) for group in groups]
         parts = [render(f"{len(self.layers)} layers to adapt with {self.config.method}", columns, rows)]
         if self.skipped:
@@ -200,7 +206,12 @@ def _row(group: list[PlannedLayer]) -> list[object]:
     notes = "; ".join([*also, *first.notes])
     shape = "x".join(map(str, first.shape))
     trainable = sum(layer.trainable for layer in group)
-    return [name + aliases, len(group), first.type_name, shape, first.rank, trainable, first.pattern, notes]
+    kind = [name + aliases, len(group), first.type_name, shape, _WAYS[first.path_kind]]
+    return [*kind, first.rank, trainable, first.pattern, notes]
+
+
+_WAYS = {"fused": "fused", "weight": "on W'", "base": "own kernel"}
+"""How a layer is computed, as docs/layers.md calls it."""
 
 
 def _grouped_skips(skipped: tuple[SkippedModule, ...], full: bool) -> list[list[SkippedModule]]:
@@ -414,7 +425,9 @@ def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
     if layer.quantisation is not None:
         return (*notes, f"quantised ({layer.quantisation.name}): runs on its own kernel")
     if layer.path_kind == "weight":
-        notes.append("own forward, runs on W'" + (" (no dropout)" if config.dropout else ""))
+        notes.append("own forward, runs on W'")
+    if config.dropout and not layer.drops:
+        notes.append("no dropout")
     if not isinstance(weight, nn.Parameter):
         notes.append("parametrised: W is computed for each call")
     if weight.is_meta:

@@ -100,6 +100,8 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = [(path, module) for path, module in model.named_modules() if own(module) is not None]
+    if not found and any(isinstance(module, Adapter) and module.watch is not None for module in model.modules()):
+        raise ValueError(f"the {type(model).__name__} is a part of a patched model: call this on the model itself")
     if not found and any(isinstance(module, AdaptedLayer) for module in model.modules()):
         return model, _of_constructed(model)
     if not found:
@@ -172,6 +174,8 @@ def all_sites(model: nn.Module) -> list[Site]:
     Raises:
         ValueError: there are none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     sites = [
         Site(module, name, site_paths(paths, name), paths[0])
         for module, paths in module_paths(model).items()

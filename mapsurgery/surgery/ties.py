@@ -21,7 +21,7 @@ def resolve_ties(model: nn.Module, layers: list[PlannedLayer], config: Config) -
         ValueError: such a weight, with `tied` "refuse"; or with "share" a holder that cannot be adapted alike.
     """
     holders = _holders(model)
-    notes: Notes = {}
+    notes = _shared_memory(model, layers, config)
     result: list[PlannedLayer] = []
     built: dict[int, PlannedLayer] = {}
     for layer in layers:
@@ -45,6 +45,25 @@ def resolve_ties(model: nn.Module, layers: list[PlannedLayer], config: Config) -
             missing = [h for h in others if h[:2] not in planned]
             result += [layer, *(_joined(layer, module, name, model, config) for module, name, _ in missing)]
     return result, notes
+
+
+def _shared_memory(model: nn.Module, layers: list[PlannedLayer], config: Config) -> Notes:
+    """Notes on weights whose memory another Parameter uses: no tie that could share an adapter."""
+    found: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0:
+            found.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+    notes: Notes = {}
+    for layer in layers:
+        weight = layer.module._parameters.get(layer.parameter)
+        if type(weight) is nn.Parameter and not weight.is_meta:
+            beside = found.get(weight.untyped_storage().data_ptr(), [])
+            others = ", ".join(name for name, parameter in beside if parameter is not weight)
+            if others and config.tied == "refuse":
+                raise ValueError(f"{layer.path} shares memory with {others}, which would keep the base weight")
+            if others:
+                notes[layer.path] = (f"shares memory with {others}, which keeps the base weight",)
+    return notes
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
