@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from definition import Snapshot, to_generic_point, weight_by
+from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -35,6 +36,17 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("td,edh,ch->tec", x, self.up.transpose(1, 2).mT, self.bank).flatten(1)
+
+
+class PerExpert(nn.Module):
+    """Reads its stack once for each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(F.linear(x, self.up[e]) for e in range(3))
 
 
 class Tied(nn.Module):
@@ -398,20 +410,34 @@ def test_a_vector_is_no_matrix() -> None:
         mapsurgery.patch(nn.Linear(4, 4), (), parameters="bias")
 
 
-def test_metadata_of_a_weight_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = to_generic_point(mapsurgery.patch(nn.Linear(6, 5), "*", rank=2))
+def _channels_last() -> nn.Module:
+    return StdConv2d(4, 6, 3).to(memory_format=torch.channels_last)
+
+
+METADATA = {
+    "linear": (lambda: nn.Linear(6, 5), "weight"),
+    "conv1d": (lambda: Conv1D(5, 6), "weight"),
+    "channels_last": (_channels_last, "weight"),
+    "stack": (PerExpert, "up"),
+}
+
+
+@pytest.mark.parametrize(("make", "name"), METADATA.values(), ids=METADATA)
+def test_metadata_of_a_weight_costs_no_product(make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = make()
+    want = getattr(original, name)
+    layer = to_generic_point(mapsurgery.patch(copy.deepcopy(original), "*", parameters=name, rank=2))
     calls = []
     value = mapsurgery.ops.lazy.LazyWeight.value
     monkeypatch.setattr(mapsurgery.ops.lazy.LazyWeight, "value", lambda self: calls.append(1) or value(self))
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            weight = layer.weight
-            found = (weight.shape, weight.dtype, weight.device, weight.size(0), weight.dim(), weight.requires_grad)
-            assert found == (torch.Size([5, 6]), torch.float32, torch.device("cpu"), 5, 2, grad)
-            assert isinstance(weight, Tensor) and weight.is_contiguous() and weight.numel() == 30
+            weight = getattr(layer, name)
+            assert (weight.shape, weight.dtype, weight.device) == (want.shape, want.dtype, want.device)
+            assert (weight.size(0), weight.dim(), weight.numel()) == (want.size(0), want.dim(), want.numel())
+            assert (weight.stride(), weight.requires_grad, isinstance(weight, Tensor)) == (want.stride(), grad, True)
     assert not calls
-    F.linear(torch.randn(2, 6), layer.weight)
-    assert calls
+    assert (getattr(layer, name) + 0).stride() == want.stride() and calls
 
 
 def test_a_weight_read_by_a_function_of_autograd_keeps_its_gradient() -> None:
@@ -480,21 +506,10 @@ def test_a_weight_first_used_in_inference_mode_can_be_used_outside() -> None:
     assert layer.adapter.A.grad is not None
 
 
-class PerExpert(nn.Module):
-    """Reads its stack once for each expert."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 6, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return sum(F.linear(x, self.up[e]) for e in range(3))
-
-
 def test_a_stack_is_computed_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model = to_generic_point(mapsurgery.patch(PerExpert(), (), parameters="up", rank=2))
-    original, calls = mapsurgery.ops.stacked_weight, []
-    monkeypatch.setattr(mapsurgery.ops, "stacked_weight", lambda *a: calls.append(1) or original(*a))
+    calls, made = [], mapsurgery.methods.MapLora.effective_weight
+    monkeypatch.setattr(mapsurgery.methods.MapLora, "effective_weight", lambda *a: calls.append(1) or made(*a))
     model(torch.randn(2, 5)).sum().backward()
     model(torch.randn(2, 5)).sum().backward()
     assert len(calls) == 2 and not any("memo" in name for name in model.__dict__)

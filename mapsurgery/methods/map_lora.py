@@ -132,10 +132,10 @@ class MapLora(Adapter):
     def effective_weight(self, weight: Tensor | None = None) -> Tensor:
         W, norm = self.base(weight)
         matrix, factors = self.matrix(W), self._factors(norm)
+        if ops.can_wait(W):
+            return ops.lazy_weight(W, self.transposed, self.stacked, matrix, *factors)
         if self.stacked:
             return ops.stacked_weight(matrix, *factors).reshape(W.shape)
-        if ops.can_wait(W):
-            return ops.lazy_effective_weight(W.shape, self.transposed, matrix, *factors)
         result = ops.effective_weight(matrix, *factors)
         return result.t() if self.transposed else result.reshape(W.shape)
 

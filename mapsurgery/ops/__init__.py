@@ -21,14 +21,14 @@ from . import autograd  # noqa: E402  (its operators exist only now)
 
 autograd.register()
 
-from .lazy import can_wait, lazy_effective_weight  # noqa: E402
+from .lazy import can_wait, lazy_weight  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
 
 __all__ = [
     "can_wait",
     "effective_weight",
     "frobenius_norm",
-    "lazy_effective_weight",
+    "lazy_weight",
     "lowrank_norm",
     "map_conv",
     "map_linear",

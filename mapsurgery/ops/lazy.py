@@ -9,6 +9,7 @@ reader (a custom Function, a fused kernel of torch) can get W' without its gradi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
+from . import stacked
 from .autograd import weight_gradients
 
 _ops = torch.ops.mapsurgery
@@ -84,29 +86,49 @@ class LazyWeight(Tensor):
         return repr(self.value())
 
 
+@dataclass(frozen=True)
+class _Definition:
+    """What a lazy weight computes, of tensors (weight as matrix or stack, A, B, alpha, beta, ||W||_F) and numbers."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    gradients: Callable[..., tuple[Tensor | None, ...]]
+    flatten: int
+    """Dimension from which the weight is flattened to its matrix, or to each matrix of a stack."""
+
+
+_TENSORS = 6
+_MATRIX = _Definition(
+    lambda *inputs: _ops.effective_weight.default(*inputs, None),  # None: in the dtype of the weight
+    lambda tensors, rest, saved, needs, grad: weight_gradients(tensors, (*rest, None), saved, (*needs, False), grad),
+    1,
+)
+_STACK = _Definition(stacked.forward, stacked.gradients, 2)
+
+
 class _LazyFunction(torch.autograd.Function):
-    """`autograd.EffectiveWeightFunction`, of which the forward waits."""
+    """W' with a closed-form backward, of which the forward waits."""
 
     @staticmethod
-    def forward(ctx: Any, shape: torch.Size, transposed: bool, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, definition: _Definition, like: Tensor, transposed: bool, *inputs: Any) -> Tensor:
         saved: list[Tensor] = []  # filled by the computation; the context must not hold the result itself
         ctx.save_for_backward(*inputs[:_TENSORS])
-        ctx.rest, ctx.saved, ctx.transposed = inputs[_TENSORS:], saved, transposed
-        return _lazy(shape, transposed, inputs, saved)
+        ctx.definition, ctx.transposed, ctx.rest, ctx.saved = definition, transposed, inputs[_TENSORS:], saved
+        return _lazy(definition, like, transposed, inputs, saved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.t() if ctx.transposed else grad.flatten(1)
+        definition, tensors, rest = ctx.definition, ctx.saved_tensors, ctx.rest
+        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding with sparse=True
+        grad = grad.t() if ctx.transposed else grad.flatten(definition.flatten)
         # Nothing is saved where nobody used the numbers of W'.
-        scales, gram_a, gram_b = ctx.saved or _ops.map_scales.default(*ctx.saved_tensors[1:], *ctx.rest[:2])
-        grads = weight_gradients(ctx.saved_tensors, ctx.rest, (scales, gram_a, gram_b), ctx.needs_input_grad[2:], grad)
-        return (None, None, *grads)
+        saved = ctx.saved or definition.forward(*tensors, *rest)[1:]
+        grads = definition.gradients(tensors, rest, saved, ctx.needs_input_grad[3:], grad)
+        return (None, None, None, *grads[: _TENSORS + len(rest)])
 
 
-_TENSORS = 6  # of the inputs of effective_weight: weight, A, B, alpha, beta, weight_norm
-
-
-def _lazy(shape: torch.Size, transposed: bool, inputs: tuple[Any, ...], saved: list[Tensor]) -> LazyWeight:
+def _lazy(
+    definition: _Definition, like: Tensor, transposed: bool, inputs: tuple[Any, ...], saved: list[Tensor]
+) -> LazyWeight:
     versions = _versions(inputs)
 
     def compute() -> Tensor:
@@ -115,12 +137,12 @@ def _lazy(shape: torch.Size, transposed: bool, inputs: tuple[Any, ...], saved: l
                 "the adapter or its base was changed in place after this `weight` was read and before it was used: "
                 "read it again, or use it (.clone()) before the change"
             )
-        value, *rest = _ops.effective_weight.default(*inputs)
+        value, *rest = definition.forward(*inputs)
         saved[:] = rest
-        return value.t() if transposed else value.reshape(shape)
+        value = value.t() if transposed else value.reshape(like.shape)
+        return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
-    like = inputs[0].t() if transposed else inputs[0].view(shape)
-    return LazyWeight(like, compute)
+    return LazyWeight(like.detach(), compute)
 
 
 def _versions(inputs: tuple[Any, ...]) -> list[int]:
@@ -131,8 +153,7 @@ def _versions(inputs: tuple[Any, ...]) -> list[int]:
 def can_wait(weight: Tensor) -> bool:
     """Whether W' of this weight may be a `LazyWeight`: in plain eager mode, where subclasses of tensors are welcome."""
     return (
-        weight.is_contiguous()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -141,13 +162,14 @@ def can_wait(weight: Tensor) -> bool:
     )
 
 
-def lazy_effective_weight(shape: torch.Size, transposed: bool, matrix: Tensor, *factors: Any) -> Tensor:
-    """`effective_weight` in the layer's own layout, computed when it is first read.
+def lazy_weight(weight: Tensor, transposed: bool, is_stack: bool, matrix: Tensor, *factors: Any) -> Tensor:
+    """W' in the layout of `weight`, computed when it is first read: `effective_weight`, or `stacked_weight`.
 
-    Args: shape of the layer's weight; transposed: it is the transpose of `matrix` (m, K), whose view it is otherwise;
-    factors: A, B, alpha, beta, weight_norm, tau, relative.
+    Args: weight of the layer, whose shape, strides and dtype W' has; transposed: it is the transpose of `matrix`;
+    matrix: (m, K), or with is_stack (E, m, K); factors: A, B, alpha, beta, weight_norm, tau, relative.
     """
-    inputs = (matrix, *factors, None)
+    definition, inputs = _STACK if is_stack else _MATRIX, (matrix, *factors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:_TENSORS]):
-        return _LazyFunction.apply(shape, transposed, *inputs)
-    return _lazy(shape, transposed, tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs), [])
+        return _LazyFunction.apply(definition, weight, transposed, *inputs)
+    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
+    return _lazy(definition, weight, transposed, detached, [])
