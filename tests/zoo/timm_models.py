@@ -27,9 +27,10 @@ SMALLER: dict[str, dict[str, Any]] = {
     "gemma4_vit": {"depth": 2, "embed_dim": 96, "num_heads": 4},
     "naflexvit": {"depth": 2},
     "qwen3_vit": {"depth": 2},
+    "vgg": {"mlp_ratio": 0.02},
     "vision_transformer_sam": {"depth": 2},
 }
-"""Modules without a small model: fewer blocks of the smallest."""
+"""Modules without a small model: fewer blocks of the smallest, or narrower ones."""
 
 
 def entries() -> list[Entry]:
@@ -39,7 +40,7 @@ def entries() -> list[Entry]:
 def _entry(module: str, model: str, size: int, options: dict[str, Any]) -> Entry:
     options = {**options, **SMALLER.get(module, {})}
     make = functools.partial(timm.create_model, model, pretrained=False, num_classes=5, **options)
-    return Entry(f"timm/{module}", "timm", make, lambda: args(floats(2, 3, size, size)))
+    return Entry(f"timm/{module}", "timm", make, lambda: args(floats(2 if size <= 128 else 1, 3, size, size)))
 
 
 def _parameters(name: str) -> int:

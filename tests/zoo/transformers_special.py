@@ -116,6 +116,7 @@ OVERRIDES: dict[str, dict[str, Any] | Callable[[], dict[str, Any]]] = {
     "swin": {"patch_size": 2},
     "donut-swin": {"patch_size": 2},
     "dpt": {"is_hybrid": False, "backbone_out_indices": [0, 1, 1, 1], "neck_hidden_sizes": [16, 16, 16, 16]},
+    "textnet": {"image_size": [32, 32]},
     "yolos": {"image_size": [32, 32]},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
