@@ -401,6 +401,7 @@ def test_raw_parameters_are_named_by_the_plan_and_by_parameters_alone() -> None:
     plan = mapsurgery.plan(model, "plain", parameters="*.up", rank=2)
     assert [layer.path for layer in plan.layers] == ["plain", "experts.up"]
     assert plan.layers[1].trainable == 3 * (2 * (6 + 5) + 2)
+    assert not mapsurgery.plan(model, "*", parameters=["*.up", "*.bank"], rank=2).skipped
     with pytest.raises(ValueError, match="parameters pattern 'down'.*experts"):
         mapsurgery.plan(model, "plain", parameters="down")
 

@@ -322,16 +322,16 @@ def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dic
     """Parameters of a module that a pattern takes, each with the first pattern that does."""
     if any(f".{path}.".find(".parametrizations.") >= 0 for path in paths):
         return {}  # the originals of a parametrised weight, which is adapted as a whole
-    asked: dict[str, str] = {}
-    pattern = first_match(paths, config.targets)
-    if pattern is not None and _has_weights(module):
-        kind = find_type(type(module))
-        asked |= dict.fromkeys(kind.parameters_of(module) if kind is not None else ["weight"], pattern)
-    for name, parameter in module._parameters.items():
-        raw = first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters)
-        if raw is not None and parameter is not None and name not in asked:
-            asked[name] = raw
-    return asked
+    named = {
+        name: pattern
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and (pattern := first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters)) is not None
+    }
+    pattern, kind = first_match(paths, config.targets), find_type(type(module))
+    if pattern is None or not _has_weights(module) or (named and kind is None):
+        return named
+    return named | dict.fromkeys(kind.parameters_of(module) if kind is not None else ["weight"], pattern)
 
 
 def _count(layers: list[PlannedLayer], pattern: str) -> int:
