@@ -485,8 +485,15 @@ def test_w_that_was_read_before_a_change_is_not_computed_from_what_came_after() 
 def test_writing_to_a_computed_weight_is_refused() -> None:
     layer = mapsurgery.patch(nn.Linear(6, 5), "*", rank=2)
     for write in (lambda: layer.weight.copy_(torch.ones(5, 6)), lambda: layer.weight.zero_(), layer.reset_parameters):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="changes nothing"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="is lost"):
             write()
+
+
+def test_writing_what_is_there_already_is_no_harm() -> None:
+    layer = to_generic_point(mapsurgery.patch(nn.Linear(6, 5), "*", rank=2))
+    with torch.no_grad():
+        weight = layer.weight
+        assert weight.div_(1) is weight and torch.equal(weight + 0, layer.weight + 0)
 
 
 def test_a_weight_whose_numbers_nobody_used_has_its_gradient() -> None:

@@ -49,16 +49,23 @@ class LazyWeight(Tensor):
                 self._value = self._compute()
         return self._value
 
+    def _written(self, func: Any, args: Any, kwargs: Any) -> LazyWeight:
+        """An operation that writes into W', which is lost: right only if it changes no number (as RWKV's x / 1)."""
+        after = self.value().clone()
+        func(after, *args[1:], **kwargs)
+        if not torch.equal(after, self.value()):
+            raise RuntimeError(
+                f"{func}: the weight of an adapted layer is computed (W'), what is written to it is lost"
+            )
+        return self
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares its default as a static function
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func._schema.is_mutable and args and isinstance(args[0], LazyWeight):
-            raise RuntimeError(
-                f"{func}: the weight of an adapted layer is computed (W'); writing to it changes nothing"
-            )
+        lazy = args[0] if func._schema.is_mutable and args and isinstance(args[0], LazyWeight) else None
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if lazy is None else lazy._written(func, args, kwargs)
 
     # What reads memory without an operation: kernels that take a pointer, other libraries.
     def data_ptr(self) -> int:
