@@ -22,7 +22,7 @@ def _totals(found: Found) -> list[list[object]]:
             chosen = [v for v in verdicts.values() if family in ("all", v.family)]
             kinds = Counter(v.kind for v in chosen)
             runnable = len(chosen) - kinds["not runnable"]
-            share = f"{kinds['right'] / runnable:.0%}" if runnable else "-"
+            share = f"{kinds['right'] / runnable:.1%}" if runnable else "-"
             sums = [sum(v.sites for v in chosen), round(sum(v.seconds for v in chosen))]
             rows.append([family, column, len(chosen), *(kinds[kind] for kind in KINDS), share, *sums])
     return rows
