@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
-
 #include "common/tensor.h"
 
 namespace mapsurgery {
@@ -16,8 +14,17 @@ struct ConvArgs {
   int64_t groups;
 };
 
+inline Tensor sum_over(const Tensor& t, const Sizes& dims) {
+  return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(dims));
+}
+
+// One matrix of a batch (N, rows, columns).
+inline Tensor matrix_of(const Tensor& batch, int64_t n) {
+  return view(batch, {batch.size(1), batch.size(2)}, {batch.stride(1), batch.stride(2)}, n * batch.stride(0));
+}
+
 // The parameters are the device's entry points of torch's C shim.
-template <auto mm_out, auto addmm_out, auto baddbmm_out, auto conv_forward, auto conv_backward>
+template <auto mm_out, auto addmm_out, auto bmm_out, auto baddbmm_out, auto conv_forward, auto conv_backward>
 struct Aten {
   static Tensor mm(const Tensor& a, const Tensor& b) {
     Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type(), a);
@@ -30,9 +37,24 @@ struct Aten {
     TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
   }
 
-  // out += alpha a b, matrix by matrix.
-  static void add_bmm_(Tensor& out, const Tensor& a, const Tensor& b, double alpha) {
-    TORCH_ERROR_CODE_CHECK(baddbmm_out(out.get(), out.get(), a.get(), b.get(), 1, alpha));
+  // out = a b, matrix by matrix.
+  static void bmm(Tensor& out, const Tensor& a, const Tensor& b) {
+    TORCH_ERROR_CODE_CHECK(bmm_out(out.get(), a.get(), b.get()));
+  }
+
+  // out = beta out + alpha a b, matrix by matrix.
+  static void baddbmm_(Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
+    TORCH_ERROR_CODE_CHECK(baddbmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+  }
+
+  // sum_n a[n] b[n]^T for a (N, p, L) and b (N, q, L): (p, q).
+  static Tensor sum_of_products(const Tensor& a, const Tensor& b) {
+    const int64_t N = a.size(0), p = a.size(1), q = b.size(1);
+    if (N == 1) return mm(matrix_of(a, 0), transposed(matrix_of(b, 0)));
+    const ScalarType dtype = a.scalar_type();
+    Tensor products = empty({N, p, q}, dtype, a);
+    bmm(products, a, view(b, {N, b.size(2), q}, {b.stride(0), b.stride(2), b.stride(1)}));
+    return sum_over(cast(products, accumulate_dtype(dtype)), {0});
   }
 
   static Tensor convolution(const Tensor& x, const Tensor& kernel, const ConvArgs& conv,
@@ -47,8 +69,8 @@ struct Aten {
   }
 
   // Gradients by x and by the kernel; the one that is not needed is undefined.
-  static std::array<Tensor, 2> convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel,
-                                                    const ConvArgs& conv, bool need_x, bool need_kernel) {
+  static std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel,
+                                                         const ConvArgs& conv, bool need_x, bool need_kernel) {
     const Sizes zeros(conv.stride.size(), 0);
     const int64_t n = static_cast<int64_t>(zeros.size());
     const int32_t mask[3] = {need_x, need_kernel, 0};
@@ -60,9 +82,5 @@ struct Aten {
     return {Tensor(dx), Tensor(dkernel)};
   }
 };
-
-inline Tensor sum_over(const Tensor& t, const Sizes& dims) {
-  return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(dims));
-}
 
 }  // namespace mapsurgery

@@ -12,19 +12,6 @@ struct Scale {
   ScaleIndex index;
 };
 
-// A scale made ready for a matrix product: scale t = alpha tensor, where the device chooses what goes into alpha.
-struct Folded {
-  Tensor tensor;
-  double alpha;
-};
-
-// out += scale a b; a is the small one: where it has to be scaled, that costs less than a pass over out.
-template <class Device>
-void add_scaled_mm_(Tensor& out, const Tensor& a, const Tensor& b, Scale scale) {
-  const Folded folded = Device::fold(a, scale);
-  Device::addmm(out, out, folded.tensor, b, 1, folded.alpha);
-}
-
 // <a, b> and its product with one of the scales, (1,) tensors.
 struct Dot {
   Tensor value;

@@ -61,20 +61,26 @@ inline Tensor up_kernel(const Tensor& B, size_t spatial) {
   return reshaped(B, sizes);
 }
 
-// A dense (N, C, *spatial) activation as (N, C, L), for memory in the order of its dimensions or with channels last.
+// A dense (N, C, *spatial) activation as N matrices (C, L). With channels last the samples follow each other in one.
 struct Activation {
   int64_t N, C, L;
   bool channels_last;
 
   explicit Activation(const Tensor& t)
-      : N(t.size(0)), C(t.size(1)), L(product(sizes_of(t), 2, t.dim())), channels_last(!t.is_contiguous()) {}
+      : N(t.size(0)), C(t.size(1)), L(product(sizes_of(t), 2, t.dim())), channels_last(!t.is_contiguous()) {
+    if (channels_last) {
+      L *= N;
+      N = 1;
+    }
+  }
 
   int64_t channel_stride() const { return channels_last ? 1 : L; }
 
-  // Channels [first, first + count) as count x L matrices, one per sample.
+  // Channels [first, first + count) as matrices (count, L).
   Tensor channels(const Tensor& t, int64_t first, int64_t count) const {
     return view(t, {N, count, L}, {C * L, channel_stride(), channels_last ? C : 1}, first * channel_stride());
   }
+  Tensor channels(const Tensor& t) const { return channels(t, 0, C); }
 };
 
 inline bool is_channels_last(const Tensor& t) {
@@ -87,20 +93,91 @@ inline bool is_channels_last(const Tensor& t) {
   return t.stride(0) == expected;
 }
 
-inline Tensor as_activation(const Tensor& t) { return is_channels_last(t) ? t : as_contiguous(t); }
+inline Sizes channels_last_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  int64_t step = sizes[1];
+  for (size_t i = sizes.size() - 1; i >= 2; step *= sizes[i--]) strides[i] = step;
+  strides[0] = step;
+  return strides;
+}
 
-// y += s_d B h, the 1x1 convolution of h with B, group by group and in place.
+// A copy of t, dense in one of the two orders.
+inline Tensor copied(const Tensor& t, bool channels_last) {
+  if (!channels_last) return torch::stable::contiguous(t);
+  const Sizes sizes = sizes_of(t);
+  Tensor result = empty_strided(sizes, channels_last_strides(sizes), t.scalar_type(), t);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), t.get(), 0));
+  return result;
+}
+
+// t as a dense activation: itself, or a copy in the order that is nearest to its own.
+inline Tensor as_activation(const Tensor& t) {
+  if (t.is_contiguous() || is_channels_last(t)) return t;
+  return copied(t, t.stride(1) == 1 && t.size(1) > 1);
+}
+
+// An activation like t with another number of channels, not filled.
+inline Tensor empty_activation(const Tensor& t, int64_t channels) {
+  Sizes sizes = sizes_of(t);
+  sizes[1] = channels;
+  const Sizes strides = t.is_contiguous() ? contiguous_strides(sizes) : channels_last_strides(sizes);
+  return empty_strided(sizes, strides, t.scalar_type(), t);
+}
+
+// The activation t in the order of memory of another, which may have other channels.
+inline Tensor ordered_like(const Tensor& t, const Tensor& other) {
+  return t.is_contiguous() == other.is_contiguous() ? t : copied(t, !other.is_contiguous());
+}
+
+// Rows [first, first + rows) of a factor for each of N samples, in memory only once.
+inline Tensor for_samples(const Tensor& factor, int64_t N, int64_t first, int64_t rows) {
+  const int64_t step = factor.stride(0);
+  return view(factor, {N, rows, factor.size(1)}, {0, step, factor.stride(1)}, first * step);
+}
+
+// factor t for each sample: the 1x1 convolution of the activation t.
 template <class Device>
-void add_pointwise_(const Tensor& y, const Tensor& h, const Tensor& B, int64_t groups, Scale s_d) {
-  if (y.numel() == 0 || h.numel() == 0) return;
-  const Tensor H = as_activation(h);
+Tensor pointwise(const Tensor& factor, const Tensor& t) {
+  Tensor out = empty_activation(t, factor.size(0));
+  const Activation from(t), into(out);
+  Tensor matrices = into.channels(out);
+  if (out.numel() > 0) {
+    Device::bmm(matrices, for_samples(factor, from.N, 0, factor.size(0)), from.channels(t));
+  }
+  return out;
+}
+
+// Whether a convolution is a matrix product for each sample. Then the low-rank half of the update is one of GEMM's,
+// which is quicker for a few channels than a convolution, and adds up in place.
+inline bool is_pointwise(const Tensor& weight, const ConvArgs& conv) {
+  for (size_t i = 0; i < conv.stride.size(); ++i) {
+    if (weight.size(static_cast<int64_t>(i) + 2) != 1 || conv.padding[i] != 0) return false;
+  }
+  return conv.groups == 1;
+}
+
+// The positions of x that a pointwise convolution reads; x itself without a stride.
+inline Tensor positions(const Tensor& x, const ConvArgs& conv) {
+  Sizes sizes = sizes_of(x), strides = strides_of(x);
+  for (size_t i = 0; i < conv.stride.size(); ++i) {
+    if (sizes[i + 2] > 0) sizes[i + 2] = (sizes[i + 2] - 1) / conv.stride[i] + 1;
+    strides[i + 2] *= conv.stride[i];
+  }
+  return sizes == sizes_of(x) ? x : view(x, sizes, strides);
+}
+
+// y = keep y + s_d factor h, the 1x1 convolution of h, group by group and in place.
+template <class Device>
+void accumulate_pointwise_(const Tensor& y, const Tensor& factor, const Tensor& h, int64_t groups, const Tensor& scales,
+                           ScaleIndex keep) {
+  if (y.numel() == 0) return;
+  const Tensor H = ordered_like(h, y);
   const Activation in(H), out(y);
-  const auto [factor, alpha] = Device::fold(B, s_d);
-  const int64_t rows = factor.size(0) / groups, rank = factor.size(1), step = factor.stride(0);
+  const int64_t rows = factor.size(0) / groups, rank = factor.size(1);
   for (int64_t g = 0; g < groups; ++g) {
-    const Tensor rows_of_B = view(factor, {out.N, rows, rank}, {0, step, factor.stride(1)}, g * rows * step);
     Tensor rows_of_y = out.channels(y, g * rows, rows);
-    Device::add_bmm_(rows_of_y, rows_of_B, in.channels(H, g * rank, rank), alpha);
+    Device::accumulate_bmm_(rows_of_y, for_samples(factor, out.N, g * rows, rows), in.channels(H, g * rank, rank),
+                            scales, keep);
   }
 }
 
@@ -130,11 +207,12 @@ Forward map_conv(const Tensor& x, const Tensor& weight, const std::optional<Tens
     return {y, nothing(dtype, x), scales, gram_a, gram_b};
   }
   auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
-  Tensor h = convolution<Device>(x, down_kernel(cast(A, dtype), weight, groups), conv);
+  const Tensor down = cast(A, dtype);
+  Tensor h = is_pointwise(weight, conv) ? pointwise<Device>(down, as_activation(positions(x, conv)))
+                                        : convolution<Device>(x, down_kernel(down, weight, groups), conv);
   Tensor y = convolution<Device>(x, cast(weight, dtype), conv);
-  const Activation layout(y);
-  Device::scale_and_bias_(y, {scales, S_W}, bias_, layout.channel_stride());
-  add_pointwise_<Device>(y, h, cast(B, dtype), groups, {scales, S_D});
+  if (bias_) Device::scale_and_bias_(y, {scales, S_W}, bias_, Activation(y).channel_stride());
+  accumulate_pointwise_<Device>(y, cast(B, dtype), h, groups, scales, bias_ ? ONE : S_W);
   return {y, h, scales, gram_a, gram_b};
 }
 
@@ -165,49 +243,102 @@ Grads conv_backward_in_weight_space(const Tensor& grad, const Tensor& x, const T
   return {dx, dweight, {}, factors.A, factors.B, dalpha, factors.beta};
 }
 
+// Gradients of h and B of the second half of the update, y = s_d B h, still without s_d. dB is undefined unless needed.
+template <class Device>
+std::tuple<Tensor, Tensor> up_backward(const Tensor& grad, const Tensor& h, const Tensor& B, int64_t groups,
+                                       bool need_B) {
+  if (groups > 1) {
+    const size_t spatial = static_cast<size_t>(grad.dim()) - 2;
+    return Device::convolution_backward(grad, h, up_kernel(B, spatial), PointwiseArgs(spatial, groups).args(), true,
+                                        need_B);
+  }
+  const Tensor G = as_activation(grad);
+  Tensor dB;
+  if (need_B) {
+    const Tensor H = ordered_like(as_activation(h), G);
+    dB = Device::sum_of_products(Activation(G).channels(G), Activation(H).channels(H));
+  }
+  return {pointwise<Device>(transposed(B), G), dB};
+}
+
+// Gradients of the first half, h = conv(x, A), still without s_d: dA (r, K), and that of x, which is undefined where
+// `accumulate_pointwise_` adds it up in place. GB is the gradient of h.
+template <class Device>
+std::tuple<Tensor, Tensor> down_backward(const Tensor& GB, const Tensor& x, const Tensor& A, const Tensor& weight,
+                                         const ConvArgs& conv, bool need_x, bool need_A) {
+  if (is_pointwise(weight, conv)) {
+    if (!need_A) return {};
+    const Tensor X = as_activation(positions(x, conv)), ordered = ordered_like(GB, X);
+    return {Tensor(), Device::sum_of_products(Activation(ordered).channels(ordered), Activation(X).channels(X))};
+  }
+  auto [GBA, dA] = Device::convolution_backward(GB, x, down_kernel(A, weight, conv.groups), conv, need_x, need_A);
+  if (need_A) {
+    // A is shared by the groups: its gradient is the sum of theirs.
+    const Tensor each = reshaped(dA, {conv.groups, A.numel()});
+    dA = reshaped(conv.groups == 1 ? each : sum_over(cast(each, accumulate_dtype(A.scalar_type())), {0}), sizes_of(A));
+  }
+  return {GBA, dA};
+}
+
+// GW becomes s_w GW + s_d GBA, the gradient of x, where that is needed; returns that of alpha, <x, G W>.
+// GBA is what `down_backward` returned.
+template <class Device>
+Tensor finish_input_gradient(Tensor& GW, const Tensor& GB, const Tensor& GBA, const Tensor& x, const Tensor& weight,
+                             const Tensor& A, const Tensor& scales, const ConvArgs& conv, bool need_x,
+                             bool need_alpha) {
+  if (need_x && !is_pointwise(weight, conv)) {
+    return Device::dot_and_combine_(in_layout_of(x, GW), GW, in_layout_of(GBA, GW), scales, DS_W).scaled;
+  }
+  const Tensor read = is_pointwise(weight, conv) ? positions(GW, conv) : GW;  // G W is 0 in the others
+  const Tensor sum = as_activation(read);
+  Tensor dalpha = nothing(scales.scalar_type(), x);
+  if (need_alpha) {
+    const Tensor X = is_pointwise(weight, conv) ? positions(x, conv) : x;
+    dalpha = Device::dot(in_layout_of(X, sum), sum, scales, DS_W).scaled;
+  }
+  if (need_x) {
+    accumulate_pointwise_<Device>(sum, transposed(A), GB, 1, scales, S_W);
+    if (sum.numel() != GW.numel()) TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(read.get(), sum.get(), 0));
+  }
+  return dalpha;
+}
+
 template <class Device>
 Grads conv_backward_in_activation_space(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weight,
                                         const Tensor& A, const Tensor& B, const Tensor& scales, const Tensor& gram_a,
                                         const Tensor& gram_b, const ConvArgs& conv, bool need_x, bool need_weight,
                                         bool need_factors, bool need_alpha) {
   const ScalarType dtype = x.scalar_type();
-  const int64_t m = B.size(0), rank = B.size(1), groups = conv.groups;
-  const size_t spatial = conv.stride.size();
   Tensor dx = nothing(dtype, x), dweight = nothing(dtype, x);
   Tensor dalpha = nothing(scales.scalar_type(), x);
   FactorGrads factors = no_factor_grads(A, B, scales);
+  Tensor GW, GB, GBA;
 
   if (need_x || need_alpha || need_weight) {
-    auto [GW, D] = Device::convolution_backward(grad, x, cast(weight, dtype), conv, need_x || need_alpha, need_weight);
+    auto [grad_x, D] =
+        Device::convolution_backward(grad, x, cast(weight, dtype), conv, need_x || need_alpha, need_weight);
+    if (need_x || need_alpha) GW = as_activation(grad_x);
     if (need_weight) {
       D = as_contiguous(D);
       Device::scale_(D, {scales, S_W});
       dweight = cast(D, weight.scalar_type());
     }
-    if (need_x || need_alpha) GW = as_activation(GW);
-    if (need_alpha) {
-      dalpha = Device::dot_and_scale_(in_layout_of(x, GW), GW, need_x, scales, DS_W).scaled;
-    } else if (need_x) {
-      Device::scale_(GW, {scales, S_W});
-    }
-    if (need_x) dx = GW;
   }
   if (need_x || need_factors) {
-    const PointwiseArgs pointwise(spatial, groups);
-    auto [GB, dB] =
-        Device::convolution_backward(grad, h, up_kernel(cast(B, dtype), spatial), pointwise.args(), true, need_factors);
-    auto [GBA, dA] =
-        Device::convolution_backward(GB, x, down_kernel(cast(A, dtype), weight, groups), conv, need_x, need_factors);
-    if (need_x) Device::add_scaled_(dx, in_layout_of(GBA, dx), {scales, S_D});
+    const Tensor down = cast(A, dtype);
+    Tensor dA, dB;
+    std::tie(GB, dB) = up_backward<Device>(grad, h, cast(B, dtype), conv.groups, need_factors);
+    GB = as_activation(GB);
+    std::tie(GBA, dA) = down_backward<Device>(GB, x, down, weight, conv, need_x, need_factors);
     if (need_factors) {
-      // A is shared by the groups: its gradient is the sum of theirs.
-      Tensor summed =
-          reshaped(sum_over(cast(reshaped(dA, {groups, A.numel()}), scales.scalar_type()), {0}), sizes_of(A));
-      GB = as_activation(GB);
-      factors = factor_grads<Device>(summed, reshaped(dB, {m, rank}),
-                                     Device::dot(GB, in_layout_of(h, GB), scales, DS_D), A, B, scales, gram_a, gram_b);
+      factors = factor_grads<Device>(dA, reshaped(dB, sizes_of(B)), Device::dot(GB, in_layout_of(h, GB), scales, DS_D),
+                                     A, B, scales, gram_a, gram_b);
     }
   }
+  if (need_x || need_alpha) {
+    dalpha = finish_input_gradient<Device>(GW, GB, GBA, x, weight, cast(A, dtype), scales, conv, need_x, need_alpha);
+  }
+  if (need_x) dx = GW;
   return {dx, dweight, {}, factors.A, factors.B, dalpha, factors.beta};
 }
 

@@ -30,11 +30,8 @@ Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
   const Tensor X = as_rows(x);
   Tensor h = Device::mm(X, transposed(cast(A, dtype)));
-  Tensor y = Device::scaled_mm(X, transposed(cast(weight, dtype)), {scales, S_W},
-                               bias ? std::optional(cast(*bias, dtype)) : std::nullopt);
-  // s_d B has the size of W; s_d h can overflow float16 while B, and with it 1/s_d, is still small.
-  const Folded up = Device::fold(cast(B, dtype), {scales, S_D});
-  Device::addmm(y, y, h, transposed(up.tensor), 1, up.alpha);
+  Tensor y = Device::affine(X, transposed(cast(weight, dtype)), h, transposed(cast(B, dtype)),
+                            bias ? std::optional(cast(*bias, dtype)) : std::nullopt, scales);
   if (x.dim() != 2) {
     y = reshaped(y, with_last(sizes_of(x), weight.size(0)));
     h = reshaped(h, with_last(sizes_of(x), A.size(0)));
@@ -75,18 +72,14 @@ Grads map_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
   if (need_x || need_factors) GB = Device::mm(G, cast(B, dtype));
   if (need_x || need_alpha) {
     Tensor GW = Device::mm(G, cast(weight, dtype));
-    if (need_alpha) {
-      dalpha = Device::dot_and_scale_(in_layout_of(X, GW), GW, need_x, scales, DS_W).scaled;
-    } else {
-      Device::scale_(GW, {scales, S_W});
-    }
+    if (need_alpha) dalpha = Device::dot(in_layout_of(X, GW), GW, scales, DS_W).scaled;
     if (need_x) {
-      add_scaled_mm_<Device>(GW, GB, cast(A, dtype), {scales, S_D});
+      Device::accumulate_mm_(GW, GB, cast(A, dtype), scales);
       dx = reshaped(GW, sizes_of(x));
     }
   }
   if (need_weight) {
-    dweight = cast(Device::scaled_mm(transposed(G), X, {scales, S_W}, std::nullopt), weight.scalar_type());
+    dweight = cast(Device::scaled_mm(transposed(G), X, {scales, S_W}), weight.scalar_type());
   }
   if (need_bias) dbias = sum_over(G, {0});
   if (need_factors) {

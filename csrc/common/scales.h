@@ -12,7 +12,7 @@
 namespace mapsurgery {
 
 // Places in the tensor `scales`.
-enum ScaleIndex { S_W, S_D, DS_W, DS_D, RADIAL, NORM, NUM_SCALES };
+enum ScaleIndex { S_W, S_D, DS_W, DS_D, RADIAL, NORM, ONE, NUM_SCALES };
 
 // What the r x r contraction leaves: ||BA||_F^2 and tr(A A^T) + tr(B^T B).
 struct GramSums {
@@ -50,6 +50,7 @@ MAPSURGERY_HOST_DEVICE void compute_scales(GramSums sums, double alpha, double b
   scales[DS_D] = static_cast<acc_t>(ds_d);
   scales[RADIAL] = static_cast<acc_t>(s_d * inverse * inverse);
   scales[NORM] = static_cast<acc_t>(p);
+  scales[ONE] = acc_t(1);  // for products whose factors have to lie on the device
 }
 
 }  // namespace mapsurgery

@@ -11,7 +11,7 @@
 
 namespace mapsurgery {
 
-struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cpu_baddbmm_out,
+struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cpu_bmm_out, aoti_torch_cpu_baddbmm_out,
                   aoti_torch_cpu_convolution, aoti_torch_cpu_convolution_backward> {
   struct Guard {
     explicit Guard(const Tensor&) {}
@@ -25,21 +25,37 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // elementwise.cpp; all tensors dense, those of one call in the same layout.
   static double read(Scale scale);
   static Dot dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index);
-  // The same, and b *= s_w on the way if asked.
-  static Dot dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor& scales, ScaleIndex index);
+  // The same, and b = s_w b + s_d other on the way.
+  static Dot dot_and_combine_(const Tensor& a, Tensor& b, const Tensor& other, const Tensor& scales, ScaleIndex index);
   static void scale_(Tensor& t, Scale scale);
   // t = scale t + bias[channel], for channels `channel_stride` apart.
   static void scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& bias, int64_t channel_stride);
-  static void add_scaled_(Tensor& t, const Tensor& other, Scale scale);
 
-  // scale a b + bias
-  static Tensor scaled_mm(const Tensor& a, const Tensor& b, Scale scale, const std::optional<Tensor>& bias) {
+  // scale a b
+  static Tensor scaled_mm(const Tensor& a, const Tensor& b, Scale scale) {
     Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type(), a);
-    addmm(out, bias ? *bias : out, a, b, bias ? 1 : 0, read(scale));
+    addmm(out, out, a, b, 0, read(scale));
     return out;
   }
 
-  static Folded fold(const Tensor& t, Scale scale) { return {t, read(scale)}; }
+  // s_w x W + s_d h B + bias
+  static Tensor affine(const Tensor& x, const Tensor& W, const Tensor& h, const Tensor& B,
+                       const std::optional<Tensor>& bias, const Tensor& scales) {
+    Tensor y = empty({x.size(0), W.size(1)}, x.scalar_type(), x);
+    addmm(y, bias ? *bias : y, x, W, bias ? 1 : 0, read({scales, S_W}));
+    addmm(y, y, h, B, 1, read({scales, S_D}));
+    return y;
+  }
+
+  // out = s_w out + s_d a b
+  static void accumulate_mm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales) {
+    addmm(out, out, a, b, read({scales, S_W}), read({scales, S_D}));
+  }
+
+  // out = keep out + s_d a b, matrix by matrix
+  static void accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep) {
+    baddbmm_(out, a, b, read({scales, keep}), read({scales, S_D}));
+  }
 
   // s_d grad - c RADIAL left right, rounded to dtype.
   static Tensor tangent(const Tensor& grad, const Tensor& left, const Tensor& right, const Tensor& c,

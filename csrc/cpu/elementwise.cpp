@@ -97,21 +97,20 @@ Dot Cpu::dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex 
   return as_dot(value, scales, index);
 }
 
-Dot Cpu::dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor& scales, ScaleIndex index) {
-  if (!scale_b) return dot(a, b, scales, index);
-  const double s_w = read({scales, S_W});
+Dot Cpu::dot_and_combine_(const Tensor& a, Tensor& b, const Tensor& other, const Tensor& scales, ScaleIndex index) {
+  const double s_w = read({scales, S_W}), s_d = read({scales, S_D});
   const double value = dispatch_floating(b.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using acc_t = accumulate_t<T>;
-    const T* a_data = static_cast<const T*>(a.data_ptr());
+    const T *a_data = static_cast<const T*>(a.data_ptr()), *other_data = static_cast<const T*>(other.data_ptr());
     T* b_data = static_cast<T*>(b.data_ptr());
     return sum_pieces(b.numel(), [&](int64_t i, int64_t n) {
-      acc_t a_buffer[kBuffer];
-      const acc_t* a_row = widened(a_data + i, a_buffer, n);
+      acc_t a_buffer[kBuffer], other_buffer[kBuffer];
+      const acc_t *a_row = widened(a_data + i, a_buffer, n), *other_row = widened(other_data + i, other_buffer, n);
       double sum = 0;
       update(b_data + i, n, [&](acc_t* b_row) {
         sum = dot_row<acc_t>(a_row, b_row, n);
-        affine_row(b_row, static_cast<acc_t>(s_w), acc_t(0), n);
+        combine_row(b_row, static_cast<acc_t>(s_w), other_row, static_cast<acc_t>(s_d), n);
       });
       return sum;
     });
@@ -155,21 +154,6 @@ void Cpu::scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& b
                                     }
                                   }
                                 });
-  });
-}
-
-void Cpu::add_scaled_(Tensor& t, const Tensor& other, Scale scale) {
-  const double factor = read(scale);
-  dispatch_floating(t.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    using acc_t = accumulate_t<T>;
-    T* data = static_cast<T*>(t.data_ptr());
-    const T* other_data = static_cast<const T*>(other.data_ptr());
-    for_pieces(t.numel(), [&](int64_t i, int64_t n) {
-      acc_t buffer[kBuffer];
-      const acc_t* other_row = widened(other_data + i, buffer, n);
-      update(data + i, n, [&](acc_t* row) { add_row(row, static_cast<acc_t>(factor), other_row, n); });
-    });
   });
 }
 

@@ -58,8 +58,9 @@ MAPSURGERY_SIMD void affine_row(acc_t* __restrict row, acc_t factor, const acc_t
 }
 
 template <class acc_t>
-MAPSURGERY_SIMD void add_row(acc_t* __restrict row, acc_t factor, const acc_t* __restrict other, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) row[i] += factor * other[i];
+MAPSURGERY_SIMD void combine_row(acc_t* __restrict row, acc_t row_factor, const acc_t* __restrict other,
+                                 acc_t other_factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] = row_factor * row[i] + other_factor * other[i];
 }
 
 template <class acc_t>
@@ -88,15 +89,15 @@ MAPSURGERY_SIMD void add_rows(acc_t* __restrict row, const acc_t* factors, int64
   template void load_row<acc_t, T>(acc_t*, const T*, int64_t, int64_t); \
   template void store_row<acc_t, T>(T*, int64_t, const acc_t*, int64_t)
 
-#define INSTANTIATE(acc_t)                                               \
-  INSTANTIATE_CONVERSIONS(acc_t, double);                                \
-  INSTANTIATE_CONVERSIONS(acc_t, float);                                 \
-  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::BFloat16);           \
-  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::Half);               \
-  template acc_t dot_row<acc_t>(const acc_t*, const acc_t*, int64_t);    \
-  template void affine_row<acc_t>(acc_t*, acc_t, acc_t, int64_t);        \
-  template void affine_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t); \
-  template void add_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t);    \
+#define INSTANTIATE(acc_t)                                                       \
+  INSTANTIATE_CONVERSIONS(acc_t, double);                                        \
+  INSTANTIATE_CONVERSIONS(acc_t, float);                                         \
+  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::BFloat16);                   \
+  INSTANTIATE_CONVERSIONS(acc_t, torch::headeronly::Half);                       \
+  template acc_t dot_row<acc_t>(const acc_t*, const acc_t*, int64_t);            \
+  template void affine_row<acc_t>(acc_t*, acc_t, acc_t, int64_t);                \
+  template void affine_row<acc_t>(acc_t*, acc_t, const acc_t*, int64_t);         \
+  template void combine_row<acc_t>(acc_t*, acc_t, const acc_t*, acc_t, int64_t); \
   template void add_rows<acc_t>(acc_t*, const acc_t*, int64_t, const acc_t*, int64_t, int64_t, int64_t)
 
 INSTANTIATE(float);

@@ -24,9 +24,9 @@ void affine_row(acc_t* row, acc_t factor, acc_t shift, int64_t n);
 template <class acc_t>
 void affine_row(acc_t* row, acc_t factor, const acc_t* shift, int64_t n);
 
-// row += factor other
+// row = row_factor row + other_factor other
 template <class acc_t>
-void add_row(acc_t* row, acc_t factor, const acc_t* other, int64_t n);
+void combine_row(acc_t* row, acc_t row_factor, const acc_t* other, acc_t other_factor, int64_t n);
 
 // row += sum_k factors[k stride] rows[k], k < count
 template <class acc_t>

@@ -12,8 +12,8 @@
 
 namespace mapsurgery {
 
-struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch_cuda_baddbmm_out,
-                   aoti_torch_cuda_convolution, aoti_torch_cuda_convolution_backward> {
+struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch_cuda_bmm_out,
+                   aoti_torch_cuda_baddbmm_out, aoti_torch_cuda_convolution, aoti_torch_cuda_convolution_backward> {
   struct Guard {
     torch::stable::accelerator::DeviceGuard guard;
     explicit Guard(const Tensor& t) : guard(t.get_device_index()) {}
@@ -26,27 +26,51 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
 
   // elementwise.cu; all tensors dense, those of one call in the same layout.
   static Dot dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index);
-  // The same, and b *= s_w on the way if asked.
-  static Dot dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor& scales, ScaleIndex index);
+  // The same, and b = s_w b + s_d other on the way.
+  static Dot dot_and_combine_(const Tensor& a, Tensor& b, const Tensor& other, const Tensor& scales, ScaleIndex index);
   static void scale_(Tensor& t, Scale scale);
   // A contiguous copy of t, which may have any strides.
   static Tensor scaled(const Tensor& t, Scale scale);
   // t = scale t + bias[channel], for channels `channel_stride` apart.
   static void scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& bias, int64_t channel_stride);
-  static void add_scaled_(Tensor& t, const Tensor& other, Scale scale);
   // s_d grad - c RADIAL left right, rounded to dtype.
   static Tensor tangent(const Tensor& grad, const Tensor& left, const Tensor& right, const Tensor& c,
                         const Tensor& scales, ScalarType dtype);
 
-  // scale a b + bias
-  static Tensor scaled_mm(const Tensor& a, const Tensor& b, Scale scale, const std::optional<Tensor>& bias) {
+  // gemm.cpp; the factors of the product are read by the GPU itself.
+  // out = scales[keep] out + scales[factor] a b
+  static void gemm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep,
+                    ScaleIndex factor);
+  // out = keep out + s_d a b, matrix by matrix
+  static void accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep);
+
+  // scale a b
+  static Tensor scaled_mm(const Tensor& a, const Tensor& b, Scale scale) {
     Tensor out = mm(a, b);
-    scale_and_bias_(out, scale, bias ? std::optional(as_contiguous(*bias)) : std::nullopt, 1);
+    scale_(out, scale);
     return out;
   }
 
-  // GEMM's own alpha would have to come from the host.
-  static Folded fold(const Tensor& t, Scale scale) { return {scaled(t, scale), 1}; }
+  // s_w x W + s_d h B + bias
+  static Tensor affine(const Tensor& x, const Tensor& W, const Tensor& h, const Tensor& B,
+                       const std::optional<Tensor>& bias, const Tensor& scales) {
+    if (!bias) {
+      Tensor y = mm(x, W);
+      accumulate_mm_(y, h, B, scales);
+      return y;
+    }
+    // The bias rides on the small product. s_d goes into B, which then has the size of W: s_d h can overflow float16
+    // while B, and with it 1/s_d, is still small.
+    Tensor y = empty({x.size(0), W.size(1)}, x.scalar_type(), x);
+    addmm(y, *bias, h, scaled(B, {scales, S_D}), 1, 1);
+    gemm_(y, x, W, scales, ONE, S_W);
+    return y;
+  }
+
+  // out = s_w out + s_d a b
+  static void accumulate_mm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales) {
+    gemm_(out, a, b, scales, S_W, S_D);
+  }
 
   // effective_weight.cu
   static void combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,

@@ -63,26 +63,6 @@ void launch_scale(const Tensor& in, const Tensor& out, Scale scale) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// t += scale other
-template <class T>
-__global__ void add_scaled_kernel(T* t, const T* other, int64_t n, Numbers scales, int index) {
-  using acc_t = accumulate_t<T>;
-  const acc_t scale = scales.load<acc_t>(index);
-  for_each<kBatch<T>>(
-      n, [&](int64_t i) { return Pair<T, T>{t[i], other[i]}; },
-      [&](int64_t i, Pair<T, T> pair) {
-        t[i] = static_cast<T>(static_cast<acc_t>(pair.a) + scale * static_cast<acc_t>(pair.b));
-      });
-}
-
-template <class T>
-void launch_add_scaled(const Tensor& t, const Tensor& other, Scale scale) {
-  const int64_t n = t.numel();
-  add_scaled_kernel<T><<<blocks_for(n, kThreads * kBatch<T>, kMostBlocks), kThreads, 0, current_stream(t)>>>(
-      data_of<T>(t), data_of<T>(other), n, Numbers(scale.scales), scale.index);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 constexpr int kLanes = 32;   // columns side by side in a block ...
 constexpr int kRows = 8;     // ... rows of a block ...
 constexpr int kColumns = 4;  // ... and columns of one thread
@@ -131,18 +111,35 @@ void launch_scale_and_bias(const Tensor& t, Scale scale, const Tensor& bias, int
 template <class T, class U>
 constexpr int kDotBatch = 32 / (sizeof(T) + sizeof(U));
 
-// partial[block] = the block's share of <a, b>; b *= s_w on the way if asked.
-template <class T, class U, bool scale_b>
-__global__ void dot_kernel(const T* a, U* b, int64_t n, Numbers scales, double* partial) {
+template <class T>
+struct Triple {
+  T a, b, other;
+};
+
+// partial[block] = the block's share of <a, b>.
+template <class T, class U>
+__global__ void dot_kernel(const T* a, const U* b, int64_t n, double* partial) {
   using acc_t = common_acc_t<T, U>;
-  const acc_t s_w = scale_b ? scales.load<acc_t>(S_W) : acc_t(0);
   acc_t sum = 0;
   for_each<kDotBatch<T, U>>(
       n, [&](int64_t i) { return Pair<T, U>{a[i], b[i]}; },
-      [&](int64_t i, Pair<T, U> pair) {
-        const acc_t value = static_cast<acc_t>(pair.b);
-        sum += static_cast<acc_t>(pair.a) * value;
-        if (scale_b) b[i] = static_cast<U>(s_w * value);
+      [&](int64_t, Pair<T, U> pair) { sum += static_cast<acc_t>(pair.a) * static_cast<acc_t>(pair.b); });
+  const double total = block_sum(static_cast<double>(sum));
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+// The same, and b = s_w b + s_d other.
+template <class T>
+__global__ void dot_and_combine_kernel(const T* a, T* b, const T* other, int64_t n, Numbers scales, double* partial) {
+  using acc_t = accumulate_t<T>;
+  const acc_t s_w = scales.load<acc_t>(S_W), s_d = scales.load<acc_t>(S_D);
+  acc_t sum = 0;
+  for_each<kDotBatch<T, T>>(
+      n, [&](int64_t i) { return Triple<T>{a[i], b[i], other[i]}; },
+      [&](int64_t i, Triple<T> triple) {
+        const acc_t value = static_cast<acc_t>(triple.b);
+        sum += static_cast<acc_t>(triple.a) * value;
+        b[i] = static_cast<T>(s_w * value + s_d * static_cast<acc_t>(triple.other));
       });
   const double total = block_sum(static_cast<double>(sum));
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
@@ -160,20 +157,37 @@ __global__ void finish_dot_kernel(const double* partial, int count, Numbers scal
   }
 }
 
-template <class T, class U, bool scale_b>
-Dot launch_dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
-  const int64_t n = a.numel();
-  const unsigned blocks = blocks_for(n, kThreads * kDotBatch<T, U>, kMostPartials);
-  const cudaStream_t stream = current_stream(a);
-  const Tensor partial = empty({blocks}, ScalarType::Double, a);
-  Dot result{empty({1}, scales.scalar_type(), a), empty({1}, scales.scalar_type(), a)};
-  dot_kernel<T, U, scale_b>
-      <<<blocks, kThreads, 0, stream>>>(data_of<T>(a), data_of<U>(b), n, Numbers(scales), data_of<double>(partial));
+// The sum that `launch(blocks, partial)` leaves in parts, one per block.
+template <class F>
+Dot sum_of_blocks(int64_t n, int64_t per_block, const Tensor& scales, ScaleIndex index, const F& launch) {
+  const unsigned blocks = blocks_for(n, per_block, kMostPartials);
+  const Tensor partial = empty({blocks}, ScalarType::Double, scales);
+  Dot result{empty({1}, scales.scalar_type(), scales), empty({1}, scales.scalar_type(), scales)};
+  launch(blocks, data_of<double>(partial));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  finish_dot_kernel<<<1, kThreads, 0, stream>>>(data_of<double>(partial), static_cast<int>(blocks), Numbers(scales),
-                                                index, Numbers(result.value), Numbers(result.scaled));
+  finish_dot_kernel<<<1, kThreads, 0, current_stream(scales)>>>(data_of<double>(partial), static_cast<int>(blocks),
+                                                                Numbers(scales), index, Numbers(result.value),
+                                                                Numbers(result.scaled));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
+}
+
+template <class T, class U>
+Dot launch_dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
+  const int64_t n = a.numel();
+  return sum_of_blocks(n, kThreads * kDotBatch<T, U>, scales, index, [&](unsigned blocks, double* partial) {
+    dot_kernel<T, U><<<blocks, kThreads, 0, current_stream(a)>>>(data_of<T>(a), data_of<U>(b), n, partial);
+  });
+}
+
+template <class T>
+Dot launch_dot_and_combine(const Tensor& a, const Tensor& b, const Tensor& other, const Tensor& scales,
+                           ScaleIndex index) {
+  const int64_t n = b.numel();
+  return sum_of_blocks(n, kThreads * kDotBatch<T, T>, scales, index, [&](unsigned blocks, double* partial) {
+    dot_and_combine_kernel<T><<<blocks, kThreads, 0, current_stream(b)>>>(
+        data_of<T>(a), data_of<T>(b), data_of<T>(other), n, Numbers(scales), partial);
+  });
 }
 
 // out = s_d grad - c RADIAL product, element by element.
@@ -201,16 +215,14 @@ void launch_tangent(const Tensor& grad, const Tensor& product, const Tensor& out
 Dot Cuda::dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
   return dispatch_floating(a.scalar_type(), [&](auto a_type) {
     return dispatch_floating(b.scalar_type(), [&](auto b_type) {
-      return launch_dot<typename decltype(a_type)::type, typename decltype(b_type)::type, false>(a, b, scales, index);
+      return launch_dot<typename decltype(a_type)::type, typename decltype(b_type)::type>(a, b, scales, index);
     });
   });
 }
 
-Dot Cuda::dot_and_scale_(const Tensor& a, Tensor& b, bool scale_b, const Tensor& scales, ScaleIndex index) {
-  if (!scale_b) return dot(a, b, scales, index);
+Dot Cuda::dot_and_combine_(const Tensor& a, Tensor& b, const Tensor& other, const Tensor& scales, ScaleIndex index) {
   return dispatch_floating(b.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    return launch_dot<T, T, true>(a, b, scales, index);
+    return launch_dot_and_combine<typename decltype(type)::type>(a, b, other, scales, index);
   });
 }
 
@@ -231,11 +243,6 @@ void Cuda::scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& 
   dispatch_floating(t.scalar_type(), [&](auto type) {
     launch_scale_and_bias<typename decltype(type)::type>(t, scale, *bias, channel_stride);
   });
-}
-
-void Cuda::add_scaled_(Tensor& t, const Tensor& other, Scale scale) {
-  dispatch_floating(t.scalar_type(),
-                    [&](auto type) { launch_add_scaled<typename decltype(type)::type>(t, other, scale); });
 }
 
 Tensor Cuda::tangent(const Tensor& grad, const Tensor& left, const Tensor& right, const Tensor& c, const Tensor& scales,

@@ -5,7 +5,7 @@ equation W' = alpha W/||W||_F + beta BA/||BA||_F, with the norm of BA taken thro
 
 Symbols, used as names below: W (m, K) frozen weight as a matrix, A (r, K), B (m, r), alpha, beta (1,), x (..., K).
 
-The scalars of one layer travel together in ``scales``, a (6,) device tensor that the host never reads:
+The scalars of one layer travel together in ``scales``, a (7,) device tensor that the host never reads:
 
     [S_W]       s_w    = alpha * u_w              what multiplies W
     [S_D]       s_d    = beta * u_d / p           what multiplies BA
@@ -13,6 +13,7 @@ The scalars of one layer travel together in ``scales``, a (6,) device tensor tha
     [DS_D]      u_d/p  = d s_d / d beta
     [RADIAL]    s_d / p**2                        factor of the norm's own gradient, see `factor_grads`
     [NORM]      p      = sqrt(||BA||_F**2 + (tau w)**2)
+    [ONE]       1                                 for matrix products whose factors have to lie on the device
 
 with w = ||W||_F, or 1 where ||W||_F = 0 (the base term is then 0 by itself, and beta is absolute), u_d = w when beta is
 relative and 1 when it is absolute. Where p would be 0 (BA = 0 and tau = 0) the update term is 0 and p is replaced by
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-S_W, S_D, DS_W, DS_D, RADIAL, NORM = range(6)
+S_W, S_D, DS_W, DS_D, RADIAL, NORM, ONE = range(7)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +62,7 @@ def map_scales(
 
     Args: A (r, K), B (m, r), alpha, beta, weight_norm (1,), tau in units of ||W||_F, relative: alpha and beta are
     in units of ||W||_F.
-    Returns: scales (6,), gram_a (r, r), gram_b (r, r), in `accumulate_dtype` of A.
+    Returns: scales (7,), gram_a (r, r), gram_b (r, r), in `accumulate_dtype` of A.
     """
     norm, gram_a, gram_b = lowrank_norm(A, B)
     acc = norm.dtype
@@ -78,7 +79,7 @@ def map_scales(
     s_d = beta.double() * ds_d
     # A division, not a product with u_w: alpha = w then gives exactly 1, and the start is the base bit for bit.
     s_w = alpha.double() if relative else alpha.double() / w
-    parts = [s_w, s_d, u_w, ds_d, s_d * inverse * inverse, p]
+    parts = [s_w, s_d, u_w, ds_d, s_d * inverse * inverse, p, torch.ones_like(p)]
     return torch.cat([part.reshape(1) for part in parts]).to(acc), gram_a, gram_b
 
 
