@@ -275,6 +275,11 @@ CONVOLUTIONS = [  # spatial dimensions, channels in, out, kernel, stride, paddin
     (2, 6, 8, 3, 1, 2, 2, 2),
     (2, 8, 8, 3, 1, 1, 1, 8),
     (2, 6, 8, 1, 1, 0, 1, 1),
+    (2, 6, 8, 1, 2, 0, 1, 1),  # a matrix product on every other position
+    (2, 6, 8, 1, 1, 1, 1, 1),  # zeros around a 1x1 kernel
+    (2, 6, 8, 1, 1, 0, 1, 2),
+    (1, 6, 8, 1, 3, 0, 1, 1),
+    (3, 4, 6, 1, 2, 0, 1, 1),
     (3, 4, 6, 2, 2, 1, 1, 2),
 ]
 
@@ -316,13 +321,39 @@ def test_map_conv(device, dtype, weight_space, shape, channels_last):
 
 
 @pytest.mark.parametrize("weight_space", [True, False])
+@pytest.mark.parametrize("kernel_stride", [(3, 1), (1, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("needed", range(5))
-def test_map_conv_backward_gives_what_is_needed_and_no_more(device, weight_space, needed):
-    weight = torch.randn(8, 6, 3, 3, device=device)
-    args = adapter(8, 54, 2, weight, torch.float32)
+def test_map_conv_backward_gives_what_is_needed_and_no_more(device, weight_space, kernel_stride, needed):
+    kernel, stride = kernel_stride
+    weight = torch.randn(8, 6, kernel, kernel, device=device)
+    args = adapter(8, 6 * kernel**2, 2, weight, torch.float32)
     needs = tuple(i == needed for i in range(5))
-    conv = ([1, 1], [1, 1], [1, 1], 1, weight_space)
+    conv = ([stride] * 2, [kernel // 2] * 2, [1, 1], 1, weight_space)
     check_conv(torch.randn(2, 6, 7, 7, device=device), weight, None, args, conv, needs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "strided"])
+@pytest.mark.parametrize("x_channels_last", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_any_layout_through_a_pointwise_convolution(device, layout, x_channels_last, stride):
+    x = torch.randn(3, 6, 7, 8, device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if x_channels_last else x
+    weight = torch.randn(8, 6, 1, 1, device=device)
+    args = adapter(8, 6, 2, weight, torch.float32)
+    conv = ([stride] * 2, [0, 0], [1, 1], 1, False)
+    out = ops.map_conv(x, weight, None, *args, *conv)
+    shape = out[0].shape
+    grad = {
+        "contiguous": torch.randn(shape, device=device),
+        "channels_last": torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last),
+        "expanded": torch.randn(1, device=device).expand(shape),
+        "strided": torch.randn(*shape[:-1], 2 * shape[-1], device=device)[..., ::2],
+    }[layout]
+    saved = (x, out[1], weight, *args[:2], *out[2:])
+    got = ops.map_conv_backward(grad, *saved, *conv, *ALL_NEEDED)
+    want = reference.map_conv_backward(*map(exact, (grad, *saved)), *conv, *ALL_NEEDED)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, TOLERANCE[torch.float32], float(exact(x).norm() * exact(grad).norm()))
 
 
 # ---- effective weight and merging

@@ -286,12 +286,13 @@ template <class Device>
 Tensor finish_input_gradient(Tensor& GW, const Tensor& GB, const Tensor& GBA, const Tensor& x, const Tensor& weight,
                              const Tensor& A, const Tensor& scales, const ConvArgs& conv, bool need_x,
                              bool need_alpha) {
+  Tensor dalpha = nothing(scales.scalar_type(), x);
   if (need_x && !is_pointwise(weight, conv)) {
-    return Device::dot_and_combine_(in_layout_of(x, GW), GW, in_layout_of(GBA, GW), scales, DS_W).scaled;
+    const Dot dot = Device::dot_and_combine_(in_layout_of(x, GW), GW, in_layout_of(GBA, GW), scales, DS_W);
+    return need_alpha ? dot.scaled : dalpha;
   }
   const Tensor read = is_pointwise(weight, conv) ? positions(GW, conv) : GW;  // G W is 0 in the others
   const Tensor sum = as_activation(read);
-  Tensor dalpha = nothing(scales.scalar_type(), x);
   if (need_alpha) {
     const Tensor X = is_pointwise(weight, conv) ? positions(x, conv) : x;
     dalpha = Device::dot(in_layout_of(X, sum), sum, scales, DS_W).scaled;
