@@ -12,6 +12,7 @@
 #include <iomanip>
 #include <iostream>
 #include <iterator>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -20,6 +21,8 @@
 #include "adapter.h"
 
 namespace {
+
+using Loader = torch::inductor::AOTIModelPackageLoader;
 
 constexpr const char* USAGE =
     "usage: vit MODEL.pt2 INPUT.pt [--device cpu|cuda] [--adapter ADAPTER.pt] [--expected LOGITS.pt]";
@@ -35,7 +38,9 @@ Options parse(const std::vector<std::string>& arguments) {
   std::vector<std::string> files;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const auto option = named.find(arguments[i]);
-    if (option == named.end()) {
+    if (option == named.end() && arguments[i].rfind("--", 0) == 0) {
+      throw std::invalid_argument("unknown option " + arguments[i]);
+    } else if (option == named.end()) {
       files.push_back(arguments[i]);
     } else if (++i < arguments.size()) {
       *option->second = arguments[i];
@@ -54,13 +59,36 @@ Options parse(const std::vector<std::string>& arguments) {
   return options;
 }
 
+// The result of `work`, whose errors are about this file.
+template <class Work>
+auto about(const std::string& path, const Work& work) {
+  try {
+    return work();
+  } catch (const c10::Error& error) {
+    throw std::runtime_error(path + ": " + error.what_without_backtrace());
+  }
+}
+
 // What torch.save wrote.
 c10::IValue load(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) {
     throw std::runtime_error("cannot read " + path);
   }
-  return torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
+  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  return about(path, [&] { return torch::pickle_load(bytes); });
+}
+
+at::Tensor load_tensor(const std::string& path) {
+  return about(path, [&] { return load(path).toTensor(); });
+}
+
+std::unique_ptr<Loader> load_package(const std::string& path, const std::string& device) {
+  return about(path, [&] {
+    const auto compiled_for = Loader::load_metadata_from_package(path, "model").at("AOTI_DEVICE_KEY");
+    TORCH_CHECK(compiled_for == device, "compiled for ", compiled_for, ", not for ", device);
+    return std::make_unique<Loader>(path);
+  });
 }
 
 void print_rows(const at::Tensor& logits) {
@@ -82,20 +110,15 @@ void check_logits(const at::Tensor& logits, const at::Tensor& expected) {
 }
 
 void run(const Options& options) {
-  const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(options.model, "model");
-  const std::string& compiled_for = metadata.at("AOTI_DEVICE_KEY");
-  if (compiled_for != options.device) {
-    throw std::runtime_error(options.model + " was compiled for " + compiled_for + ", not for " + options.device);
-  }
-  torch::inductor::AOTIModelPackageLoader loader(options.model);
+  const auto loader = load_package(options.model, options.device);
   if (!options.adapter.empty()) {
-    swap_adapter(loader, load(options.adapter).toGenericDict());
+    about(options.adapter, [&] { swap_adapter(*loader, load(options.adapter)); });
   }
-  const at::Tensor input = load(options.input).toTensor().to(c10::Device(options.device));
-  const at::Tensor logits = loader.run({input}).at(0).cpu();
+  const at::Tensor input = load_tensor(options.input).to(c10::Device(options.device));
+  const at::Tensor logits = loader->run({input}).at(0).cpu();
   print_rows(logits);
   if (!options.expected.empty()) {
-    check_logits(logits, load(options.expected).toTensor());
+    check_logits(logits, load_tensor(options.expected));
   }
 }
 
