@@ -1,6 +1,7 @@
 #include "adapter.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/allclose.h>
+#include <ATen/ops/tensor.h>
 
 #include <iterator>
 #include <sstream>

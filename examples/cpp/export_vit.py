@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Write what the C++ program beside this script reads: an AOTInductor package of a patched, unmerged ViT, and adapters.
 
-    python examples/cpp/export_vit.py outputs/cpp                   # vit_tiny_patch16_224 with random weights, for the CPU
+    python examples/cpp/export_vit.py outputs/cpp  # vit_tiny_patch16_224 with random weights, for the CPU
     python examples/cpp/export_vit.py outputs/cpp --device cuda --model vit_small_patch16_224 --pretrained
 
 Writes model.pt2, compiled with a first adapter; input.pt and logits.pt, what the model computes of it; adapter.pt, a
-second adapter for the same package, and adapter_logits.pt. adapter.safetensors is the second as `mapsurgery.save` writes it.
+second adapter for the same package, and adapter_logits.pt. adapter.safetensors is the second one by `mapsurgery.save`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a ViT of timm (default: %(default)s)")
     parser.add_argument("--pretrained", action="store_true", help="pretrained weights, downloaded by timm")
     parser.add_argument("--depth", type=int, help="number of blocks, if not the model's own")
-    parser.add_argument("--img-size", type=int, help="pixels, if not the model's own")
+    parser.add_argument("--img-size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="the package is compiled for it alone")
     return parser.parse_args(argv)
@@ -47,8 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_model(args: argparse.Namespace) -> nn.Module:
     """The patched model, in eval mode."""
-    options = {name: getattr(args, name) for name in ("depth", "img_size") if getattr(args, name) is not None}
-    model = timm.create_model(args.model, pretrained=args.pretrained, **options).to(args.device)
+    depth = {} if args.depth is None else {"depth": args.depth}
+    model = timm.create_model(args.model, pretrained=args.pretrained, img_size=args.img_size, **depth).to(args.device)
     mapsurgery.patch(model, targets=["*attn*", "*mlp*"], rank=args.rank, train=["head*"])
     return model.eval()
 
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = build_model(args)
-    images = torch.randn(3, 3, *model.patch_embed.img_size, device=args.device)
+    images = torch.randn(3, 3, args.img_size, args.img_size, device=args.device)
 
     train(model, images)
     export_package(model, images[:2], args.output / "model.pt2")

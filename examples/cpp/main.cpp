@@ -4,7 +4,6 @@
 // No operator of mapsurgery is named here: its library, linked by CMakeLists.txt, registers them, and the package finds
 // them by name.
 
-#include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/serialize.h>
 
