@@ -15,6 +15,8 @@ TEST_ARGS ?=
 TEST_JOBS ?= auto
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+DEVICE ?= cpu
+EXPORT_ARGS ?=
 ZOO_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -24,7 +26,7 @@ DONE := $(VENV)/.done
 # Folders are listed too: their time changes when a file is added or removed.
 NATIVE := $(shell find csrc cmake 2>/dev/null)
 BUILD_FILES := $(wildcard setup.py pyproject.toml CMakeLists.txt)
-CPP = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh')
+CPP = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp' 'examples/*.h')
 
 ##@ Use
 
@@ -38,6 +40,17 @@ demo: $(DONE)/library $(DONE)/packaged  ## Fine-tune a real ViT-S/14 on MNIST wi
 	    --data mnist --train-samples 1000 --test-samples 1000 --img-size 70 \
 	    --targets '*attn*' '*mlp*' --rank 8 --epochs 4 --lr 5e-4 \
 	    --output outputs/vit-mnist.safetensors $(DEMO_ARGS)
+
+.PHONY: example-cpp
+example-cpp: $(DONE)/library  ## Export a patched ViT and run it in C++ with two adapters (DEVICE=cuda EXPORT_ARGS="--model ...")
+	$(PY) examples/cpp/export_vit.py outputs/cpp --device $(DEVICE) $(EXPORT_ARGS)
+	$(VENV)/bin/cmake -S examples/cpp -B build/example-cpp \
+	    -DTORCH_ROOT="$$($(PY) -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
+	    -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import mapsurgery; print(mapsurgery.cmake_prefix_path())')"
+	$(VENV)/bin/cmake --build build/example-cpp
+	cd outputs/cpp && ../../build/example-cpp/vit model.pt2 input.pt --device $(DEVICE) --expected logits.pt > logits.txt
+	cd outputs/cpp && ../../build/example-cpp/vit model.pt2 input.pt --device $(DEVICE) --adapter adapter.pt \
+	    --expected adapter_logits.pt > adapter_logits.txt
 
 .PHONY: bench
 bench: $(DONE)/library  ## Run the benchmarks of operators and training steps (BENCH_ARGS="--device cuda ...")
@@ -79,6 +92,7 @@ format: $(DONE)/environment  ## Rewrite the sources in the project's style
 .PHONY: clean
 clean:  ## Remove what was built and written, but keep .venv
 	rm -rf build dist outputs *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(DONE)/library
+	rm -rf mapsurgery/share
 	find mapsurgery -name '*.so' -delete
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -89,7 +103,7 @@ distclean: clean  ## Remove .venv as well
 .PHONY: help
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*  ## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
-	    /^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	    /^[a-z-]+:.*  ## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # --- steps that are done once ---------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ Free functions on an ordinary model: `plan`, `patch`, `verify`, training, `save`
 from importlib.metadata import PackageNotFoundError, version
 
 from .methods import Init
-from .native import native_info
+from .native import cmake_prefix_path, native_info
 from .optim import param_groups
 from .report import Report, report
 from .state import adapter_state_dict, load_adapter_state_dict
@@ -46,6 +46,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "adapter_state_dict",
+    "cmake_prefix_path",
     "disabled",
     "load",
     "load_adapter_state_dict",

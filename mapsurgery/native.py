@@ -19,6 +19,7 @@ import torch
 _DIRECTORY = Path(__file__).parent
 _CPU_LIBRARY = _DIRECTORY / "libmapsurgery.so"
 _CUDA_LIBRARY = _DIRECTORY / "libmapsurgery_cuda.so"
+_CMAKE_PREFIX = _DIRECTORY / "share" / "cmake"
 
 
 @dataclass
@@ -120,3 +121,17 @@ def native_info() -> NativeInfo:
     load()
     assert _info is not None
     return _info
+
+
+def cmake_prefix_path() -> str:
+    """Folder for CMAKE_PREFIX_PATH, with which a C++ project finds this installation: ``find_package(mapsurgery)``.
+
+    Raises:
+        FileNotFoundError: no native library was built.
+    """
+    if not (_CMAKE_PREFIX / "mapsurgery" / "mapsurgeryConfig.cmake").exists():
+        raise FileNotFoundError(
+            f"{_CMAKE_PREFIX} has no CMake package, because no native library was built: install mapsurgery with a C++ "
+            "compiler and CMake present, by 'pip install --no-build-isolation .'"
+        )
+    return str(_CMAKE_PREFIX)

@@ -532,6 +532,15 @@ def test_the_native_code_can_be_switched_off(tmp_path):
     assert "pure torch" not in result.stderr
 
 
+@native
+def test_the_cmake_package_lies_where_its_path_says_or_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    package = Path(mapsurgery.cmake_prefix_path()) / "mapsurgery"
+    assert {"mapsurgeryConfig.cmake", "mapsurgeryConfigVersion.cmake"} <= {path.name for path in package.iterdir()}
+    monkeypatch.setattr(mapsurgery.native, "_CMAKE_PREFIX", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no native library was built: .*'pip install"):
+        mapsurgery.cmake_prefix_path()
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_missing_or_broken_library_is_said_once(tmp_path, broken):
     package = Path(mapsurgery.__file__).parent
