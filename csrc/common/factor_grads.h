@@ -24,10 +24,6 @@ struct FactorGrads {
   Tensor beta;
 };
 
-inline FactorGrads no_factor_grads(const Tensor& A, const Tensor& B, const Tensor& scales) {
-  return {nothing(A.scalar_type(), A), nothing(B.scalar_type(), B), nothing(scales.scalar_type(), scales)};
-}
-
 // dA (r, K) and dB (m, r) are the gradients still without s_d; c.value is <dL/dW', BA>.
 template <class Device>
 FactorGrads factor_grads(const Tensor& dA, const Tensor& dB, const Dot& c, const Tensor& A, const Tensor& B,

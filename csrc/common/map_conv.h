@@ -223,9 +223,8 @@ Grads conv_backward_in_weight_space(const Tensor& grad, const Tensor& x, const T
                                     bool need_alpha) {
   const ScalarType dtype = x.scalar_type();
   const Tensor matrix = as_columns(weight);
-  Tensor dx = nothing(dtype, x), dweight = nothing(dtype, x);
-  Tensor dalpha = nothing(scales.scalar_type(), x);
-  FactorGrads factors = no_factor_grads(A, B, scales);
+  Tensor dx, dweight, dalpha;
+  FactorGrads factors;
   Tensor W = cast(weight, dtype);
   if (need_x) {
     Tensor combined = empty(sizes_of(matrix), dtype, matrix);
@@ -238,7 +237,7 @@ Grads conv_backward_in_weight_space(const Tensor& grad, const Tensor& x, const T
   if (need_kernel) {
     std::tie(dweight, factors.A, factors.B, dalpha, factors.beta) =
         effective_weight_backward<Device>(as_columns(D), matrix, A, B, scales, gram_a, gram_b, need_weight);
-    dweight = need_weight ? reshaped(dweight, sizes_of(weight)) : nothing(dtype, x);
+    dweight = need_weight ? reshaped(dweight, sizes_of(weight)) : Tensor();
   }
   return {dx, dweight, {}, factors.A, factors.B, dalpha, factors.beta};
 }
@@ -286,7 +285,7 @@ template <class Device>
 Tensor finish_input_gradient(Tensor& GW, const Tensor& GB, const Tensor& GBA, const Tensor& x, const Tensor& weight,
                              const Tensor& A, const Tensor& scales, const ConvArgs& conv, bool need_x,
                              bool need_alpha) {
-  Tensor dalpha = nothing(scales.scalar_type(), x);
+  Tensor dalpha;
   if (need_x && !is_pointwise(weight, conv)) {
     const Dot dot = Device::dot_and_combine_(in_layout_of(x, GW), GW, in_layout_of(GBA, GW), scales, DS_W);
     return need_alpha ? dot.scaled : dalpha;
@@ -310,9 +309,8 @@ Grads conv_backward_in_activation_space(const Tensor& grad, const Tensor& x, con
                                         const Tensor& gram_b, const ConvArgs& conv, bool need_x, bool need_weight,
                                         bool need_factors, bool need_alpha) {
   const ScalarType dtype = x.scalar_type();
-  Tensor dx = nothing(dtype, x), dweight = nothing(dtype, x);
-  Tensor dalpha = nothing(scales.scalar_type(), x);
-  FactorGrads factors = no_factor_grads(A, B, scales);
+  Tensor dx, dweight, dalpha;
+  FactorGrads factors;
   Tensor GW, GB, GBA;
 
   if (need_x || need_alpha || need_weight) {
@@ -372,8 +370,8 @@ Grads map_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& h, co
                                                                 need_x, need_weight, need_factors, need_alpha);
   Sizes all_but_channels{0};
   for (int64_t i = 2; i < grad.dim(); ++i) all_but_channels.push_back(i);
-  std::get<2>(grads) = need_bias ? sum_over(grad, all_but_channels) : nothing(x.scalar_type(), x);
-  return grads;
+  if (need_bias) std::get<2>(grads) = sum_over(grad, all_but_channels);
+  return or_nothing(grads, x, A, B, scales);
 }
 
 }  // namespace mapsurgery

@@ -39,6 +39,16 @@ Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   return {y, h, scales, gram_a, gram_b};
 }
 
+// What was not asked for is an empty tensor.
+inline Grads or_nothing(const Grads& grads, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scales) {
+  const auto defined = [](const Tensor& t, const Tensor& like) {
+    return t.defined() ? t : nothing(like.scalar_type(), like);
+  };
+  const auto& [dx, dweight, dbias, dA, dB, dalpha, dbeta] = grads;
+  return {defined(dx, x), defined(dweight, x),     defined(dbias, x),     defined(dA, A),
+          defined(dB, B), defined(dalpha, scales), defined(dbeta, scales)};
+}
+
 // A matrix that GEMM can take as it stands; else (the expanded gradient of a sum) one copy instead of one per product.
 inline Tensor gemm_ready(const Tensor& t) {
   const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
@@ -65,10 +75,8 @@ Grads map_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
   const Tensor G = gemm_ready(as_rows(grad)), X = as_rows(x), H = as_rows(h);
   check_size("grad", G, 0, X.size(0), "the rows of x");
   check_size("h", H, 0, X.size(0), "the rows of x");
-  Tensor dx = nothing(dtype, x), dweight = nothing(dtype, x), dbias = nothing(dtype, x), GB;
-  FactorGrads factors = no_factor_grads(A, B, scales);
-  Tensor dalpha = nothing(scales.scalar_type(), x);
-
+  Tensor dx, dweight, dbias, dalpha, GB;
+  FactorGrads factors;
   if (need_x || need_factors) GB = Device::mm(G, cast(B, dtype));
   if (need_x || need_alpha) {
     Tensor GW = Device::mm(G, cast(weight, dtype));
@@ -86,7 +94,7 @@ Grads map_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
     factors = factor_grads<Device>(Device::mm(transposed(GB), X), Device::mm(transposed(G), H),
                                    Device::dot(GB, in_layout_of(H, GB), scales, DS_D), A, B, scales, gram_a, gram_b);
   }
-  return {dx, dweight, dbias, factors.A, factors.B, dalpha, factors.beta};
+  return or_nothing({dx, dweight, dbias, factors.A, factors.B, dalpha, factors.beta}, x, A, B, scales);
 }
 
 }  // namespace mapsurgery

@@ -184,7 +184,7 @@ class Adapter(nn.Module):
 
     def tell_watch(self) -> None:
         """The adapter runs."""
-        if not torch.is_grad_enabled() and self.watch is not None and not torch.compiler.is_compiling():
+        if self.watch is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.watch.saw(self)
 
     def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,10 @@ def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, .
         return getattr(_ops, name).default(*args)[0]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return getattr(reference, name)(*args)[0]  # vmap, jvp and nested grad follow from plain torch
-    return function.apply(*args)
+    if torch.is_grad_enabled():
+        return function.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return autograd.plain(getattr(_ops, name).default(*args)[0])
 
 
 def _same_dtype(x: Tensor, weight: Tensor) -> None:

@@ -107,6 +107,11 @@ def weight_gradients(
     return (*[g if need else None for g, need in zip(results, needs, strict=False)], *[None] * 4)
 
 
+def plain(y: Tensor) -> Tensor:
+    """y, not as a view: torch's 1d convolution is a squeezed 2d one, whose result a caller could not change in place."""
+    return y.data if y._is_view() else y
+
+
 class MapLinearFunction(torch.autograd.Function):
     """Eager autograd of mapsurgery::map_linear; returns y alone."""
 
@@ -128,9 +133,7 @@ class MapConvFunction(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = _ops.map_conv.default(*inputs)
         _save(ctx, inputs, output)
-        y = output[0]
-        # torch's 1d convolution is a squeezed 2d one: its result is a view, which the caller could not change in place.
-        return y.data if y._is_view() else y
+        return plain(output[0])
 
     backward = staticmethod(conv_backward)
 
