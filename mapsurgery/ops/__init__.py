@@ -17,9 +17,10 @@ from . import reference, registration
 
 registration.register()
 
-from . import autograd  # noqa: E402  (its operators exist only now)
+from . import autograd, decompositions  # noqa: E402  (their operators exist only now)
 
 autograd.register()
+decompositions.register()
 
 from .lazy import can_wait, lazy_weight  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
