@@ -105,7 +105,7 @@ def export(
         expected = _run(model, args, kwargs)
         with _merged_copy(model) if merged else _itself(model) as source:
             program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
-        if not (keeps or merged):
+        if not (keeps or merged or format == "onnx"):  # whose exporter does the same
             program = program.run_decompositions()
         with _beside(destination) as temporary:
             found = _WRITERS[format](program, temporary, args, kwargs)
@@ -115,7 +115,8 @@ def export(
                 os.replace(file, destination.parent / file.name)
     absolute, relative = _deviation(found, expected)
     files = tuple(destination.parent / file.name for file in reversed(written))
-    return Exported(files, format, merged, _operators_of(program), size, absolute, relative)
+    called = _operators_of(program) if keeps else ()
+    return Exported(files, format, merged, called, size, absolute, relative)
 
 
 # Checks, before anything is computed or written ------------------------------------------------------------------
