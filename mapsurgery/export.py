@@ -229,7 +229,9 @@ def _write_pt2(program: Any, path: Path, args: tuple[Any, ...], kwargs: dict[str
 def _write_aoti(program: Any, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
-    aoti_compile_and_package(program, package_path=str(path))
+    # Else a vector of up to 8 elements (alpha, beta) is written into the code, and an update of it changes nothing.
+    settings = {"always_keep_tensor_constants": True}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     return _tensors(aoti_load_package(str(path))(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
 
 
