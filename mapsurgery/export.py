@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .methods import Adapter
-from .surgery import merge, record
+from .surgery import record
+from .surgery.merge import merge
 
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _NAMESPACE = "mapsurgery"
@@ -226,12 +227,20 @@ def _write_pt2(program: Any, path: Path, args: tuple[Any, ...], kwargs: dict[str
     return _tensors(torch.export.load(path).module()(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
 
 
+_UPDATABLE = {
+    # Else a vector of up to 8 elements (alpha, beta) is written into the code, and an update of it changes nothing.
+    "always_keep_tensor_constants": True,
+    # The defaults; folding would keep what was computed from the first adapter.
+    "freezing": False,
+    "aot_inductor.use_runtime_constant_folding": False,
+}
+"""Settings of Inductor under which the adapters can be exchanged in a compiled package."""
+
+
 def _write_aoti(program: Any, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
-    # Else a vector of up to 8 elements (alpha, beta) is written into the code, and an update of it changes nothing.
-    settings = {"always_keep_tensor_constants": True}
-    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=_UPDATABLE)
     return _tensors(aoti_load_package(str(path))(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
 
 
