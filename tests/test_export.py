@@ -201,6 +201,7 @@ torch.testing.assert_close(torch.export.load(program).module()(torch.load(x)), t
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"merged": True}], ids=["decomposed", "merged"])
 def test_a_file_runs_where_the_library_is_not(options: dict[str, bool], tmp_path) -> None:
     model = _patched()
