@@ -7,6 +7,7 @@ Free functions on an ordinary model: `plan`, `patch`, `verify`, training, `save`
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .export import Exported, export
 from .methods import Init
 from .native import cmake_prefix_path, native_info
 from .optim import param_groups
@@ -36,6 +37,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "AdaptedLayer",
+    "Exported",
     "Init",
     "MapConv1d",
     "MapConv2d",
@@ -48,6 +50,7 @@ __all__ = [
     "adapter_state_dict",
     "cmake_prefix_path",
     "disabled",
+    "export",
     "load",
     "load_adapter_state_dict",
     "merge",

@@ -118,7 +118,7 @@ class MapLora(Adapter):
         bit for bit.
         """
         self.tell_watch()
-        scales = reference.map_scales(*self._factors(self.weight_norm))[0]
+        scales = ops.map_scales(*self._factors(self.weight_norm))[0]
         h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
         update = F.linear(h * scales[reference.S_D].to(h.dtype), self.B.to(h.dtype)).to(output.dtype)
         product = output if bias is None else output - bias.to(output.dtype)
@@ -126,7 +126,7 @@ class MapLora(Adapter):
 
     def _scales(self, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """s_w and s_d, differentiable, where no operator computes them on the way."""
-        scales = reference.map_scales(*self._factors(norm))[0].to(dtype)
+        scales = ops.map_scales(*self._factors(norm))[0].to(dtype)
         return scales[reference.S_W], scales[reference.S_D]
 
     def effective_weight(self, weight: Tensor | None = None) -> Tensor:

@@ -17,9 +17,10 @@ from . import reference, registration
 
 registration.register()
 
-from . import autograd  # noqa: E402  (its operators exist only now)
+from . import autograd, decompositions  # noqa: E402  (their operators exist only now)
 
 autograd.register()
+decompositions.register()
 
 from .lazy import can_wait, lazy_weight  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "lowrank_norm",
     "map_conv",
     "map_linear",
+    "map_scales",
     "merge_",
     "stacked_weight",
     "unmerge_",
@@ -168,6 +170,14 @@ def effective_weight(
     """
     args = (weight, A, B, alpha, beta, weight_norm, tau, relative, dtype)
     return _call(autograd.EffectiveWeightFunction, "effective_weight", args)
+
+
+def map_scales(
+    A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, weight_norm: Tensor, tau: float, relative: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.map_scales`, differentiable by plain torch, for layers that no operator computes."""
+    definition = decompositions if torch.compiler.is_exporting() else reference  # no float64 in an exported graph
+    return definition.map_scales(A, B, alpha, beta, weight_norm, tau, relative)
 
 
 def lowrank_norm(A: Tensor, B: Tensor) -> Tensor:

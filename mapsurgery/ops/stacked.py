@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import decompositions, reference
 
 _ops = torch.ops.mapsurgery
 
@@ -37,7 +37,8 @@ def _mapped(
     weight: Tensor, A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, norm: Tensor, tau: float, relative: bool
 ) -> Tensor:
     """W' by the definition, in plain torch."""
-    one = partial(reference.effective_weight, tau=tau, relative=relative, dtype=None)
+    definition = decompositions if torch.compiler.is_exporting() else reference
+    one = partial(definition.effective_weight, tau=tau, relative=relative, dtype=None)
     return torch.func.vmap(one)(weight, A, B, alpha.unsqueeze(1), beta.unsqueeze(1), norm.unsqueeze(1))[0]
 
 
