@@ -43,7 +43,7 @@ _NORM_CHUNK = 1 << 22  # elements cast to float64 at a time: bounds the temporar
 
 def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, ...]) -> Tensor:
     """The first result of an operator, by the quickest way that the running mode allows."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # graphs hold operators, not Python functions
         return getattr(_ops, name).default(*args)[0]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return getattr(reference, name)(*args)[0]  # vmap, jvp and nested grad follow from plain torch
@@ -52,7 +52,7 @@ def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, .
 
 def _same_dtype(x: Tensor, weight: Tensor) -> None:
     """nn.Linear refuses mixed dtypes outside autocast; so does its adapted form, instead of casting in silence."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not registration.autocasting(x.device.type):
         raise RuntimeError(f"input is {x.dtype} and the weight {weight.dtype}: cast one of them, or use torch.autocast")
 
 
