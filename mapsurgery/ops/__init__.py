@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -20,6 +21,10 @@ registration.register()
 from . import autograd  # noqa: E402  (its operators exist only now)
 
 autograd.register()
+
+from . import flops  # noqa: E402
+
+flops.register()
 
 from .lazy import can_wait, lazy_weight  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
@@ -36,6 +41,9 @@ __all__ = [
     "stacked_weight",
     "unmerge_",
 ]
+
+for _name in ("map_linear", "map_conv", "effective_weight", "stacked_weight"):
+    torch.fx.wrap(_name)  # one node of a symbolic trace each: what they do depends on dtypes that a trace cannot see
 
 _ops = torch.ops.mapsurgery
 _NORM_CHUNK = 1 << 22  # elements cast to float64 at a time: bounds the temporary memory of `frobenius_norm`

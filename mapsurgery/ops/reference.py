@@ -25,7 +25,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from torch import Tensor
+
+torch.fx.wrap("map_scales")  # one node of a symbolic trace: its dtypes depend on its inputs
 
 S_W, S_D, DS_W, DS_D, RADIAL, NORM = range(6)
 
