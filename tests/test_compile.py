@@ -57,7 +57,8 @@ def _first(output: Any) -> Tensor:
 def _gradients(model: nn.Module, y: Tensor) -> dict[str, Tensor]:
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(y.square().mean(), list(wanted.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(wanted, found, strict=True) if grad is not None}
+    # Of what the output does not depend on, eager mode gives none and a compiled graph zeros.
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), found, strict=True)}
 
 
 def _assert_same(model: nn.Module, compiled: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
@@ -65,7 +66,7 @@ def _assert_same(model: nn.Module, compiled: Callable[..., Any], inputs: tuple[A
     y, expected = _first(compiled(*inputs)), _first(model(*inputs))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     grads, wanted = _gradients(model, y), _gradients(model, expected)
-    assert grads.keys() == wanted.keys() and any("adapter" in name for name in grads)
+    assert any("adapter" in name and grad.any() for name, grad in wanted.items())
     for name, grad in grads.items():
         bound = 1e-4 * float(wanted[name].norm()) + 1e-7
         assert float((grad - wanted[name]).norm()) <= bound, name
@@ -117,7 +118,7 @@ def _graphs_of(model: nn.Module, inputs: list[Tensor], dynamic: bool | None) -> 
 
 
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
-@pytest.mark.parametrize("name", ["net", "llama"])
+@pytest.mark.parametrize("name", ["net", pytest.param("llama", marks=pytest.mark.slow)])
 def test_other_sizes_compile_no_more_graphs_than_without_adapters(dynamic: bool | None, name: str) -> None:
     """Torch itself compiles some convolutions again for large batches; the adapters add nothing to that."""
     if name == "net":
@@ -138,7 +139,7 @@ def test_gradients_of_a_dynamic_graph_are_the_eager_ones() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("make", [_vit, _llama], ids=["vit", "llama"])
+@pytest.mark.parametrize("make", [_vit, pytest.param(_llama, marks=pytest.mark.slow)], ids=["vit", "llama"])
 def test_blocks_compiled_one_by_one_share_their_graph(make: Callable[[], nn.Module], dropout: float) -> None:
     model = _patched(make(), dropout=dropout)
     graphs = CompileCounterWithBackend("eager")
@@ -318,7 +319,10 @@ def _skip_if_torch_cannot(model: nn.Module, inputs: tuple[Any, ...], **options: 
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", _MODELS)
+_LARGER = ("timm_efficientnet", "qwen_moe", "diffusers_unet")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _LARGER else n for n in _MODELS])
 def test_real_models_compile_to_one_graph_with_the_eager_numbers(name: str) -> None:
     make, inputs = _MODELS[name]
     torch.manual_seed(0)
@@ -372,6 +376,7 @@ def _generated(model: nn.Module, backend: Any = None) -> Tensor:
     )
 
 
+@pytest.mark.slow
 def test_generation_with_a_static_cache_compiles_as_often_as_without_adapters() -> None:
     unpatched, model = _llama(tie_word_embeddings=True), _patched(_llama(tie_word_embeddings=True), tied="share")
     expected = _generated(model)

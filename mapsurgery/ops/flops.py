@@ -1,19 +1,19 @@
 """Floating-point operations of the operators, for `torch.utils.flop_counter.FlopCounterMode`.
 
-Counted as torch counts: two for each multiply-add of a matrix product or convolution, nothing for elementwise work. Each
-formula is that of the products in `reference`; arguments are shapes in the place of tensors.
+Counted as torch counts: two for each multiply-add of a matrix product or convolution, nothing for elementwise work.
+Each formula is that of the products in `reference`; arguments are shapes in the place of tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-_Shape = Sequence[int]
+_Shape = list[int]
 
 
 def _grams(A: _Shape, B: _Shape, *_: Any, **__: Any) -> int:
