@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
 from .init import Init
@@ -198,11 +199,13 @@ class Adapter(nn.Module):
         return weight, torch.linalg.vector_norm(weight.detach(), dtype=dtype).reshape(1)
 
     def take_norm(self, norm: float | Sequence[float] | None = None, weight: Tensor | None = None) -> None:
-        """Set ||W||_F, measured here unless given.
+        """Set ||W||_F, measured here unless given. Under FakeTensorMode there is nothing to measure.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
+        if isinstance(self.weight_norm, FakeTensor):
+            return
         if norm is None:
             weight = self.base_weight if weight is None else weight
             assert weight is not None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -92,9 +93,9 @@ class MapLora(Adapter):
         if self.training and self.dropout > 0:
             conv = _CONV[len(stride)]
             s_w, s_d = self._scales(norm, x.dtype)
-            shape = W.shape[1:]
+            shape = self.shape[1:]
             down = self.A.to(x.dtype).reshape(-1, *shape).repeat(groups, *[1] * len(shape))
-            up = self.B.to(x.dtype).reshape(*self.B.shape, *[1] * len(stride))
+            up = self.B.to(x.dtype).reshape(self.shape[0], -1, *[1] * len(stride))
             h = conv(F.dropout(x, self.dropout), down, None, stride, padding, dilation, groups)
             return conv(x * s_w, W, bias, stride, padding, dilation, groups) + conv(h * s_d, up, groups=groups)
         settings = (stride, padding, dilation, groups)
@@ -103,13 +104,7 @@ class MapLora(Adapter):
     def embedding(self, ids: Tensor, padding_idx: int | None, weight: Tensor | None = None) -> Tensor:
         """s_w W[ids] + s_d B[ids] A, in float32 (float64 for float64), rounded once: no (m, K) matrix is built."""
         W, norm = self.base(weight)
-        acc = reference.accumulate_dtype(torch.promote_types(W.dtype, self.A.dtype))
-        s_w, s_d = self._scales(norm, acc)
-        update = F.embedding(ids, self.B).to(acc) @ self.A.to(acc)
-        rows = (s_w * F.embedding(ids, W).to(acc) + s_d * update).to(W.dtype)
-        if padding_idx is None:
-            return rows
-        return torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return _adapted_rows(ids, padding_idx, W, *self._factors(norm))
 
     def around(self, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
         """output + (s_w - 1) (output - bias) + s_d (x A^T) B^T.
@@ -186,6 +181,19 @@ class MapLora(Adapter):
             for w, a, b, alpha, beta, n in zip(matrices, A, B, self.alpha, self.beta, norm, strict=True)
         ]
         return {"rank": self.rank} | {key: sum(one[key] for one in found) / len(found) for key in found[0]}
+
+
+@torch.fx.wrap  # one node of a symbolic trace: a trace cannot see the dtypes that it depends on
+def _adapted_rows(ids: Tensor, padding_idx: int | None, W: Tensor, *factors: Any) -> Tensor:
+    """Rows of W', see `MapLora.embedding`; factors as `reference.map_scales` takes them."""
+    A, B = factors[:2]
+    acc = reference.accumulate_dtype(torch.promote_types(W.dtype, A.dtype))
+    scales = ops.map_scales(*factors)[0].to(acc)
+    update = F.embedding(ids, B).to(acc) @ A.to(acc)
+    rows = (scales[reference.S_W] * F.embedding(ids, W).to(acc) + scales[reference.S_D] * update).to(W.dtype)
+    if padding_idx is None:
+        return rows
+    return torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
 
 
 def _uniform_(factor: Tensor) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -21,6 +22,10 @@ from . import autograd, decompositions  # noqa: E402  (their operators exist onl
 
 autograd.register()
 decompositions.register()
+
+from . import flops  # noqa: E402
+
+flops.register()
 
 from .lazy import can_wait, lazy_weight  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
@@ -39,13 +44,16 @@ __all__ = [
     "unmerge_",
 ]
 
+for _name in ("map_linear", "map_conv", "map_scales", "effective_weight", "stacked_weight"):
+    torch.fx.wrap(_name)  # one node of a symbolic trace each: what they do depends on dtypes that a trace cannot see
+
 _ops = torch.ops.mapsurgery
 _NORM_CHUNK = 1 << 22  # elements cast to float64 at a time: bounds the temporary memory of `frobenius_norm`
 
 
 def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, ...]) -> Tensor:
     """The first result of an operator, by the quickest way that the running mode allows."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # graphs hold operators, not Python functions
         return getattr(_ops, name).default(*args)[0]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return getattr(reference, name)(*args)[0]  # vmap, jvp and nested grad follow from plain torch
@@ -57,7 +65,7 @@ def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, .
 
 def _same_dtype(x: Tensor, weight: Tensor) -> None:
     """nn.Linear refuses mixed dtypes outside autocast; so does its adapted form, instead of casting in silence."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not registration.autocasting(x.device.type):
         raise RuntimeError(f"input is {x.dtype} and the weight {weight.dtype}: cast one of them, or use torch.autocast")
 
 

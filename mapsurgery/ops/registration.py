@@ -18,10 +18,15 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 _libraries: list[torch.library.Library] = []  # registrations live as long as these objects
 
 
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this type of device; meta does not know it."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a matrix product: in the autocast dtype, float64 left alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocasting(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

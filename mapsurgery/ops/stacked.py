@@ -103,6 +103,6 @@ def stacked_weight(
     """
     inputs = (weight, A, B, alpha, beta, weight_norm, tau, relative)
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if tracing or forward_ad._current_level >= 0:
+    if tracing or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return _mapped(*inputs)
     return StackedWeightFunction.apply(*inputs)

@@ -130,7 +130,8 @@ class FusedLinear(AdaptedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         adapter: Adapter = self._modules[CHILD]  # type: ignore[assignment]
-        if not adapter.enabled or input.is_nested:  # the operator knows no nested tensors, F.linear on W' does
+        # The operator knows no nested tensors, F.linear on W' does. `is True`: torch.fx's proxies have no truth.
+        if not adapter.enabled or input.is_nested is True:
             return super().forward(input)
         return adapter.linear(input, self.bias, self.given_base())
 
@@ -332,6 +333,8 @@ def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
         layer.__class__ = _class_for(layer, tuple(adapters))  # first: the only step that can fail
     assert isinstance(layer, AdaptedLayer)
     rebind_forward(layer, layer.original_class)
+    # torch.fx keeps layers of torch whole, whom it knows by their module: then the adapted layer is in its graph.
+    layer.__dict__["__module__"] = layer.original_class.__module__
     layer.__dict__[_ORDER] = tuple(layer._parameters)
     layer.__dict__.pop("_flat_weights", None)  # of a recurrent layer; `detach` makes the list again
     for name, adapter in adapters.items():
@@ -356,6 +359,7 @@ def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
 def detach(layer: AdaptedLayer, weights: Mapping[str, nn.Parameter | None]) -> None:
     """Undo `attach`, with each weight in its old place (None: it is computed, and was no parameter)."""
     order = layer.__dict__.pop(_ORDER)
+    layer.__dict__.pop("__module__", None)
     for name in layer.adapted:
         del layer._modules[child_name(name)]
     adapted = type(layer)

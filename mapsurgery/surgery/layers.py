@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import quantisation
 from .adapted import (
@@ -162,7 +164,10 @@ def _no_weight(module: nn.Module, name: str) -> str | None:
 def _special_weight(module: nn.Module, name: str) -> str | None:
     weight = weight_of(module, name)
     assert weight is not None
-    if type(weight) not in (nn.Parameter, Tensor):
+    if isinstance(weight, FakeTensor):
+        if weight.fake_mode not in _get_current_dispatch_mode_stack():
+            return f"its {name} is a FakeTensor: patch inside the FakeTensorMode that made it"
+    elif type(weight) not in (nn.Parameter, Tensor):
         return f"its {name} is a {type(weight).__name__} (quantised or sharded)"
     if weight.dtype not in DTYPES:
         return f"its {name} is {str(weight.dtype).removeprefix('torch.')}, not a floating dtype that MAP computes in"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -444,7 +445,7 @@ def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
         notes.append("parametrised: W is computed for each call")
     if weight.is_meta:
         notes.append("on meta: the norm is taken when the weight arrives")
-    elif _is_zero(weight.detach()):
+    elif not isinstance(weight, FakeTensor) and _is_zero(weight.detach()):
         notes.append("zero weight: no base term, beta absolute")
     return tuple(notes)
 

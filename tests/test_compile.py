@@ -1,0 +1,438 @@
+"""torch.compile of a patched model: whole graphs, as few of them as without adapters, the eager numbers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from definition import Net, image, net, to_generic_point
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import saved_tensors_hooks
+
+import mapsurgery
+
+pytestmark = pytest.mark.usefixtures("_fresh_compiler")
+
+
+def _patched(model: nn.Module | None = None, **options: Any) -> nn.Module:
+    return to_generic_point(mapsurgery.patch(net() if model is None else model, "*", rank=2, **options)).eval()
+
+
+def _counted(model: nn.Module, backend: str = "aot_eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:
+    """The compiled model, in one graph or an error, and the counter of its graphs."""
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, backend=counter, fullgraph=True, **options), counter
+
+
+def _vit(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5, "patch_size": 16}
+    return timm.create_model("vit_tiny_patch16_224", **settings, **options).eval()
+
+
+def _llama(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **options})).eval()
+
+
+def _ids(batch: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _gradients(model: nn.Module, y: Tensor) -> dict[str, Tensor]:
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(y.square().mean(), list(wanted.values()), allow_unused=True)
+    # Of what the output does not depend on, eager mode gives none and a compiled graph zeros.
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), found, strict=True)}
+
+
+def _assert_same(model: nn.Module, compiled: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+    """Outputs and every gradient are those of eager mode."""
+    y, expected = _first(compiled(*inputs)), _first(model(*inputs))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    grads, wanted = _gradients(model, y), _gradients(model, expected)
+    assert any("adapter" in name and grad.any() for name, grad in wanted.items())
+    for name, grad in grads.items():
+        bound = 1e-4 * float(wanted[name].norm()) + 1e-7
+        assert float((grad - wanted[name]).norm()) <= bound, name
+
+
+# How often it compiles ---------------------------------------------------------------------------------------------
+
+
+def test_new_values_and_another_adapter_compile_nothing_again() -> None:
+    model = _patched()
+    compiled, graphs = _counted(model)
+    compiled(image())
+    state = {name: tensor.clone() for name, tensor in mapsurgery.adapter_state_dict(model).items()}
+    for factor in (0.5, 2.0):
+        with torch.no_grad():
+            for a in (model.stem.adapter, model.head.adapter):
+                a.alpha.mul_(factor)
+                a.B.add_(factor)
+        torch.testing.assert_close(compiled(image()), model(image()))
+        other = {name: t if name.endswith(".form") else t * factor for name, t in state.items()}
+        mapsurgery.load_adapter_state_dict(model, other)
+        torch.testing.assert_close(compiled(image()), model(image()))
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    torch.testing.assert_close(compiled(image()), model(image()))
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_training_evaluating_and_disabled_are_one_graph_each(dropout: float) -> None:
+    model, base = _patched(dropout=dropout), net().eval()
+    compiled, graphs = _counted(model)
+    for _ in range(3):
+        compiled(image())
+        with mapsurgery.disabled(model):
+            torch.testing.assert_close(compiled(image()), base(image()))
+        compiled.train()
+        compiled(image()).sum().backward()
+        compiled.eval()
+        base.norm.load_state_dict(model.norm.state_dict())
+    assert graphs.frame_count == 3
+
+
+def _graphs_of(model: nn.Module, inputs: list[Tensor], dynamic: bool | None) -> int:
+    torch._dynamo.reset()
+    compiled, graphs = _counted(model, backend="eager", dynamic=dynamic)
+    for x in inputs:
+        torch.testing.assert_close(_first(compiled(x)), _first(model(x)), rtol=1e-4, atol=1e-5)
+    return graphs.frame_count
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize("name", ["net", pytest.param("llama", marks=pytest.mark.slow)])
+def test_other_sizes_compile_no_more_graphs_than_without_adapters(dynamic: bool | None, name: str) -> None:
+    """Torch itself compiles some convolutions again for large batches; the adapters add nothing to that."""
+    if name == "net":
+        original: nn.Module = net().eval()
+        inputs = [torch.randn(n, 3, size, size) for n, size in ((2, 6), (3, 6), (7, 6), (16, 8), (5, 13))]
+    else:
+        original = _llama(num_hidden_layers=1)
+        inputs = [_ids(*shape) for shape in ((2, 9), (3, 9), (3, 12), (5, 17), (7, 30))]
+    expected = _graphs_of(original, inputs, dynamic)
+    assert _graphs_of(_patched(original), inputs, dynamic) <= expected
+
+
+def test_gradients_of_a_dynamic_graph_are_the_eager_ones() -> None:
+    model = _patched()
+    compiled, _ = _counted(model, dynamic=True)
+    for n in (3, 5, 9):
+        _assert_same(model, compiled, (image(n),))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("make", [_vit, pytest.param(_llama, marks=pytest.mark.slow)], ids=["vit", "llama"])
+def test_blocks_compiled_one_by_one_share_their_graph(make: Callable[[], nn.Module], dropout: float) -> None:
+    model = _patched(make(), dropout=dropout)
+    graphs = CompileCounterWithBackend("eager")
+    blocks = model.blocks if hasattr(model, "blocks") else model.model.layers
+    x = torch.randn(2, 3, 32, 32) if hasattr(model, "blocks") else _ids()
+    expected = _first(model(x))
+    with mapsurgery.disabled(model):
+        without = _first(model(x))
+    for block in blocks:
+        block.compile(backend=graphs, fullgraph=True)
+    for _ in range(2):  # a first block without an input that requires a gradient is a graph of its own
+        torch.testing.assert_close(_first(model(x)), expected, rtol=1e-4, atol=1e-5)
+        evaluating = graphs.frame_count
+        with mapsurgery.disabled(model):
+            torch.testing.assert_close(_first(model(x)), without, rtol=1e-4, atol=1e-5)
+    assert evaluating <= 4 and graphs.frame_count == evaluating
+    _first(model.train()(x)).sum().backward()
+    assert graphs.frame_count <= evaluating + 2
+    assert all(p.grad is not None for name, p in blocks.named_parameters() if p.requires_grad)
+
+
+# What the compiled step keeps and computes --------------------------------------------------------------------------
+
+
+def _saved_bytes(model: nn.Module, run: Callable[..., Any], x: Tensor) -> int:
+    """What autograd keeps between forward and backward, parameters, buffers and the input left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    kept: list[Tensor] = []  # alive, so that no address is given twice
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = _first(run(x))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    y.sum().backward()
+    return sum(size for place, size in storages.items() if place not in own)
+
+
+_SAVING: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "vit": (_vit, lambda: torch.randn(2, 3, 32, 32)),
+    "llama": (lambda: _llama(num_hidden_layers=1), _ids),
+    "resnet": (lambda: timm.create_model("test_resnet").eval(), lambda: torch.randn(2, 3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", _SAVING)
+def test_the_compiled_step_keeps_no_more_than_the_eager_one(name: str) -> None:
+    make, inputs = _SAVING[name]
+    model, x = _patched(make()), inputs()
+    eager = _saved_bytes(model, model, x)
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)  # inductor's partitioner
+    assert 0 < _saved_bytes(model, compiled, x) <= eager
+
+
+def test_the_backward_graph_computes_no_forward_product_again() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    targets: dict[str, list[str]] = {}
+
+    def keep(name: str) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+            targets[name] = [str(node.target) for node in graph.graph.nodes if "mapsurgery" in str(node.target)]
+            return graph.forward
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+    model = _patched(_vit())
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 3, 32, 32)).sum().backward()
+    layers = sum(hasattr(module, "adapter") for module in model.modules())
+    assert len(targets["forward"]) == len(targets["backward"]) == layers
+    assert all("backward" in target for target in targets["backward"])
+
+
+@pytest.mark.parametrize("forward", ["eager", "compiled"])
+def test_compiled_autograd_gives_the_eager_gradients_from_one_graph(forward: str) -> None:
+    model = _patched()
+    reference = copy.deepcopy(model)
+    reference(image()).sum().backward()
+    run = model if forward == "eager" else torch.compile(model, backend="aot_eager", fullgraph=True)
+    graphs = CompileCounterWithBackend("aot_eager")
+    for _ in range(3):
+        model.zero_grad()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=graphs, fullgraph=True)):
+            run(image()).sum().backward()
+    assert graphs.frame_count == 1
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_whole_training_step_compiled_with_compiled_autograd_is_the_eager_one() -> None:
+    model = _patched()
+    reference = copy.deepcopy(model)
+    graphs = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda x: model(x).square().mean().backward(), backend=graphs)
+    counts: list[int] = []
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (model, reference)]
+    for _ in range(3):
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            step(image())
+        reference(image()).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        counts.append(graphs.frame_count)
+    assert counts[0] == counts[2]
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+# Real models -------------------------------------------------------------------------------------------------------
+
+
+def _qwen_moe() -> nn.Module:
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def _bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    return transformers.BertModel(config)
+
+
+def _unet() -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(16,),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def _images() -> tuple[Tensor, ...]:
+    return (torch.randn(2, 3, 32, 32),)
+
+
+_SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 5}
+_MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] = {
+    "timm_vit": (_vit, _images),
+    "timm_convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), _images),
+    "timm_swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **_SWIN), _images),
+    "timm_efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=5), _images),
+    "llama": (_llama, lambda: (_ids(),)),
+    "bert": (_bert, lambda: (_ids(),)),
+    "qwen_moe": (_qwen_moe, lambda: (_ids(),)),
+    "diffusers_unet": (_unet, lambda: (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 16))),
+}
+
+
+def _skip_if_torch_cannot(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> None:
+    """What torch cannot compile without adapters is no failure of theirs."""
+    try:
+        _first(torch.compile(model, fullgraph=True, **options)(*inputs)).sum().backward()
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is torch's or the model's)
+        pytest.skip(f"torch {torch.__version__} cannot compile the unpatched model: {type(error).__name__}: {error}")
+    torch._dynamo.reset()
+
+
+_LARGER = ("timm_efficientnet", "qwen_moe", "diffusers_unet")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _LARGER else n for n in _MODELS])
+def test_real_models_compile_to_one_graph_with_the_eager_numbers(name: str) -> None:
+    make, inputs = _MODELS[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), inputs()
+    _skip_if_torch_cannot(copy.deepcopy(model), x, backend="aot_eager")
+    compiled, graphs = _counted(_patched(model))
+    _assert_same(model, compiled, x)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm_convnext", "llama"])
+def test_inductor_computes_real_models_as_eager_does(name: str) -> None:
+    make, inputs = _MODELS[name]
+    torch.manual_seed(0)
+    model = _patched(make().eval())
+    _assert_same(model, torch.compile(model, fullgraph=True), inputs())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_inductors_modes_on_the_cpu(mode: str) -> None:
+    model = _patched()
+    _assert_same(model, torch.compile(model, fullgraph=True, mode=mode), (image(),))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_inductors_modes_on_a_gpu(mode: str) -> None:
+    """reduce-overhead and max-autotune record CUDA graphs: the third call replays."""
+    model, x = _patched().cuda(), image().cuda()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        _assert_same(model, compiled, (x,))
+        with torch.no_grad():
+            model.stem.adapter.alpha.mul_(1.1)  # a replay reads the new values
+
+
+def _generated(model: nn.Module, backend: Any = None) -> Tensor:
+    if backend is not None:
+        model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    return model.generate(
+        _ids(1, 5),
+        max_new_tokens=8,
+        do_sample=False,
+        cache_implementation="static",
+        disable_compile=True,
+        pad_token_id=0,
+    )
+
+
+@pytest.mark.slow
+def test_generation_with_a_static_cache_compiles_as_often_as_without_adapters() -> None:
+    unpatched, model = _llama(tie_word_embeddings=True), _patched(_llama(tie_word_embeddings=True), tied="share")
+    expected = _generated(model)
+    counts = [CompileCounterWithBackend("aot_eager") for _ in range(2)]
+    try:
+        _generated(unpatched, counts[0])
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is torch's or the model's)
+        pytest.skip(f"the unpatched model cannot be generated from when compiled: {type(error).__name__}: {error}")
+    assert torch.equal(_generated(model, counts[1]), expected)
+    assert counts[1].frame_count == counts[0].frame_count > 0
+
+
+# Without the native library ----------------------------------------------------------------------------------------
+
+_WITHOUT_NATIVE = """
+import mapsurgery, torch
+from definition import image, net, to_generic_point
+from torch._dynamo.testing import CompileCounterWithBackend
+
+assert not mapsurgery.native.load()
+model = to_generic_point(mapsurgery.patch(net(), "*", rank=2))
+graphs = CompileCounterWithBackend("aot_eager")
+compiled = torch.compile(model, backend=graphs, fullgraph=True)
+for _ in range(2):
+    model.zero_grad()
+    y = compiled(image())
+    y.square().sum().backward()
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad(set_to_none=True)
+    model(image()).square().sum().backward()
+    for a, b in zip(found, [p.grad for p in model.parameters() if p.requires_grad], strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        model.stem.adapter.alpha.mul_(2)
+assert graphs.frame_count == 1
+print("compiled without native code")
+"""
+
+
+def test_it_compiles_without_the_native_library() -> None:
+    tests = os.path.dirname(__file__)
+    paths = os.pathsep.join(p for p in (os.path.dirname(tests), tests, os.environ.get("PYTHONPATH", "")) if p)
+    environment = os.environ | {"MAPSURGERY_NATIVE": "0", "PYTHONPATH": paths}
+    result = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_NATIVE], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert "compiled without native code" in result.stdout, result.stderr
+
+
+def test_a_compiled_model_and_its_copy_share_no_state() -> None:
+    model = _patched()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.stem.adapter.alpha.mul_(2)
+    torch.testing.assert_close(compiled(image()), model(image()))
+    again = torch.compile(other, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(again(image()), other(image()))
+    assert isinstance(other, Net) and not torch.allclose(again(image()), compiled(image()))
