@@ -108,7 +108,7 @@ def weight_gradients(
 
 
 def plain(y: Tensor) -> Tensor:
-    """y, not as a view: torch's 1d convolution is a squeezed 2d one, whose result a caller could not change in place."""
+    """y, not as a view: torch's 1d convolution is a squeezed 2d one; a caller could not change its result in place."""
     return y.data if y._is_view() else y
 
 
