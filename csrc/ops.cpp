@@ -13,6 +13,7 @@
 #define GRADS "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB, Tensor dalpha, Tensor dbeta)"
 
 STABLE_TORCH_LIBRARY(mapsurgery, m) {
+  m.def("squared_norm(Tensor weight) -> Tensor");
   m.def("lowrank_norm(Tensor A, Tensor B) -> (Tensor norm, Tensor gram_a, Tensor gram_b)");
   m.def("map_scales(" FACTORS ") -> (Tensor scales, Tensor gram_a, Tensor gram_b)");
   m.def("map_linear(Tensor x, Tensor weight, Tensor? bias, " FACTORS ") -> " FORWARD);

@@ -356,6 +356,53 @@ def test_gradients_of_any_layout_through_a_pointwise_convolution(device, layout,
         assert_close(g, w, TOLERANCE[torch.float32], float(exact(x).norm() * exact(grad).norm()))
 
 
+# ---- norms and conversions
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_squared_norm(dtype):
+    weight = torch.randn(33, 70, 3).to(dtype)
+    for view in (
+        weight,
+        weight.transpose(0, 2),
+        weight[:, ::2],
+        weight[:0],
+        weight[0, 0, 0],
+        weight.expand(2, 33, 70, 3),
+    ):
+        want = view.double().square().sum().item()
+        assert ops.squared_norm(view).item() == pytest.approx(want, rel=1e-6)
+        assert mapsurgery.ops.frobenius_norm(view) == pytest.approx(want**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e30, 1e-30, float("inf"), float("nan"), 0.0])
+def test_the_norm_of_extreme_weights(value):
+    want = torch.full((5, 7), value).double().norm().item()
+    assert mapsurgery.ops.frobenius_norm(torch.full((5, 7), value)) == pytest.approx(want, rel=1e-6, nan_ok=True)
+
+
+def test_every_float16_is_read_and_written_as_it_is():
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    weight = bits.view(torch.float16).reshape(256, 256)
+    A, B, *rest = adapter(256, 256, 2, torch.ones(2, 2), torch.float32)
+    unchanged = (A, 0 * B, torch.ones(1), torch.zeros(1), torch.ones(1), 0.1, True)
+    same = ops.effective_weight(weight, *unchanged, torch.float16)[0]
+    assert torch.equal(same.nan_to_num(1.0), weight.nan_to_num(1.0)) and torch.equal(same.isnan(), weight.isnan())
+    assert torch.equal(
+        ops.effective_weight(weight, *unchanged, torch.float32)[0].nan_to_num(1.0), weight.float().nan_to_num(1.0)
+    )
+
+
+def test_float32_is_rounded_to_float16_as_torch_rounds():
+    halves = torch.arange(0, 0x7C00, dtype=torch.int16).view(torch.float16).double()
+    between = (halves[1:] + halves[:-1]) / 2  # ties, and their neighbours on both sides
+    near = torch.cat([between, between * (1 + 1e-6), between * (1 - 1e-6), torch.tensor([65519.0, 65520.0, 1e9, 1e-9])])
+    weight = torch.cat([near, -near]).float()[:, None]
+    m = weight.shape[0]
+    unchanged = (torch.ones(1, 1), torch.zeros(m, 1), torch.ones(1), torch.zeros(1), torch.ones(1), 0.1, True)
+    assert torch.equal(ops.effective_weight(weight, *unchanged, torch.float16)[0], weight.half())
+
+
 # ---- effective weight and merging
 
 

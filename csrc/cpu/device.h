@@ -24,6 +24,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
 
   // elementwise.cpp; all tensors dense, those of one call in the same layout.
   static double read(Scale scale);
+  static double squared_norm(const Tensor& t);
   static Dot dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index);
   // The same, and b = s_w b + s_d other on the way.
   static Dot dot_and_combine_(const Tensor& a, Tensor& b, const Tensor& other, const Tensor& scales, ScaleIndex index);

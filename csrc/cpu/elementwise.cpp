@@ -86,6 +86,13 @@ double Cpu::read(Scale scale) {
   });
 }
 
+double Cpu::squared_norm(const Tensor& t) {
+  return dispatch_floating(t.scalar_type(), [&](auto type) {
+    const auto* data = static_cast<const typename decltype(type)::type*>(t.data_ptr());
+    return sum_pieces(t.numel(), [&](int64_t i, int64_t n) { return dot_piece(data + i, data + i, n); });
+  });
+}
+
 Dot Cpu::dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
   const double value = dispatch_floating(a.scalar_type(), [&](auto a_type) {
     return dispatch_floating(b.scalar_type(), [&](auto b_type) {

@@ -1,6 +1,10 @@
-// lowrank_norm and map_scales: the Gram matrices are GEMMs of torch's, the r x r contraction is in double.
+// squared_norm, lowrank_norm and map_scales: the Gram matrices are GEMMs of torch's, the r x r contraction is in
+// double.
 
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <numeric>
 
 #include "common/checks.h"
 #include "cpu/device.h"
@@ -36,6 +40,28 @@ double value_of(const Tensor& scalar) {
   return dispatch_floating(scalar.scalar_type(), [&](auto type) {
     return static_cast<double>(*static_cast<const typename decltype(type)::type*>(scalar.data_ptr()));
   });
+}
+
+// Whether the numbers of t fill one piece of memory, in any order of its dimensions.
+bool is_dense(const Tensor& t) {
+  const Sizes sizes = sizes_of(t), strides = strides_of(t);
+  std::vector<size_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (size_t i : order) {
+    if (sizes[i] == 1) continue;
+    if (strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
+}
+
+Tensor squared_norm(const Tensor& weight) {
+  check_floating("weight", weight);
+  Tensor result = empty({1}, ScalarType::Double, weight);
+  *static_cast<double*>(result.data_ptr()) = Cpu::squared_norm(is_dense(weight) ? weight : as_contiguous(weight));
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B) {
@@ -74,6 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> Cpu::map_scales(const Tensor& A, const Tensor
 }  // namespace mapsurgery
 
 STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
+  m.impl("squared_norm", TORCH_BOX(&mapsurgery::squared_norm));
   m.impl("lowrank_norm", TORCH_BOX(&mapsurgery::lowrank_norm));
   m.impl("map_scales", TORCH_BOX(&mapsurgery::map_scales));
 }

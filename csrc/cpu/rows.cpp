@@ -3,7 +3,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cstdlib>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 // One binary, the widest vectors of the machine it runs on: GCC compiles each loop three times and picks at load time.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -13,22 +15,70 @@
 #endif
 
 namespace mapsurgery {
+namespace {
+
+using torch::headeronly::Half;
+
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <class acc_t, class T>
+acc_t widen(T value) {
+  return static_cast<acc_t>(value);
+}
+
+// Half's own conversions branch, which keeps the compiler from vectorising them; these mask.
+template <class acc_t>
+acc_t widen(Half value) {
+  const uint32_t magnitude = static_cast<uint32_t>(value.x & 0x7fff) << 13;
+  const uint32_t finite = bits_of(float_of(magnitude) * float_of(0x77800000));  // 2^112, the difference of the biases
+  const uint32_t bits = finite | (magnitude >= 0x0f800000 ? 0x7f800000 : 0);
+  return static_cast<acc_t>(float_of(bits | static_cast<uint32_t>(value.x & 0x8000) << 16));
+}
+
+// Rounds to nearest, ties to even.
+inline Half half_of(float value) {
+  const uint32_t bits = bits_of(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;                            // NaN, infinity
+  const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(0x3f000000)) - 0x3f000000;  // 0.5 rounds for us
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t is_special = magnitude >= 0x47800000 ? ~0u : 0, is_subnormal = magnitude < 0x38800000 ? ~0u : 0;
+  const uint32_t half = (special & is_special) | (subnormal & is_subnormal) | (normal & ~is_special & ~is_subnormal);
+  return Half(static_cast<uint16_t>(half | sign >> 16), Half::from_bits());
+}
+
+template <class T, class acc_t>
+T narrow(acc_t value) {
+  if constexpr (std::is_same_v<T, Half> && std::is_same_v<acc_t, float>) return half_of(value);
+  return static_cast<T>(value);
+}
+
+}  // namespace
 
 template <class acc_t, class T>
 MAPSURGERY_SIMD void load_row(acc_t* __restrict dst, const T* __restrict src, int64_t stride, int64_t n) {
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<acc_t>(src[i]);
+    for (int64_t i = 0; i < n; ++i) dst[i] = widen<acc_t>(src[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<acc_t>(src[i * stride]);
+    for (int64_t i = 0; i < n; ++i) dst[i] = widen<acc_t>(src[i * stride]);
   }
 }
 
 template <class acc_t, class T>
 MAPSURGERY_SIMD void store_row(T* __restrict dst, int64_t stride, const acc_t* __restrict src, int64_t n) {
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(src[i]);
+    for (int64_t i = 0; i < n; ++i) dst[i] = narrow<T>(src[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) dst[i * stride] = static_cast<T>(src[i]);
+    for (int64_t i = 0; i < n; ++i) dst[i * stride] = narrow<T>(src[i]);
   }
 }
 

@@ -211,6 +211,10 @@ def frobenius_norm(weight: Tensor) -> float:
 
     Args: weight of any shape and strides, on any device but meta.
     """
+    if weight.is_cpu and type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point():
+        square = _ops.squared_norm.default(weight).item()  # one read of the weight, no copy
+        if 0 < square < float("inf"):
+            return square**0.5
     if weight.dim() == 0 or weight.numel() <= _NORM_CHUNK:
         return torch.linalg.vector_norm(weight, dtype=torch.float64).item()
     rows = max(1, _NORM_CHUNK * weight.shape[0] // weight.numel())

@@ -21,6 +21,11 @@ def _grams(A: _Shape, B: _Shape, *_: Any, **__: Any) -> int:
     return 2 * A[0] ** 2 * (A[1] + B[0])
 
 
+def _squared_norm(weight: _Shape, **_: Any) -> int:
+    """No product: elementwise work is not counted."""
+    return 0
+
+
 def _product(A: _Shape, B: _Shape) -> int:
     """BA, of A (r, K) and B (m, r)."""
     return 2 * B[0] * B[1] * A[1]
@@ -142,6 +147,7 @@ def _weight_backward(grad: _Shape, weight: _Shape, A: _Shape, B: _Shape, *_: Any
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
+    "squared_norm": _squared_norm,
     "lowrank_norm": _grams,
     "map_scales": _grams,
     "map_linear": _linear,

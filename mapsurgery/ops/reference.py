@@ -36,6 +36,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def squared_norm(weight: Tensor) -> Tensor:
+    """||W||_F^2 of a weight of any shape and strides; (1,), float64.
+
+    A native kernel may sum squares of float32 and narrower in float32, a thousand at a time: infinity where a square
+    does not fit.
+    """
+    return torch.linalg.vector_norm(weight, dtype=torch.float64).square().reshape(1)
+
+
 def lowrank_norm(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """||BA||_F without the product: ||BA||_F^2 = <B^T B, A A^T>, O((m + K) r^2) work and r^2 memory.
 

@@ -10,6 +10,7 @@ _FORWARD = "(Tensor y, Tensor h, Tensor scales, Tensor gram_a, Tensor gram_b)"
 _GRADS = "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB, Tensor dalpha, Tensor dbeta)"
 
 SCHEMAS: dict[str, str] = {
+    "squared_norm": "(Tensor weight) -> Tensor",
     "lowrank_norm": "(Tensor A, Tensor B) -> (Tensor norm, Tensor gram_a, Tensor gram_b)",
     "map_scales": f"({_FACTORS}) -> (Tensor scales, Tensor gram_a, Tensor gram_b)",
     "map_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}) -> {_FORWARD}",
