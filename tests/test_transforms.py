@@ -233,6 +233,26 @@ def test_a_captured_training_step_replays_as_the_eager_one() -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_host_never_waits_for_the_gpu(dtype: torch.dtype) -> None:
+    for case in (c for c in CASES if c.fused):
+        _, adapted, x = patched_case(case, device=torch.device("cuda"))
+        adapted, x = adapted.to(dtype), x.to(dtype).requires_grad_()
+        optimizer = torch.optim.AdamW(mapsurgery.param_groups(adapted, lr=1e-3), foreach=True)
+        adapted(x).sum().backward()  # what is built once may wait
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            adapted(x).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                adapted(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_deterministic_mode_runs_and_gives_the_same_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
