@@ -155,6 +155,17 @@ def test_ops_compiled(tmp_path):
     assert {row["implementation"] for row in results(tmp_path)} == {"op", "compiled"}
 
 
+def test_floor(tmp_path):
+    pytest.importorskip("peft")
+    import floor
+
+    assert floor.main(["--shapes", "test", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = {row["method"]: row for row in results(tmp_path)}
+    assert list(rows) == ["frozen", "lora", "map"]
+    assert all(row["ms"] > 0 and row["predicted_ms"] > 0 for row in rows.values())
+    assert rows["frozen"]["mib"] < rows["map"]["mib"] < rows["lora"]["mib"]  # fewer passes than peft's LoRA
+
+
 def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch):
     import ops
 

@@ -1,0 +1,198 @@
+"""What one adapted Linear must compute and move in a training step, the time that this predicts, and the time it takes.
+
+    python benchmarks/floor.py --shapes vit_small llama_tiny
+
+For each shape and method: the arithmetic of the dense and of the low-rank products, and the bytes that the passes over
+activations and weights read and write. The prediction is arithmetic over the rate of a large matrix product plus bytes
+over the bandwidth of a copy, both measured in this run; nothing overlaps and no cache helps. NOTES.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from common import (
+    Row,
+    Stamps,
+    add_common_arguments,
+    describe,
+    describe_run,
+    median,
+    paired_ratio,
+    prepare,
+    table,
+    write_results,
+)
+from ops import Ceilings, measure_ceilings
+from torch import Tensor, nn
+from train_step import METHODS
+
+SHAPES: dict[str, list[tuple[int, int, int]]] = {  # (tokens, in_features, out_features)
+    "test": [(16, 32, 48)],
+    "vit_small": [(1576, 384, 1152), (1576, 384, 384), (1576, 384, 1536), (1576, 1536, 384)],
+    "llama_tiny": [(1024, 256, 256), (1024, 256, 688), (1024, 688, 256)],
+    "llama_8b": [(1, 4096, 4096), (64, 4096, 4096), (64, 4096, 14336), (8192, 4096, 4096), (8192, 4096, 14336)],
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations and elements read or written, of forward and backward together."""
+
+    flops: int
+    elements: int
+
+
+def frozen_work(T: int, K: int, m: int, rank: int) -> Work:
+    """y = x W^T and G W: the products that every adapter needs."""
+    return Work(4 * T * m * K, 2 * (T * (K + m) + m * K))
+
+
+def lora_work(T: int, K: int, m: int, rank: int) -> Work:
+    """Beyond the frozen layer, as peft computes it. Per token, reads and writes of rows of K and m numbers:
+
+    h = x A^T: K; u = h B^T: m; u *= s: 2 m; y += u (a new tensor): 3 m; s G: 2 m; (s G) B: m; (s G)^T h: m;
+    gh A: K; its sum with G W: 3 K; gh^T x: K.
+    """
+    base = frozen_work(T, K, m, rank)
+    return Work(base.flops + 6 * T * rank * (K + m), base.elements + T * (6 * K + 10 * m))
+
+
+def map_work(T: int, K: int, m: int, rank: int) -> Work:
+    """Beyond the frozen layer, here: h = x A^T: K; y += s_d h B^T in place: 2 m; G B: m; G^T h: m; <x, G W>: 2 K;
+    G W = s_w G W + s_d (G B) A in place: 2 K; (G B)^T x: K; and the two Gram matrices, twice.
+    """
+    base = frozen_work(T, K, m, rank)
+    gram = 4 * rank * rank * (K + m)
+    return Work(base.flops + 6 * T * rank * (K + m) + gram, base.elements + T * (6 * K + 4 * m))
+
+
+WORK: dict[str, Callable[[int, int, int, int], Work]] = {"frozen": frozen_work, "lora": lora_work, "map": map_work}
+
+
+def predicted_ms(work: Work, dtype: torch.dtype, ceilings: Ceilings) -> float:
+    """Arithmetic and bytes at the measured ceilings, one after the other."""
+    return 1e3 * (work.flops / ceilings.rates[dtype] + work.elements * dtype.itemsize / ceilings.bandwidth)
+
+
+class One(nn.Module):
+    """A model of a single layer, for methods that adapt models."""
+
+    def __init__(self, K: int, m: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(K, m, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def make(method: str, base: One, rank: int) -> nn.Module:
+    """The layer under a method; `frozen` is the layer itself, whose input has a gradient anyway."""
+    model = copy.deepcopy(base)
+    return model if method == "frozen" else METHODS[method](model, ["layer"], rank)
+
+
+def timed_step(model: nn.Module, x: Tensor, grad: Tensor, device: torch.device) -> Stamps:
+    """Forward and backward; gradients are dropped outside of the time."""
+    stamps = Stamps(device)
+    stamps.mark()
+    model(x).backward(grad)
+    stamps.mark()
+    for tensor in (x, *model.parameters()):
+        tensor.grad = None
+    return stamps
+
+
+def measure_shape(
+    shape: tuple[int, int, int], rank: int, dtype: torch.dtype, device: torch.device, rounds: int, ceilings: Ceilings
+) -> list[Row]:
+    """One row for each method, from interleaved rounds."""
+    T, K, m = shape
+    base = One(K, m).to(device, dtype).requires_grad_(False)
+    models = {method: make(method, base, rank) for method in WORK}
+    x, grad = (
+        torch.randn(T, K, device=device, dtype=dtype, requires_grad=True),
+        torch.randn(T, m, device=device).to(dtype),
+    )
+    for model in models.values():
+        timed_step(model, x, grad, device).milliseconds()
+    times: dict[str, list[float]] = {method: [] for method in WORK}
+    for _ in range(rounds):
+        for method, model in models.items():
+            times[method] += timed_step(model, x, grad, device).milliseconds()
+    predictions = {method: predicted_ms(work(T, K, m, rank), dtype, ceilings) for method, work in WORK.items()}
+    return [
+        {
+            "tokens": T,
+            "in_features": K,
+            "out_features": m,
+            "rank": rank,
+            "dtype": str(dtype).removeprefix("torch."),
+            "method": method,
+            "gflop": work(T, K, m, rank).flops / 1e9,
+            "mib": work(T, K, m, rank).elements * dtype.itemsize / 2**20,
+            "predicted_ms": predictions[method],
+            "ms": median(times[method]),
+            "predicted_to_frozen": predictions[method] / predictions["frozen"],
+            "to_frozen": paired_ratio(times[method], times["frozen"]),
+            "predicted_to_lora": predictions[method] / predictions["lora"],
+            "to_lora": paired_ratio(times[method], times["lora"]),
+        }
+        for method, work in WORK.items()
+    ]
+
+
+COLUMNS = {
+    "tokens": "T",
+    "in_features": "in",
+    "out_features": "out",
+    "dtype": "dtype",
+    "method": "method",
+    "gflop": "GFLOP",
+    "mib": "MiB moved",
+    "predicted_ms": "predicted ms",
+    "ms": "ms",
+    "predicted_to_frozen": "predicted x frozen",
+    "to_frozen": "x frozen",
+    "predicted_to_lora": "predicted x LoRA",
+    "to_lora": "x LoRA",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["vit_small", "llama_tiny"])
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
+    arguments = parser.parse_args(argv)
+    device, dtype = prepare(arguments), DTYPES[arguments.dtype]
+    ceilings = measure_ceilings(device, [dtype], tiny=arguments.shapes == ["test"])
+    run = describe_run(device) | {
+        "copy_gb_per_s": round(ceilings.bandwidth / 1e9, 2),
+        "matmul_gflop_per_s": round(ceilings.rates[dtype] / 1e9, 1),
+        "repeats": arguments.repeats,
+    }
+    print(describe(run))
+    print(f"copy {run['copy_gb_per_s']} GB/s (read and written), products {run['matmul_gflop_per_s']} GFLOP/s")
+    rows = [
+        row
+        for name in arguments.shapes
+        for shape in SHAPES[name]
+        for row in measure_shape(shape, arguments.rank, dtype, device, arguments.repeats, ceilings)
+    ]
+    print(table("floor", rows, COLUMNS))
+    notes = "Predicted: FLOPs over the rate of a large product plus bytes over the bandwidth of a copy, no overlap."
+    for path in write_results(arguments.out, "floor", arguments.tag, rows, COLUMNS, run, notes):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
