@@ -3,8 +3,41 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/device.h"
+#include "cpu/wide.h"
+
+namespace mapsurgery {
+namespace {
+
+Forward forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                bool relative) {
+  const ScalarType dtype = x.scalar_type();
+  const bool many_rows = x.dim() > 0 && x.numel() > kFewRows * x.size(-1);
+  if (!many_rows || !is_emulated(dtype)) {
+    return map_linear<Cpu>(x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative);
+  }
+  const auto [y, h, scales, gram_a, gram_b] =
+      map_linear<Cpu>(cast(x, ScalarType::Float), weight, bias, A, B, alpha, beta, weight_norm, tau, relative);
+  return {cast(y, dtype), cast(h, dtype), scales, gram_a, gram_b};
+}
+
+Grads backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weight, const Tensor& A,
+               const Tensor& B, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b, bool need_x,
+               bool need_weight, bool need_bias, bool need_factors, bool need_alpha) {
+  const ScalarType dtype = x.scalar_type();
+  const bool wide = is_emulated(dtype) && grad.scalar_type() == dtype && h.scalar_type() == dtype;
+  const auto widened = [&](const Tensor& t) { return wide ? cast(t, ScalarType::Float) : t; };
+  auto [dx, dweight, dbias, dA, dB, dalpha, dbeta] =
+      map_linear_backward<Cpu>(widened(grad), widened(x), widened(h), weight, A, B, scales, gram_a, gram_b, need_x,
+                               need_weight, need_bias, need_factors, need_alpha);
+  const auto narrowed = [&](const Tensor& t) { return wide ? cast(t, dtype) : t; };
+  return {narrowed(dx), need_weight ? dweight : narrowed(dweight), narrowed(dbias), dA, dB, dalpha, dbeta};
+}
+
+}  // namespace
+}  // namespace mapsurgery
 
 STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
-  m.impl("map_linear", TORCH_BOX(&mapsurgery::map_linear<mapsurgery::Cpu>));
-  m.impl("map_linear_backward", TORCH_BOX(&mapsurgery::map_linear_backward<mapsurgery::Cpu>));
+  m.impl("map_linear", TORCH_BOX(&mapsurgery::forward));
+  m.impl("map_linear_backward", TORCH_BOX(&mapsurgery::backward));
 }
