@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import mapsurgery
 from mapsurgery.tables import render
@@ -67,6 +68,14 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def randomise_zeros(model: nn.Module) -> None:
+    """As in the middle of training: no factor is zero, so none of its products can be left out."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.uniform_(-0.01, 0.01)
 
 
 # --- the run's description ------------------------------------------------------------------------------------------

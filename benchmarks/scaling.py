@@ -32,6 +32,7 @@ from common import (
     median,
     paired_ratio,
     prepare,
+    randomise_zeros,
     slug,
     table,
     write_results,
@@ -188,14 +189,6 @@ def make_candidate(name: str, base: nn.Module, x: Tensor, grad: Tensor, rank: in
         if not tensor.grad.isfinite().all() or not tensor.grad.any():
             raise RuntimeError(f"the gradient of {name} is zero or not finite")
     return candidate
-
-
-@torch.no_grad()
-def randomise_zeros(model: nn.Module) -> None:
-    """As in the middle of training: no factor is zero, so none of its products can be left out."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            parameter.uniform_(-0.01, 0.01)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
