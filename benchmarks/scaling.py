@@ -210,13 +210,10 @@ def run_rounds(candidates: list[Candidate], arguments: argparse.Namespace) -> bo
     return time.perf_counter() - start > 2 * arguments.point_seconds
 
 
-def quartiles_of_ratio(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Of value / base of the same round; NaN of fewer than two rounds."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
+def ratio_quartiles(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """First quartile, median and third quartile of value / base of the same round; all the same of one round."""
     ratios = [value / other for value, other in zip(values, base, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, high
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
 
 
 def row_of(candidate: Candidate, quantity: str, others: Mapping[str, Candidate], reference: str) -> Row:
@@ -224,10 +221,9 @@ def row_of(candidate: Candidate, quantity: str, others: Mapping[str, Candidate],
     times, processor = candidate.times[quantity], candidate.processor_times[quantity]
     row: Row = {"quantity": quantity, "method": candidate.name, "ms": median(times), "iqr_ms": iqr(times)}
     for label, name in (("lora", reference), ("frozen", "frozen")):
-        if (other := others.get(name)) is not None:
-            low, high = quartiles_of_ratio(times, other.times[quantity])
-            row[f"to_{label}"] = paired_ratio(times, other.times[quantity])
-            row |= {f"to_{label}_q1": low, f"to_{label}_q3": high}
+        other = others.get(name)
+        ratios = ratio_quartiles(times, other.times[quantity]) if other is not None else (None, None, None)
+        row |= dict(zip((f"to_{label}_q1", f"to_{label}", f"to_{label}_q3"), ratios, strict=True))
     if not candidate.x.is_cuda:
         row["processor_ms"] = median(processor)
         if (other := others.get(reference)) is not None:
@@ -353,7 +349,7 @@ def draw_curve(curve: str, rows: list[dict[str, str]], path: Path) -> None:
 
 def draw_panel(panel: Any, curve: str, rows: list[dict[str, str]]) -> None:
     """A line and its band per method, and the line at 1 that is LoRA."""
-    panel.axhline(1.0, color="black", linewidth=1, linestyle="--", label=rows[0]["lora"] if rows else None)
+    panel.axhline(1.0, color="black", linewidth=1, linestyle="--", label="LoRA")
     for method in dict.fromkeys(row["method"] for row in rows):
         points = sorted((row for row in rows if row["method"] == method), key=lambda row: int(row[curve]))
         if method == points[0]["lora"]:
@@ -433,10 +429,13 @@ def main(argv: list[str] | None = None) -> int:
                     notes += " " + left_out
                     break
             paths = write_results(arguments.out, "scaling", arguments.tag, rows, COLUMNS, run, notes)
-    try:
-        paths += draw(paths[0], arguments.plots, arguments.tag)
-    except ModuleNotFoundError:
-        print(_INSTALL, file=sys.stderr)
+    if any(row.get("to_lora") for row in rows):
+        try:
+            paths += draw(paths[0], arguments.plots, arguments.tag)
+        except ModuleNotFoundError:
+            print(_INSTALL, file=sys.stderr)
+    else:
+        print("no plots: they compare with LoRA, which did not run", file=sys.stderr)
     print("\n".join(f"wrote {path}" for path in paths))
     return int(any(row["error"] for row in rows))
 

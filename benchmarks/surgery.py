@@ -116,23 +116,25 @@ class Operation:
 
     Attributes:
         passed: bytes of weights that must be read and written.
-        times: seconds, one per round. peaks: bytes above the start, where known.
+        times, processor_times: seconds, one per round. peaks: bytes above the start, where known.
     """
 
     name: str
     method: str
     passed: int
     times: list[float] = field(default_factory=list)
+    processor_times: list[float] = field(default_factory=list)
     peaks: list[int | None] = field(default_factory=list)
 
     def run(self, function: Callable[[], object], device: torch.device) -> None:
         """Measure it once."""
         before = start_peak(device)
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter() - start)
+        self.processor_times.append(time.process_time() - processor)
         self.peaks.append(peak_since(before, device))
 
 
@@ -228,6 +230,7 @@ class Operations:
         row |= {"layers": len(self.targets), "ms": 1e3 * median(operation.times)}
         row |= {"iqr_ms": 1e3 * iqr(operation.times), "peak_mib": max(peaks) / MIB if peaks else None}
         row["to_lora"] = paired_ratio(operation.times, lora.times) if lora else None
+        row["processor_ms"] = 1e3 * median(operation.processor_times)
         if operation.passed:
             row["gbs"] = operation.passed / median(operation.times) / 1e9
             row["of_memory"] = row["gbs"] / speeds["read_gbs" if operation.passed == self.weights else "copy_gbs"]
@@ -310,6 +313,7 @@ COLUMNS = {
     "ms": "ms",
     "iqr_ms": "IQR",
     "to_lora": "x LoRA",
+    "processor_ms": "CPU ms",
     "gbs": "GB/s",
     "of_memory": "of memory's",
     "peak_mib": "peak MiB",
@@ -317,11 +321,12 @@ COLUMNS = {
     "file_mbs": "file MB/s",
 }
 NOTES = (
-    "Medians over rounds in which the methods take turns; x LoRA is the median of the ratios in a round. GB/s: bytes "
-    "of adapted weights that the operation must read and write (patch and load: once read; merge and unmerge: read and "
-    "written), over its time; of memory's: this over the speed of a sum or of a copy of a large tensor. peak: highest "
-    "memory above that before the operation, the new adapters included (CPU: resident set of the process, Linux only). "
-    "peft's LoRA reads no weight when it patches. load checks the base by its norms, which reads it once."
+    "Medians over rounds in which the methods take turns; x LoRA is the median of the ratios in a round. CPU ms: "
+    "processor time of all threads, which other programs disturb less. GB/s: bytes of adapted weights that the operation "
+    "must read and write (patch and load: once read; merge and unmerge: read and written), over its time; of memory's: "
+    "this over the speed of a sum or of a copy of a large tensor. peak: highest memory above that before the operation, "
+    "the new adapters included (CPU: resident set of the process, Linux only). peft's LoRA reads no weight when it "
+    "patches. load checks the base by its norms, which reads it once."
 )
 
 
