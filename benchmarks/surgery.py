@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import re
 import tempfile
 import time
@@ -92,7 +91,6 @@ def start_peak(device: torch.device) -> int | None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: freed memory must not pass for memory in use
     try:
         if trim is not None:
@@ -322,11 +320,11 @@ COLUMNS = {
 }
 NOTES = (
     "Medians over rounds in which the methods take turns; x LoRA is the median of the ratios in a round. CPU ms: "
-    "processor time of all threads, which other programs disturb less. GB/s: bytes of adapted weights that the operation "
-    "must read and write (patch and load: once read; merge and unmerge: read and written), over its time; of memory's: "
-    "this over the speed of a sum or of a copy of a large tensor. peak: highest memory above that before the operation, "
-    "the new adapters included (CPU: resident set of the process, Linux only). peft's LoRA reads no weight when it "
-    "patches. load checks the base by its norms, which reads it once."
+    "processor time of all threads, which other programs disturb less. GB/s: bytes of adapted weights that the "
+    "operation must read and write (patch and load: once read; merge and unmerge: read and written), over its time; of "
+    "memory's: this over the speed of a sum or of a copy of a large tensor. peak: highest memory above that before the "
+    "operation, the new adapters included (CPU: resident set of the process, Linux only). peft's LoRA reads no weight "
+    "when it patches. load checks the base by its norms, which reads it once."
 )
 
 
