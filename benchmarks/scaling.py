@@ -340,6 +340,7 @@ def draw_curve(curve: str, rows: list[dict[str, str]], path: Path) -> None:
         panel.set_title(title, fontsize=10)
     reference = rows[0]["lora"]
     panels[0].set_ylabel(f"time / time of {reference} (ratio)")
+    panels[0].set_ylim(bottom=0)  # of both, and only now: it ends automatic scaling
     panels[0].legend(fontsize=9)
     first = rows[0]
     fixed = ", ".join(f"{axis} {first[axis]}" for axis in AXES if axis != curve)
@@ -361,7 +362,6 @@ def draw_panel(panel: Any, curve: str, rows: list[dict[str, str]]) -> None:
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.set_xlabel(AXES[curve])
-    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
 
 
