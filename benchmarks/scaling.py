@@ -66,7 +66,7 @@ def powers_of_two(first: int, last: int) -> list[int]:
 def curves(device: torch.device, tiny: bool) -> dict[str, list[Point]]:
     """Points by curve; a GPU needs more tokens and a wider layer before its kernels take longer than their launch."""
     if tiny:
-        base, square, narrow = Point(4, 16, 2, 1), Point(4, 16, 2, 1), Point(2, 16, 2, 1)
+        base, square, narrow = Point(4, 16, 2, 1), Point(4, 4, 2, 1), Point(2, 16, 2, 1)
         tokens, width, layers = [1, 2], [16, 32], [1, 2]
     else:
         cuda = device.type == "cuda"
