@@ -294,10 +294,11 @@ def run_meta(size: str, dtype: torch.dtype, methods: list[str], rank: int, repea
         operation = Operation(f"patch of {size} on meta", method, 0)
         for _ in range(repeats):
             model = meta_llama(size, dtype)
-            targets = list(adapted_layers(model))
+            layers = list(adapted_layers(model))
+            targets = TARGETS if method == "map" else layers  # peft's patterns are regular expressions
             operation.run(partial(METHODS[method], model, targets, rank), torch.device("cpu"))
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        row: Row = {"operation": operation.name, "method": method, "rank": rank, "layers": len(targets)}
+        row: Row = {"operation": operation.name, "method": method, "rank": rank, "layers": len(layers)}
         rows.append(row | {"parameters": parameters, "ms": 1e3 * median(operation.times)})
     return rows
 
