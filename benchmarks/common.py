@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import mapsurgery
 from mapsurgery.tables import render
@@ -29,10 +30,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that every benchmark has."""
+def add_common_arguments(parser: argparse.ArgumentParser, rank: bool = True) -> None:
+    """Options that every benchmark has; rank: but for those that choose the ranks themselves."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (default 8)")
+    if rank:
+        parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (default 8)")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--tf32", action="store_true", help="CUDA: float32 products in TF32 (default: not)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
@@ -66,6 +68,14 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def randomise_zeros(model: nn.Module) -> None:
+    """As in the middle of training: no factor is zero, so none of its products can be left out."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.uniform_(-0.01, 0.01)
 
 
 # --- the run's description ------------------------------------------------------------------------------------------
@@ -192,7 +202,8 @@ def _markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Text as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
@@ -210,7 +221,7 @@ def write_results(
         Their paths.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [name, _slug(run["device_name"]), _slug(run["torch"]), *([_slug(tag)] if tag else [])]
+    parts = [name, slug(run["device_name"]), slug(run["torch"]), *([slug(tag)] if tag else [])]
     stem = folder / "_".join(parts)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".json", ".md")]
     rows = [{key: _plain(value) for key, value in row.items()} for row in rows]

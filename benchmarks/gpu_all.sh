@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and without a network: build, tests, compute-sanitizer, benchmarks.
 #
-#   benchmarks/gpu_all.sh                         # the default stages, within ten minutes
+#   benchmarks/gpu_all.sh                         # the default stages, within twelve minutes
 #   benchmarks/gpu_all.sh install info ops train  # only these, in this order (or STAGES="install info ops train")
 #
-# Stages: install, info, cuda_tests, memcheck, racecheck, ops, train, all_tests; by name only: ops_compiled,
-# train_compiled, train_checkpoint. Each has a time limit. One that fails or runs out of time does not stop the next,
+# Stages: install, info, cuda_tests, memcheck, racecheck, ops, train, all_tests; by name only: scaling, surgery,
+# ops_compiled, train_compiled, train_checkpoint. Each has a time limit. One that fails or runs out of time does not stop the next,
 # but makes the exit code 1. Output goes to log.txt, the outcomes to summary.txt (printed last), results beside them:
 # 8 files for the default stages.
 #
@@ -99,19 +99,32 @@ train() { bench_train --repeats 9 --dtype bf16 autocast-bf16; }
 
 train_compiled() { bench_train --repeats 9 --dtype bf16 --methods frozen lora-bf16 lora map --compile --tag compiled; }
 
+scaling() {
+    local -a shapes=(--dtype bf16 --repeats 15 --point-seconds 4)
+    [[ $DEVICE == cpu ]] && shapes=(--size tiny --repeats 2 --min-ms 0)
+    "$PYTHON" benchmarks/scaling.py --device "$DEVICE" --out "$OUT" --plots "$OUT" "${shapes[@]}"
+}
+
+surgery() {
+    local size=8b
+    [[ $DEVICE == cpu ]] && size=small
+    "$PYTHON" benchmarks/surgery.py --device "$DEVICE" --out "$OUT" --size "$size"
+}
+
 train_checkpoint() { bench_train --repeats 9 --dtype bf16 --checkpoint --tag checkpoint; }
 
-# Seconds; the default stages together stay under 600.
+# Seconds; the default stages together stay under 720.
 limit_of() {
     local name=LIMIT_$1
     case $1 in
         install) echo "${!name:-140}" ;;
         info) echo "${!name:-20}" ;;
-        cuda_tests) echo "${!name:-60}" ;;
+        cuda_tests) echo "${!name:-180}" ;;  # some build the C++ example and export to it
         memcheck | racecheck) echo "${!name:-70}" ;;
+        surgery) echo "${!name:-120}" ;;
         ops | train) echo "${!name:-100}" ;;
         all_tests) echo "${!name:-30}" ;;
-        ops_compiled | train_compiled | train_checkpoint) echo "${!name:-250}" ;;
+        scaling | ops_compiled | train_compiled | train_checkpoint) echo "${!name:-250}" ;;
         *) return 1 ;;
     esac
 }

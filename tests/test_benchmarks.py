@@ -190,6 +190,157 @@ def test_cost_of_a_linear_forward():
     assert cost.bytes == 4 * (T * K + m * K + m + T * m + T * r + r * (m + K))
 
 
+def test_scaling(tmp_path):
+    pytest.importorskip("peft")
+    import scaling
+
+    options = ["--size", "tiny", "--repeats", "2", "--min-ms", "0", "--curves", "rank", "layers", "--device", "cpu"]
+    folder, plots = tmp_path / "results", tmp_path / "plots"
+    assert scaling.main([*options, "--out", str(folder), "--plots", str(plots)]) == 0
+    rows = results(folder)
+    points = scaling.curves(torch.device("cpu"), tiny=True)
+    for curve in ("rank", "layers"):
+        found = [row for row in rows if row["curve"] == curve]
+        assert [row["method"] for row in found[:4]] == ["frozen", "lora", "dora", "map"]
+        assert len(found) == 4 * len(scaling.QUANTITIES) * len(points[curve])
+        assert {row[curve] for row in found} == {getattr(point, curve) for point in points[curve]}
+    assert all(row["ms"] > 0 and row["processor_ms"] > 0 and row["rounds"] == 2 for row in rows)
+    assert all(row["to_lora_q1"] <= row["to_lora"] <= row["to_lora_q3"] for row in rows)
+    assert {row["to_lora"] for row in rows if row["method"] == "lora"} == {1.0}
+    assert {row["to_frozen"] for row in rows if row["method"] == "frozen"} == {1.0}
+
+
+def test_scaling_covers_what_it_promises():
+    import scaling
+
+    for device in ("cpu", "cuda"):
+        points = scaling.curves(torch.device(device), tiny=False)
+        rank = [point.rank for point in points["rank"]]
+        width = points["rank"][0].width
+        assert {1, 4, 8, 16, 64, 256} <= set(rank) and sum(r > width / 2 for r in rank) == 2 and max(rank) == width
+        assert [point.tokens for point in points["tokens"]] == [2**i for i in range(13)]
+        assert [point.width for point in points["width"]] == [2**i for i in range(6, 13)]
+        assert [point.layers for point in points["layers"]] == [2**i for i in range(7)]
+
+
+def test_scaling_ends_a_curve_that_takes_too_long(tmp_path, capsys):
+    import scaling
+
+    options = ["--size", "tiny", "--min-ms", "0", "--methods", "frozen", "map", "--curves", "tokens", "--device", "cpu"]
+    options += ["--point-seconds", "0", "--out", str(tmp_path), "--plots", str(tmp_path)]
+    assert scaling.main(options) == 0
+    rows = results(tmp_path)
+    assert {(row["tokens"], row["rounds"]) for row in rows} == {(1, scaling.FEWEST_ROUNDS)}
+    (markdown,) = tmp_path.glob("*.md")
+    message = "The curve over tokens in fp32 ends at 1"
+    assert message in capsys.readouterr().out and message in markdown.read_text()
+
+
+SCALING_CSV = """\
+curve,dtype,device,tokens,width,rank,layers,quantity,method,to_lora,to_lora_q1,to_lora_q3,lora,error,device_name,torch
+rank,fp32,cpu,256,256,1,1,train,lora,1,1,1,lora,,Some CPU,2.14
+rank,fp32,cpu,256,256,1,1,train,map,1.1,1.0,1.2,lora,,Some CPU,2.14
+rank,fp32,cpu,256,256,2,1,train,map,0.9,,,lora,,Some CPU,2.14
+rank,fp32,cpu,256,256,2,1,,dora,,,,,RuntimeError: failed,Some CPU,2.14
+width,bf16,cpu,256,64,8,1,eval,map,1.2,1.1,1.3,lora-bf16,,Some CPU,2.14
+"""
+
+
+def test_scaling_plots_come_from_a_csv(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    import scaling
+
+    path = tmp_path / "numbers.csv"
+    path.write_text(SCALING_CSV)
+    assert scaling.main(["--plot-only", str(path), "--plots", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    expected = {"scaling_rank_cpu.png", "scaling_width_cpu_bf16.png"}
+    assert {found.name for found in tmp_path.glob("*.png")} == expected
+    assert all(f"wrote {tmp_path / name}" in printed for name in expected)
+    for name in expected:
+        assert (tmp_path / name).stat().st_size < 100_000
+        with image.open(tmp_path / name) as picture:
+            assert picture.width > 600 and len(picture.getcolors(1 << 20)) > 20
+
+
+@pytest.mark.parametrize("content", [None, "a,b\n1,2\n", ""])
+def test_scaling_refuses_to_plot_another_file(tmp_path, content):
+    import scaling
+
+    path = tmp_path / "numbers.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=r"numbers\.csv"):
+        scaling.main(["--plot-only", str(path), "--plots", str(tmp_path)])
+
+
+def test_scaling_without_matplotlib(tmp_path, monkeypatch):
+    import scaling
+
+    path = tmp_path / "numbers.csv"
+    path.write_text(SCALING_CSV)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"pip install matplotlib, or mapsurgery\[plots\]"):
+        scaling.main(["--plot-only", str(path), "--plots", str(tmp_path)])
+
+
+def test_surgery(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    import surgery
+
+    assert surgery.main(["--size", "small", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = results(tmp_path)
+    layers = len(surgery.adapted_layers(surgery.meta_llama("small", torch.bfloat16)))
+    whole = {(row["operation"], row["method"]): row for row in rows if "of_memory" in row or "peak_mib" in row}
+    both = {(name, method) for name in ("patch", "merge", "unmerge") for method in ("lora", "dora", "map")}
+    assert whole.keys() == both | {(name, "map") for name in ("save", "unpatch", "load")}
+    assert all(row["ms"] > 0 and row["layers"] == layers for row in whole.values())
+    passed = {name for (name, method), row in whole.items() if method == "map" and row.get("gbs")}
+    assert passed == {"patch", "load", "merge", "unmerge"}
+    files = [row for row in rows if row.get("file_bytes")]
+    assert len(files) == 2 * len(surgery.file_settings(4))
+    assert all(
+        4 * row["parameters"] < row["file_bytes"] < 4 * row["parameters"] + 2000 * row["layers"] for row in files
+    )
+    meta = [row for row in rows if row["operation"] == "patch of small on meta"]
+    assert [row["method"] for row in meta] == ["lora", "dora", "map"]
+    assert meta[2]["parameters"] == meta[0]["parameters"] + 2 * layers  # two magnitudes per layer
+
+
+def test_surgery_leaves_the_model_as_it_was(tmp_path):
+    import surgery
+
+    pytest.importorskip("transformers")
+    device = torch.device("cpu")
+    base = surgery.random_llama("small", torch.float32, device)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    operations = surgery.Operations(base, 2, tmp_path, device)
+    operations.round(["map"])
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
+def test_peak_memory():
+    import surgery
+
+    device = torch.device("cpu")
+    before = surgery.start_peak(device)
+    if before is None:
+        pytest.skip("this system does not let a process reset its peak")
+    held = torch.ones(25 << 20)  # 100 MiB
+    del held
+    assert 98 < surgery.peak_since(before, device) / surgery.MIB < 150  # the kernel counts in batches of pages
+    before = surgery.start_peak(device)
+    assert surgery.peak_since(before, device) / surgery.MIB < 50
+
+
 def test_statistics():
     import common
 
