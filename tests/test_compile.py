@@ -243,18 +243,9 @@ def test_the_backward_graph_computes_no_forward_product_again() -> None:
     assert all("backward" in target for target in targets["backward"])
 
 
-def test_compiled_autograd_gives_the_eager_gradients_from_one_graph() -> None:
-    model = _patched()
-    reference = copy.deepcopy(model)
-    reference(image()).sum().backward()
-    graphs = CompileCounterWithBackend("aot_eager")
-    for _ in range(3):
-        model.zero_grad()
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=graphs, fullgraph=True)):
-            model(image()).sum().backward()
-    assert graphs.frame_count == 1
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+def _tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 3)).eval()
 
 
 def _trained_by_compiled_autograd(model: nn.Module) -> CompileCounterWithBackend:
@@ -274,9 +265,9 @@ def _trained_by_compiled_autograd(model: nn.Module) -> CompileCounterWithBackend
 
 
 def test_a_whole_training_step_compiled_with_compiled_autograd_is_the_eager_one() -> None:
-    model = _patched()
+    model = _patched(_tiny())
     reference = copy.deepcopy(model)
-    without, graphs = _trained_by_compiled_autograd(net().eval()), _trained_by_compiled_autograd(model)
+    without, graphs = _trained_by_compiled_autograd(_tiny()), _trained_by_compiled_autograd(model)
     assert graphs.frame_count == without.frame_count
     called = {str(node.target) for node in graphs.graphs[-1].graph.nodes}
     assert {"mapsurgery.map_linear_backward.default", "mapsurgery.map_conv_backward.default"} <= called
@@ -323,7 +314,8 @@ def _unet() -> nn.Module:
         in_channels=4,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
         block_out_channels=(16,),
         layers_per_block=1,
         cross_attention_dim=16,
@@ -339,7 +331,7 @@ def _images() -> tuple[Tensor, ...]:
 _SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 5}
 _MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] = {
     "timm_vit": (_vit, _images),
-    "timm_convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), _images),
+    "timm_convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), _images),
     "timm_swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **_SWIN), _images),
     "timm_efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=5), _images),
     "llama": (_llama, lambda: (_ids(),)),
