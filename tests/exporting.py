@@ -1,4 +1,4 @@
-"""What the tests of exporting share: which operators a program calls, and torch's limits told from this library's."""
+"""What tests of exporting and compiling share: operators of a program, and torch's limits told from the library's."""
 
 from __future__ import annotations
 
@@ -37,12 +37,17 @@ def dtypes(program: torch.export.ExportedProgram) -> set[torch.dtype]:
 
 
 def or_torch_cannot(patched: Callable[[], Result], unpatched: Callable[[], object]) -> Result:
-    """The result for the patched model; the test is skipped, with the reason, where the unpatched one fails too."""
+    """The result for the patched model; the test is skipped where the unpatched one fails with the same exception type.
+
+    Any other failure of the unpatched model excuses nothing: the patched model's own is raised.
+    """
     try:
         return patched()
     except Exception as error:
         try:
             unpatched()
         except Exception as limit:
-            pytest.skip(f"torch cannot do this on the unpatched model: {type(limit).__name__}: {str(limit)[:200]}")
-        raise error
+            if type(limit) is type(error):
+                both = [f"{type(e).__name__}: {str(e)[:200]}" for e in (limit, error)]
+                pytest.skip(f"torch cannot do this on the unpatched model: {both[0]}; patched: {both[1]}")
+        raise

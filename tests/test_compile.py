@@ -14,8 +14,10 @@ import timm
 import torch
 import transformers
 from definition import Net, image, net, to_generic_point
+from exporting import or_torch_cannot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
 import mapsurgery
@@ -35,13 +37,13 @@ def _counted(model: nn.Module, backend: str = "aot_eager", **options: Any) -> tu
 
 def _vit(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    settings = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5, "patch_size": 16}
-    return timm.create_model("vit_tiny_patch16_224", **settings, **options).eval()
+    settings = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5, "patch_size": 16}
+    return timm.create_model("vit_tiny_patch16_224", **{**settings, **options}).eval()
 
 
 def _llama(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 64}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **options})).eval()
 
@@ -54,22 +56,27 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _gradients(model: nn.Module, y: Tensor) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, y: Tensor) -> dict[str, Tensor | None]:
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(y.square().mean(), list(wanted.values()), allow_unused=True)
-    # Of what the output does not depend on, eager mode gives none and a compiled graph zeros.
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), found, strict=True)}
+    return dict(zip(wanted, found, strict=True))
 
 
-def _assert_same(model: nn.Module, compiled: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
-    """Outputs and every gradient are those of eager mode."""
+def _assert_same(model: nn.Module, compiled: Callable[..., Any], inputs: tuple[Any, ...], unused: str = " ") -> None:
+    """Outputs and every gradient are those of eager mode.
+
+    Args: unused: start of the names of the parameters that the first output does not depend on.
+    """
     y, expected = _first(compiled(*inputs)), _first(model(*inputs))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     grads, wanted = _gradients(model, y), _gradients(model, expected)
-    assert any("adapter" in name and grad.any() for name, grad in wanted.items())
-    for name, grad in grads.items():
-        bound = 1e-4 * float(wanted[name].norm()) + 1e-7
-        assert float((grad - wanted[name]).norm()) <= bound, name
+    assert any("adapter" in name and grad is not None and grad.any() for name, grad in wanted.items())
+    assert {n for n, grad in wanted.items() if grad is None} == {n for n in wanted if n.startswith(unused)}
+    for name, grad in wanted.items():
+        if grad is None:  # the compiled graph has the other outputs too, and passes a gradient of zeros through them
+            assert not grads[name].any(), name
+        else:
+            assert float((grads[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7, name
 
 
 # How often it compiles ---------------------------------------------------------------------------------------------
@@ -94,9 +101,8 @@ def test_new_values_and_another_adapter_compile_nothing_again() -> None:
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_training_evaluating_and_disabled_are_one_graph_each(dropout: float) -> None:
-    model, base = _patched(dropout=dropout), net().eval()
+def test_training_evaluating_and_disabled_are_one_graph_each() -> None:
+    model, base = _patched(dropout=0.5), net().eval()
     compiled, graphs = _counted(model)
     for _ in range(3):
         compiled(image())
@@ -117,48 +123,72 @@ def _graphs_of(model: nn.Module, inputs: list[Tensor], dynamic: bool | None) -> 
     return graphs.frame_count
 
 
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
-@pytest.mark.parametrize("name", ["net", pytest.param("llama", marks=pytest.mark.slow)])
-def test_other_sizes_compile_no_more_graphs_than_without_adapters(dynamic: bool | None, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("net", True), ("net", None), pytest.param("llama", None, marks=pytest.mark.slow)],
+    ids=["net-dynamic", "net-automatic", "llama-automatic"],
+)
+def test_other_sizes_compile_no_more_graphs_than_without_adapters(name: str, dynamic: bool | None) -> None:
     """Torch itself compiles some convolutions again for large batches; the adapters add nothing to that."""
     if name == "net":
         original: nn.Module = net().eval()
         inputs = [torch.randn(n, 3, size, size) for n, size in ((2, 6), (3, 6), (7, 6), (16, 8), (5, 13))]
     else:
-        original = _llama(num_hidden_layers=1)
-        inputs = [_ids(*shape) for shape in ((2, 9), (3, 9), (3, 12), (5, 17), (7, 30))]
+        original = _llama(use_cache=False)
+        inputs = [_ids(*shape) for shape in ((2, 9), (3, 12), (7, 30))]
     expected = _graphs_of(original, inputs, dynamic)
     assert _graphs_of(_patched(original), inputs, dynamic) <= expected
 
 
 def test_gradients_of_a_dynamic_graph_are_the_eager_ones() -> None:
+    """Of other batches than 3, the number of channels: torch's convolution takes that for a constant."""
     model = _patched()
-    compiled, _ = _counted(model, dynamic=True)
-    for n in (3, 5, 9):
+    compiled, graphs = _counted(model, dynamic=True)
+    compiled(image(4))
+    first = graphs.frame_count  # 2: a frame is analysed again once torch finds that a number it held dynamic is fixed
+    for n in (4, 5, 9):
         _assert_same(model, compiled, (image(n),))
+    assert graphs.frame_count == first
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("make", [_vit, pytest.param(_llama, marks=pytest.mark.slow)], ids=["vit", "llama"])
-def test_blocks_compiled_one_by_one_share_their_graph(make: Callable[[], nn.Module], dropout: float) -> None:
-    model = _patched(make(), dropout=dropout)
-    graphs = CompileCounterWithBackend("eager")
+def _blocks_of(model: nn.Module) -> tuple[nn.ModuleList, CompileCounterWithBackend]:
+    """The repeated blocks, each compiled on its own, and the counter of all their graphs."""
     blocks = model.blocks if hasattr(model, "blocks") else model.model.layers
-    x = torch.randn(2, 3, 32, 32) if hasattr(model, "blocks") else _ids()
-    expected = _first(model(x))
-    with mapsurgery.disabled(model):
-        without = _first(model(x))
+    graphs = CompileCounterWithBackend("eager")
     for block in blocks:
         block.compile(backend=graphs, fullgraph=True)
-    for _ in range(2):  # a first block without an input that requires a gradient is a graph of its own
+    return blocks, graphs
+
+
+def _counts(model: nn.Module, graphs: CompileCounterWithBackend, x: Tensor) -> list[int]:
+    """Graphs after evaluating, and after a training step."""
+    counts = []
+    for training in (False, True):
+        y = _first(model.train(training)(x))
+        counts.append(graphs.frame_count)
+    y.sum().backward()
+    return counts
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_blocks_compiled_one_by_one_share_their_graph_as_without_adapters(name: str) -> None:
+    if name == "vit":
+        original, x = _vit(depth=2), torch.randn(2, 3, 32, 32)
+    else:  # with a cache, transformers' blocks are a graph each, patched or not: each reads its own entry of it
+        original, x = _llama(num_hidden_layers=2, use_cache=False), _ids()
+    model = _patched(copy.deepcopy(original), dropout=0.1)
+    expected = _first(model(x))
+    _, graphs = _blocks_of(original)
+    without = _counts(original, graphs, x)
+    blocks, graphs = _blocks_of(model)
+    assert len(blocks) > 1 and _counts(model, graphs, x) == without == [1, 2]
+    assert all(p.grad is not None for p in blocks.parameters() if p.requires_grad)
+    model.eval()
+    for _ in range(2):
         torch.testing.assert_close(_first(model(x)), expected, rtol=1e-4, atol=1e-5)
-        evaluating = graphs.frame_count
         with mapsurgery.disabled(model):
-            torch.testing.assert_close(_first(model(x)), without, rtol=1e-4, atol=1e-5)
-    assert evaluating <= 4 and graphs.frame_count == evaluating
-    _first(model.train()(x)).sum().backward()
-    assert graphs.frame_count <= evaluating + 2
-    assert all(p.grad is not None for name, p in blocks.named_parameters() if p.requires_grad)
+            torch.testing.assert_close(_first(model(x)), _first(original.eval()(x)), rtol=1e-4, atol=1e-5)
+    assert graphs.frame_count == 3
 
 
 # What the compiled step keeps and computes --------------------------------------------------------------------------
@@ -177,8 +207,7 @@ def _saved_bytes(model: nn.Module, run: Callable[..., Any], x: Tensor) -> int:
 
 _SAVING: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "vit": (_vit, lambda: torch.randn(2, 3, 32, 32)),
-    "llama": (lambda: _llama(num_hidden_layers=1), _ids),
-    "resnet": (lambda: timm.create_model("test_resnet").eval(), lambda: torch.randn(2, 3, 32, 32)),
+    "net": (lambda: net().eval(), image),
 }
 
 
@@ -214,38 +243,39 @@ def test_the_backward_graph_computes_no_forward_product_again() -> None:
     assert all("backward" in target for target in targets["backward"])
 
 
-@pytest.mark.parametrize("forward", ["eager", "compiled"])
-def test_compiled_autograd_gives_the_eager_gradients_from_one_graph(forward: str) -> None:
-    model = _patched()
-    reference = copy.deepcopy(model)
-    reference(image()).sum().backward()
-    run = model if forward == "eager" else torch.compile(model, backend="aot_eager", fullgraph=True)
+def _tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+
+
+def _trained_by_compiled_autograd(model: nn.Module) -> CompileCounterWithBackend:
+    """Three steps, forward and backward compiled; the counter of their graphs."""
+    torch._dynamo.reset()
+    counters.clear()
     graphs = CompileCounterWithBackend("aot_eager")
-    for _ in range(3):
-        model.zero_grad()
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=graphs, fullgraph=True)):
-            run(image()).sum().backward()
-    assert graphs.frame_count == 1
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    with torch._dynamo.config.patch(compiled_autograd=True):  # read by torch.compile
+        step = torch.compile(lambda x: model(x).square().mean().backward(), backend=graphs)
+        for _ in range(3):
+            step(image())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert counters["compiled_autograd"]["captures"] > 0
+    return graphs
 
 
 def test_a_whole_training_step_compiled_with_compiled_autograd_is_the_eager_one() -> None:
-    model = _patched()
+    model = _patched(_tiny())
     reference = copy.deepcopy(model)
-    graphs = CompileCounterWithBackend("aot_eager")
-    step = torch.compile(lambda x: model(x).square().mean().backward(), backend=graphs)
-    counts: list[int] = []
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (model, reference)]
+    without, graphs = _trained_by_compiled_autograd(_tiny()), _trained_by_compiled_autograd(model)
+    assert graphs.frame_count == without.frame_count
+    called = {str(node.target) for node in graphs.graphs[-1].graph.nodes}
+    assert {"mapsurgery.map_linear_backward.default", "mapsurgery.map_conv_backward.default"} <= called
+    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
-        with torch._dynamo.config.patch(compiled_autograd=True):
-            step(image())
+        optimizer.zero_grad()
         reference(image()).square().mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        counts.append(graphs.frame_count)
-    assert counts[0] == counts[2]
+        optimizer.step()
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
@@ -272,7 +302,7 @@ def _qwen_moe() -> nn.Module:
 
 def _bert() -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     return transformers.BertModel(config)
 
@@ -284,7 +314,8 @@ def _unet() -> nn.Module:
         in_channels=4,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
         block_out_channels=(16,),
         layers_per_block=1,
         cross_attention_dim=16,
@@ -300,7 +331,7 @@ def _images() -> tuple[Tensor, ...]:
 _SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 5}
 _MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] = {
     "timm_vit": (_vit, _images),
-    "timm_convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), _images),
+    "timm_convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), _images),
     "timm_swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **_SWIN), _images),
     "timm_efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=5), _images),
     "llama": (_llama, lambda: (_ids(),)),
@@ -310,36 +341,21 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]
 }
 
 
-def _skip_if_torch_cannot(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> None:
-    """What torch cannot compile without adapters is no failure of theirs."""
-    try:
-        _first(torch.compile(model, fullgraph=True, **options)(*inputs)).sum().backward()
-    except Exception as error:  # noqa: BLE001  (whatever it is, it is torch's or the model's)
-        pytest.skip(f"torch {torch.__version__} cannot compile the unpatched model: {type(error).__name__}: {error}")
-    torch._dynamo.reset()
-
-
 _LARGER = ("timm_efficientnet", "qwen_moe", "diffusers_unet")
+_UNUSED = {"bert": "pooler."}
+"""BERT's first output, the hidden states, does not depend on its pooler, which computes the second."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _LARGER else n for n in _MODELS])
 def test_real_models_compile_to_one_graph_with_the_eager_numbers(name: str) -> None:
     make, inputs = _MODELS[name]
     torch.manual_seed(0)
-    model, x = make().eval(), inputs()
-    _skip_if_torch_cannot(copy.deepcopy(model), x, backend="aot_eager")
-    compiled, graphs = _counted(_patched(model))
-    _assert_same(model, compiled, x)
+    original, x = make().eval(), inputs()
+    model = _patched(copy.deepcopy(original))
+    compiled, graphs = _counted(model)
+    or_torch_cannot(lambda: compiled(*x), lambda: torch.compile(original, backend="aot_eager", fullgraph=True)(*x))
+    _assert_same(model, compiled, x, _UNUSED.get(name, " "))
     assert graphs.frame_count == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm_convnext", "llama"])
-def test_inductor_computes_real_models_as_eager_does(name: str) -> None:
-    make, inputs = _MODELS[name]
-    torch.manual_seed(0)
-    model = _patched(make().eval())
-    _assert_same(model, torch.compile(model, fullgraph=True), inputs())
 
 
 @pytest.mark.slow
@@ -381,11 +397,9 @@ def test_generation_with_a_static_cache_compiles_as_often_as_without_adapters() 
     unpatched, model = _llama(tie_word_embeddings=True), _patched(_llama(tie_word_embeddings=True), tied="share")
     expected = _generated(model)
     counts = [CompileCounterWithBackend("aot_eager") for _ in range(2)]
-    try:
-        _generated(unpatched, counts[0])
-    except Exception as error:  # noqa: BLE001  (whatever it is, it is torch's or the model's)
-        pytest.skip(f"the unpatched model cannot be generated from when compiled: {type(error).__name__}: {error}")
-    assert torch.equal(_generated(model, counts[1]), expected)
+    found = or_torch_cannot(lambda: _generated(model, counts[1]), lambda: _generated(unpatched, counts[0]))
+    assert torch.equal(found, expected)
+    _generated(unpatched, counts[0])
     assert counts[1].frame_count == counts[0].frame_count > 0
 
 
@@ -395,6 +409,7 @@ _WITHOUT_NATIVE = """
 import mapsurgery, torch
 from definition import image, net, to_generic_point
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 assert not mapsurgery.native.load()
 model = to_generic_point(mapsurgery.patch(net(), "*", rank=2))

@@ -15,6 +15,7 @@ from definition import CASES, STARTS, Case, Snapshot, image, net, patched_case, 
 from exporting import dtypes, not_core, or_torch_cannot, own_operators
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import register_parametrization
 
 import mapsurgery
 from mapsurgery.ops import decompositions, reference
@@ -91,6 +92,25 @@ def test_an_exported_embedding_computes_in_float32() -> None:
     program = torch.export.export(model, (ids,)).run_decompositions()
     assert torch.float64 not in dtypes(program) and not not_core(program)
     torch.testing.assert_close(program.module()(ids), model(ids))
+
+
+class _Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def test_a_decomposed_embedding_bag_is_for_inference_as_with_any_computed_weight() -> None:
+    """torch picks the form without a gradient, since a computed weight has none where it decomposes."""
+    parametrised = nn.Sequential(nn.EmbeddingBag(9, 6))
+    register_parametrization(parametrised[0], "weight", _Twice())
+    patched = to_generic_point(mapsurgery.patch(nn.Sequential(nn.EmbeddingBag(9, 6)), "*", rank=2))
+    ids = torch.tensor([[1, 5, 8], [2, 2, 0]])
+    for model in (parametrised, patched):
+        program = torch.export.export(model, (ids,)).run_decompositions().module()
+        with torch.no_grad():
+            torch.testing.assert_close(program(ids), model(ids))
+        with pytest.raises(RuntimeError):
+            program(ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -196,19 +216,20 @@ def _without_the_library(code: str, *arguments: object) -> subprocess.CompletedP
 
 
 _RUN = """
-program, x, y = sys.argv[1:]
-torch.testing.assert_close(torch.export.load(program).module()(torch.load(x)), torch.load(y), rtol=1e-4, atol=1e-5)
+*programs, x, y = sys.argv[1:]
+for program in programs:
+    torch.testing.assert_close(torch.export.load(program).module()(torch.load(x)), torch.load(y), rtol=1e-4, atol=1e-5)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"merged": True}], ids=["decomposed", "merged"])
-def test_a_file_runs_where_the_library_is_not(options: dict[str, bool], tmp_path) -> None:
+def test_decomposed_and_merged_files_run_where_the_library_is_not(tmp_path) -> None:
     model = _patched()
-    mapsurgery.export(model, tmp_path / "m.pt2", image(), dynamic_shapes=_DYNAMIC, **options)
+    mapsurgery.export(model, tmp_path / "decomposed.pt2", image(), dynamic_shapes=_DYNAMIC)
+    mapsurgery.export(model, tmp_path / "merged.pt2", image(), dynamic_shapes=_DYNAMIC, merged=True)
     torch.save(image(7), tmp_path / "x.pt")
     torch.save(model(image(7)).detach(), tmp_path / "y.pt")
-    done = _without_the_library(_RUN, *(tmp_path / name for name in ("m.pt2", "x.pt", "y.pt")))
+    done = _without_the_library(_RUN, *(tmp_path / f for f in ("decomposed.pt2", "merged.pt2", "x.pt", "y.pt")))
     assert done.returncode == 0, done.stderr
 
 

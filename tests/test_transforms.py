@@ -8,6 +8,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,15 +70,17 @@ def test_many_adapters_run_in_one_batch_as_in_a_loop(case: Case) -> None:
             torch.testing.assert_close(found[i], model.get_parameter(name).grad, rtol=1e-8, atol=1e-9)
 
 
-def test_many_adapters_of_a_model_run_on_inputs_of_their_own() -> None:
-    model = _patched()
-    models = [to_generic_point(copy.deepcopy(model), seed) for seed in (1, 2)]
-    _, frozen = _split(model)
-    stacked = {name: torch.stack([_split(m)[0][name] for m in models]) for name in _split(model)[0]}
+_PAGE = Path(__file__).parent.parent / "docs" / "torch.md"
+
+
+def test_the_example_of_many_adapters_runs() -> None:
+    models = [to_generic_point(_patched(), seed) for seed in (1, 2)]
     x = torch.stack([image(), image() * 2])
-    y = vmap(lambda own, x: functional_call(model, {**frozen, **own}, (x,)))(stacked, x)
-    for i, one in enumerate(models):
-        torch.testing.assert_close(y[i], one(x[i]))
+    expected = torch.stack([one(inputs) for one, inputs in zip(models, x, strict=True)])
+    states = [mapsurgery.adapter_state_dict(one) for one in models]
+    known = {"torch": torch, "mapsurgery": mapsurgery, "model": _patched(), "states": states, "x": x}
+    exec(_PAGE.read_text().split("```python\n")[1].split("```")[0], known)
+    torch.testing.assert_close(known["y"], expected)
 
 
 @every_layer
@@ -507,6 +510,16 @@ def test_jit_traces_patched_and_merged_models(name: str) -> None:
     traced = torch.jit.trace(merged, x)
     assert "mapsurgery" not in str(traced.inlined_graph)
     torch.testing.assert_close(_saved_and_loaded(traced)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_jit_scripts_a_merged_model_only() -> None:
+    model = _patched()
+    expected = model(image())
+    with pytest.raises((AttributeError, RuntimeError)):
+        torch.jit.script(model)
+    scripted = torch.jit.script(mapsurgery.merge(model))
+    torch.testing.assert_close(_saved_and_loaded(scripted)(image()), expected, rtol=1e-4, atol=1e-5)
 
 
 # Tensors without values --------------------------------------------------------------------------------------------
