@@ -407,7 +407,8 @@ def make_candidate(
         groups = mapsurgery.param_groups(model, lr=1e-4)
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0)
+    # fused: else Python's loop over parameters is timed, on the CPU up to a tenth of a small model's step.
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, fused=True)
 
     def loss_of_step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "autocast-bf16"):
