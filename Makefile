@@ -31,7 +31,7 @@ CPP = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cu' 'csr
 ##@ Use
 
 # OpenMP threads that wait by spinning slow a step down fifteenfold where other programs use the cores, too.
-demo test: export OMP_WAIT_POLICY ?= PASSIVE
+demo test bench: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo
 demo: $(DONE)/library $(DONE)/packaged  ## Fine-tune a real ViT-S/14 on MNIST with MAP and prove the result (about 3 minutes)
