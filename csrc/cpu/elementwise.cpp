@@ -89,7 +89,11 @@ double Cpu::read(Scale scale) {
 double Cpu::squared_norm(const Tensor& t) {
   return dispatch_floating(t.scalar_type(), [&](auto type) {
     const auto* data = static_cast<const typename decltype(type)::type*>(t.data_ptr());
-    return sum_pieces(t.numel(), [&](int64_t i, int64_t n) { return dot_piece(data + i, data + i, n); });
+    return sum_pieces(t.numel(), [&](int64_t i, int64_t n) {
+      double buffer[kBuffer];
+      const double* row = widened(data + i, buffer, n);
+      return dot_row(row, row, n);
+    });
   });
 }
 

@@ -156,6 +156,7 @@ def effective_weight(
 
 
 DECOMPOSITIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "squared_norm": reference.squared_norm,
     "lowrank_norm": lowrank_norm,
     "map_scales": map_scales,
     "map_linear": map_linear,

@@ -37,11 +37,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def squared_norm(weight: Tensor) -> Tensor:
-    """||W||_F^2 of a weight of any shape and strides; (1,), float64.
-
-    A native kernel may sum squares of float32 and narrower in float32, a thousand at a time: infinity where a square
-    does not fit.
-    """
+    """||W||_F^2 of a weight of any shape and strides, accumulated in float64; (1,), float64."""
     return torch.linalg.vector_norm(weight, dtype=torch.float64).square().reshape(1)
 
 
