@@ -407,7 +407,7 @@ def make_candidate(
         groups = mapsurgery.param_groups(model, lr=1e-4)
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    # fused: else Python's loop over parameters is timed, on the CPU up to a tenth of a small model's step.
+    # fused: else it is Python's loop over the parameters that is timed on the CPU.
     optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, fused=True)
 
     def loss_of_step() -> Tensor:
