@@ -155,7 +155,7 @@ def effective_weight(
     return W, torch.cat(scales), gram_a, gram_b
 
 
-DECOMPOSITIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+DECOMPOSITIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "squared_norm": reference.squared_norm,
     "lowrank_norm": lowrank_norm,
     "map_scales": map_scales,
