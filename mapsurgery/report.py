@@ -35,7 +35,7 @@ class Report:
             "alpha" and "beta" are the magnitudes of the base and the update, "update_norm" and "change" the norms of
             the update term and of W' - W, all in units of ||W||_F (1 for a zero weight); "scaling" and "direction" the
             shares of ||W' - W||_F^2 along W and across it; "magnitude_change" and "direction_change" the means over
-            the rows of what DoRA's analysis plots; "cosine" that of W and ΔW; "effective_rank" of ΔW. Of a stack, means.
+            the rows of what DoRA's analysis plots; "cosine" of W and ΔW; "effective_rank" of ΔW. Means of a stack.
     """
 
     layers: dict[str, dict[str, float]]

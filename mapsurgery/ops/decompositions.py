@@ -176,7 +176,7 @@ def _compiling() -> bool:
     return CompileContext.try_get() is not None or bool(V.aot_compilation)
 
 
-def _rule(decomposition: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+def _rule(decomposition: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
     """What an operator does under FunctionalTensorMode, in which AOTAutograd and torch.export trace."""
 
     def rule(mode: FunctionalTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -170,7 +170,7 @@ class FactoredUpdate(Update):
 
     def singular_values(self, p: Parameters) -> Tensor:
         """Those of R_B R_Aᵀ, as small as the rank, from the QR decompositions of the factors."""
-        A, B = (widened(factor) for factor in self.factors(p))
+        A, B = (factor.double() for factor in self.factors(p))
         return svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
 
 
