@@ -76,7 +76,7 @@ def test_training_shows_and_the_table_says_it() -> None:
     report = mapsurgery.report(model)
     assert all(0 < layer["change"] < 1 and 1 <= layer["effective_rank"] <= 2.001 for layer in report.layers.values())
     text = str(report)
-    assert all(word in text for word in ("body.0", "body.2", "effective_rank", "cosine"))
+    assert all(word in text for word in ("body.0", "body.2", "eff. rank", "cosine"))
 
 
 def test_a_zero_weight_is_reported_in_absolute_units() -> None:
