@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,12 @@ def report(model: nn.Module) -> Report:
 
 
 def measurable_sites(model: nn.Module) -> list[Site]:
-    """One site for each adapter.
+    """One site for each adapter, under the names of the model itself, whatever wraps it.
 
     Raises:
         ValueError: the model is not patched, or a weight is still on meta.
     """
+    model = record.unwrapped(model) if isinstance(model, nn.Module) else model
     sites = record.one_per_adapter(record.all_sites(model))
     for site in sites:
         held = site.adapter.base_weight
@@ -84,7 +86,8 @@ def measurable_sites(model: nn.Module) -> list[Site]:
 
 
 @torch.no_grad()
-def measured(site: Site) -> Tensor:
-    """The numbers of MEASURES, in order, on the adapter's device."""
+def measured(site: Site, names: Sequence[str] = tuple(MEASURES)) -> Tensor:
+    """The named numbers of MEASURES, in that order, on the adapter's device; autocast around the call has no effect."""
     adapter = site.adapter
-    return measure_tensor(adapter, *adapter.base(site.layer.given_base(site.parameter)))
+    with torch.autocast(adapter.weight_norm.device.type, enabled=False):
+        return measure_tensor(adapter, *adapter.base(site.layer.given_base(site.parameter)), names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from definition import (
 from torch import nn
 
 import mapsurgery
+from mapsurgery.methods import Adapter
+from mapsurgery.report import measurable_sites, measured
 from mapsurgery.tables import render
 
 
@@ -94,3 +97,39 @@ def test_tables_read_the_same_without_rich(monkeypatch: pytest.MonkeyPatch) -> N
     assert text.splitlines() == ["title", "name      n", "----  -----", "a[b]  1,234", "c         5", "footer"]
     assert "no rows" in render("no rows", ["name"], [])
     assert "body.0" in str(mapsurgery.plan(net(), "body", rank=2))
+
+
+@pytest.mark.parametrize("method", ["map", "lora", "dora"])
+@pytest.mark.parametrize("names", [("beta", "alpha"), ("alpha", "effective_rank"), ("cosine",), ("weight_norm",)])
+def test_some_of_the_measures_are_those_of_the_whole_report(method: str, names: tuple[str, ...]) -> None:
+    model = train_steps(mapsurgery.patch(net(), "*", rank=2, method=method), image())
+    full = mapsurgery.report(model).layers
+    for site in measurable_sites(model):
+        expected = [full[site.path][name] for name in names]
+        assert measured(site, names).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_magnitudes_alone_read_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Adapter, weight: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("W was read")
+
+    for method in ("map", "lora"):
+        (site, *_) = measurable_sites(mapsurgery.patch(net(), "body", rank=2, method=method))
+        with monkeypatch.context() as patched:
+            patched.setattr(Adapter, "matrix", refuse)
+            assert measured(site, ("alpha", "beta")).shape == (2,)
+            with pytest.raises(AssertionError, match="W was read"):
+                measured(site, ("change",))
+
+
+def test_autocast_around_a_report_changes_no_number() -> None:
+    model = train_steps(mapsurgery.patch(net(), "*", rank=2), image())
+    expected = mapsurgery.report(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mapsurgery.report(model) == expected
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_layers_are_named_as_in_the_model_whatever_wraps_it(wrap: Callable) -> None:
+    model = mapsurgery.patch(net(), "body", rank=2)
+    assert list(mapsurgery.report(wrap(model)).layers) == ["body.0", "body.2"]

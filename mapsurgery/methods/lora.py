@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..named import flags, positive
@@ -35,3 +36,7 @@ class Lora(Method):
 
     def coefficients(self, p: Parameters, W: Callable[[], Tensor], norm: Tensor) -> Coefficients:
         return Coefficients(None, p.scaling)
+
+    def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
+        unit = torch.where(norm == 0, 1, norm)
+        return {"alpha": (norm > 0).to(norm.dtype), "beta": p.scaling * p.update.norm(p).detach() / unit}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,11 +26,22 @@ section 3.2), where the columns are the outputs, and dM is not relative."""
 
 
 @torch.no_grad()
-def measure_tensor(p: Any, W: Tensor, norm: Tensor) -> Tensor:
-    """The numbers of MEASURES, float64, in order, on the device of the adapter. Reads W once.
+def measure_tensor(p: Any, W: Tensor, norm: Tensor, names: Sequence[str] = tuple(MEASURES)) -> Tensor:
+    """The numbers of MEASURES that are named, float64, in that order, on the device of the adapter.
+
+    W is read once, or not at all where the method knows what is asked for without it.
 
     Args: p: the adapter; W, norm: its weight, in the layer's layout, and ||W||_F.
     """
+    known = {**p.method.magnitudes(p, norm), "weight_norm": norm}
+    numbers = known if known.keys() >= set(names) else {**_of_matrix(p, W, norm), **known}
+    if "effective_rank" in names:  # its decomposition makes a GPU's host wait
+        numbers["effective_rank"] = _effective_rank(p.update.singular_values(p).reshape(norm.numel(), -1).double())
+    return torch.stack([numbers[name].double().mean() for name in names])
+
+
+def _of_matrix(p: Any, W: Tensor, norm: Tensor) -> dict[str, Tensor]:
+    """All numbers, (E,), but the effective rank."""
     matrix = p.matrix(W)
     c = p.method.coefficients(p, lambda: matrix, norm)
     inner, update_squares = (t.double() for t in p.update.row_products(p, matrix))  # <W_i, ΔW_i>, ||ΔW_i||^2
@@ -40,13 +52,9 @@ def measure_tensor(p: Any, W: Tensor, norm: Tensor) -> Tensor:
     rows = torch.ones_like(own) if c.rows is None else c.rows.double().reshape(own.shape)
     a = rows if c.base is None else rows * c.base.double().reshape(-1, 1)
     d = rows * (c.update.double().reshape(-1, 1) if isinstance(c.update, Tensor) else c.update)
-    numbers = _of_rows(own, inner, update_squares, a, d) | {"weight_norm": norm.double().reshape(-1)}
-    numbers["effective_rank"] = _effective_rank(p.update.singular_values(p).reshape(len(own), -1).double())
+    numbers = _of_rows(own, inner, update_squares, a, d)
     alpha = (rows * own).square().sum(-1).sqrt() * (1.0 if c.base is None else c.base.double().reshape(-1))
-    unit = _or_one(norm.double().reshape(-1))
-    numbers = {"alpha": alpha / unit, "beta": numbers["update_norm"]} | numbers
-    numbers |= {name: value.double().reshape(-1) for name, value in p.method.magnitudes(p, norm).items()}
-    return torch.stack([numbers[name].mean() for name in MEASURES])
+    return numbers | {"alpha": alpha / _or_one(norm.double().reshape(-1)), "beta": numbers["update_norm"]}
 
 
 def _or_one(t: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Method:
         return True
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
-        """Trained magnitudes "alpha" and "beta" for a report, in units of ||W||_F, (1,) or (E,), if any."""
+        """Magnitudes "alpha" and "beta" for a report, in units of ||W||_F, (1,) or (E,): those known without W."""
         return {}
 
     # What follows -----------------------------------------------------------------------------------------------
