@@ -2,12 +2,15 @@
 
     W' = alpha W/||W||_F + beta BA/||BA||_F
 
-Free functions on an ordinary model: `plan`, `patch`, `verify`, training, `save`, `load`, `report`, `merge`, `unpatch`.
+Free functions on an ordinary model: `plan`, `patch`, `verify`, `param_groups`, `track`, `save`, `load`, `report`, `merge`,
+`unpatch`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import plots
 from .export import Exported, export
+from .history import History
 from .methods import Dora, Init, Lora, Map, Method, register_method
 from .native import cmake_prefix_path, native_info
 from .optim import param_groups
@@ -28,6 +31,7 @@ from .surgery import (
     unmerge,
     unpatch,
 )
+from .tracking import Tracker, track
 from .updates import FactoredUpdate, Update, register_update
 from .verify import Verification, VerificationError, verify
 
@@ -41,6 +45,7 @@ __all__ = [
     "Dora",
     "Exported",
     "FactoredUpdate",
+    "History",
     "Init",
     "Lora",
     "Map",
@@ -51,6 +56,7 @@ __all__ = [
     "Method",
     "Plan",
     "Report",
+    "Tracker",
     "Update",
     "Verification",
     "VerificationError",
@@ -65,10 +71,12 @@ __all__ = [
     "param_groups",
     "patch",
     "plan",
+    "plots",
     "register_method",
     "register_update",
     "report",
     "save",
+    "track",
     "unmerge",
     "unpatch",
     "verify",

@@ -72,7 +72,7 @@ def save(model: nn.Module, path: Path) -> None:
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
     if diverged:
         raise ValueError(f"what was trained holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
-    _write_atomically(tensors, metadata, os.path.realpath(os.fspath(path)))  # a link stays one
+    write_atomically(tensors, metadata, os.path.realpath(os.fspath(path)))  # a link stays one
 
 
 def _library_version() -> str:
@@ -101,7 +101,8 @@ def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
     }
 
 
-def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: str) -> None:
+def write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: str) -> None:
+    """A safetensors file, written beside its destination and renamed: a crash leaves the old file or the new one."""
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"the folder {folder} does not exist: make it before saving to {path}")
