@@ -2,8 +2,8 @@
 
     W' = alpha W/||W||_F + beta BA/||BA||_F
 
-Free functions on an ordinary model: `plan`, `patch`, `verify`, `param_groups`, `track`, `save`, `load`, `report`, `merge`,
-`unpatch`.
+Free functions on an ordinary model: `plan`, `patch`, `verify`, `param_groups`, `track`, `save`, `load`, `report`,
+`merge`, `unpatch`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +32,7 @@ from .surgery import (
     unpatch,
 )
 from .tracking import Tracker, track
+from .training import BetaSchedule, RankAllocator, Rebalancing, linear_warmup, orthogonality_loss, rebalance
 from .updates import FactoredUpdate, Update, register_update
 from .verify import Verification, VerificationError, verify
 
@@ -42,6 +43,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "AdaptedLayer",
+    "BetaSchedule",
     "Dora",
     "Exported",
     "FactoredUpdate",
@@ -55,6 +57,8 @@ __all__ = [
     "MapLinear",
     "Method",
     "Plan",
+    "RankAllocator",
+    "Rebalancing",
     "Report",
     "Tracker",
     "Update",
@@ -64,14 +68,17 @@ __all__ = [
     "cmake_prefix_path",
     "disabled",
     "export",
+    "linear_warmup",
     "load",
     "load_adapter_state_dict",
     "merge",
     "native_info",
+    "orthogonality_loss",
     "param_groups",
     "patch",
     "plan",
     "plots",
+    "rebalance",
     "register_method",
     "register_update",
     "report",

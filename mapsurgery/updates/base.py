@@ -57,11 +57,14 @@ class Update:
         roles: own trained parameters -> "down", "up" (what starts at 0, so that ΔW does) or "magnitude":
             `param_groups` tells them apart.
         frozen: names of further tensors that are not trained and travel with the adapter.
+        linear_in: groups of tensors such that ΔW is linear in each: factors on the groups whose product is 1 leave ΔW
+            (`mapsurgery.rebalance`). The first of a group is trained. Names that a layer lacks are passed over.
     """
 
     name: ClassVar[str] = ""
     roles: ClassVar[Mapping[str, str]] = {}
     frozen: ClassVar[tuple[str, ...]] = ()
+    linear_in: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     # What a subclass defines ------------------------------------------------------------------------------------
 

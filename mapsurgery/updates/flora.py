@@ -22,6 +22,7 @@ class Flora(FactoredUpdate):
 
     name: ClassVar[str] = "flora"
     roles: ClassVar = {"U": "down", "G": "up", "V": "down"}
+    linear_in: ClassVar = (("U",), ("G",), ("V",))
 
     def shapes(self, matrix: Matrix, rank: int) -> dict[str, tuple[int, ...]]:
         rows = min(rank, matrix.channels)

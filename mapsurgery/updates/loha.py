@@ -22,6 +22,7 @@ class LoHa(Update):
 
     name: ClassVar[str] = "loha"
     roles: ClassVar = {"A1": "down", "B1": "down", "A2": "down", "B2": "up"}
+    linear_in: ClassVar = (("A1",), ("B1",), ("A2",), ("B2",))
 
     def shapes(self, matrix: Matrix, rank: int) -> dict[str, tuple[int, ...]]:
         A, B = (*matrix.stack, rank, matrix.K), (*matrix.stack, matrix.m, rank)

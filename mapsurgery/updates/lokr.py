@@ -23,6 +23,7 @@ class LoKr(Update):
 
     name: ClassVar[str] = "lokr"
     roles: ClassVar = {"C": "down", "D": "up", "D_a": "down", "D_b": "up"}
+    linear_in: ClassVar = (("C",), ("D",), ("D_a",), ("D_b",))
     factor: int = -1
 
     def __post_init__(self) -> None:

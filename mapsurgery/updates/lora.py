@@ -18,6 +18,7 @@ class LoraUpdate(FactoredUpdate):
 
     name: ClassVar[str] = "lora"
     roles: ClassVar = {"A": "down", "B": "up"}
+    linear_in: ClassVar = (("A",), ("B",))
 
     def shapes(self, matrix: Matrix, rank: int) -> dict[str, tuple[int, ...]]:
         return {"A": (*matrix.stack, rank, matrix.K), "B": (*matrix.stack, matrix.m, rank)}

@@ -24,6 +24,7 @@ from .base import FactoredUpdate, Matrix, Parameters
 class _Principal(FactoredUpdate):
     roles: ClassVar = {"A": "down", "B": "up"}
     frozen: ClassVar = ("A0", "B0")
+    linear_in: ClassVar = (("A", "A0"), ("B", "B0"))
 
     def shapes(self, matrix: Matrix, rank: int) -> dict[str, tuple[int, ...]]:
         A, B = (*matrix.stack, rank, matrix.K), (*matrix.stack, matrix.m, rank)

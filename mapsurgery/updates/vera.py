@@ -23,6 +23,7 @@ class Vera(FactoredUpdate):
 
     name: ClassVar[str] = "vera"
     roles: ClassVar = {"b": "up", "d": "down"}
+    linear_in: ClassVar = (("b",), ("d",))
     seed: int = 0
 
     def __post_init__(self) -> None:
