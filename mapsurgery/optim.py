@@ -89,7 +89,9 @@ def param_groups(
 
 def _roles(root: nn.Module) -> dict[nn.Parameter, tuple[str, tuple[str, ...]]]:
     """Every trained parameter with the group that it belongs to and the names that a glob may call it by."""
-    sites = {id(site.adapter): site.paths for site in reversed(record.all_sites(root))}
+    sites: dict[int, tuple[str, ...]] = {}
+    for site in record.all_sites(root):  # a tied weight has several
+        sites[id(site.adapter)] = sites.get(id(site.adapter), ()) + site.paths
     found: dict[nn.Parameter, tuple[str, tuple[str, ...]]] = {}
     for path, module in root.named_modules():
         for name, parameter in module._parameters.items():

@@ -101,3 +101,63 @@ def test_groups_of_a_model_on_meta_are_refused() -> None:
         model = mapsurgery.patch(nn.Sequential(nn.Linear(4, 4)), "*", rank=2)
     with pytest.raises(ValueError, match="0: .*meta"):
         mapsurgery.param_groups(model, 1e-3)
+
+
+# Learning rates by layer ---------------------------------------------------------------------------------------------
+
+
+def _rates(model: nn.Module, **options: object) -> dict[str, float]:
+    """Learning rate of every trained parameter by its name."""
+    own = {id(p): name for name, p in model.named_parameters()}
+    groups = mapsurgery.param_groups(model, 1e-3, 0.05, **options)
+    return {own[id(p)]: group["lr"] for group in groups for p in group["params"]}
+
+
+def test_layers_have_their_own_rates_on_top_of_the_roles() -> None:
+    model = _model()
+    plain = _rates(model, magnitude_lr_factor=10.0, b_lr_factor=4.0)
+    factors = {"body.0": 0.5, "body": 0.1, "norm*": 3.0}
+    found = _rates(model, magnitude_lr_factor=10.0, b_lr_factor=4.0, layer_lr_factors=factors)
+    assert set(found) == set(plain)
+    for name, rate in found.items():
+        expected = 0.5 if name.startswith("body.0") else 0.1 if name.startswith("body") else 1.0
+        expected = 3.0 if name.startswith("norm") else expected
+        assert rate == pytest.approx(expected * plain[name]), name
+    assert found["body.2.adapter.alpha"] == pytest.approx(1e-3)  # 1e-3 x 10 x 0.1
+
+
+def test_groups_say_their_factor_and_keep_their_decay() -> None:
+    groups = mapsurgery.param_groups(_model(), 1e-3, 0.05, layer_lr_factors={"body": 0.1})
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    assert found["down x0.1"] == (pytest.approx(1e-4), 0.05) and found["down"] == (1e-3, 0.05)
+    assert found["magnitude x0.1"] == (pytest.approx(1e-4), 0.0)
+    assert "decay x0.1" not in found
+
+
+def test_a_factor_of_zero_stops_a_layer() -> None:
+    model = _model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    opt = torch.optim.AdamW(mapsurgery.param_groups(model, 1e-2, layer_lr_factors={"body": 0.0}))
+    for _ in range(2):
+        opt.zero_grad()
+        model(image()).square().sum().backward()
+        opt.step()
+    for name, parameter in model.named_parameters():
+        still = name.startswith("body") or not parameter.requires_grad
+        assert parameter.equal(before[name]) == still, name
+
+
+def test_a_layer_pattern_or_factor_that_is_wrong_is_named() -> None:
+    with pytest.raises(ValueError, match="'bodi' matches nothing that is trained; the nearest: .*body"):
+        mapsurgery.param_groups(_model(), 1e-3, layer_lr_factors={"bodi": 0.1})
+    with pytest.raises(ValueError, match=r"layer_lr_factors\['body'\] must not be negative, got -1"):
+        mapsurgery.param_groups(_model(), 1e-3, layer_lr_factors={"body": -1})
+
+
+def test_a_tied_weight_goes_by_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False))
+    model[2].weight = model[0].weight
+    mapsurgery.patch(model, ["1", "2"], rank=2)
+    for name in ("0", "2"):
+        rates = _rates(model, layer_lr_factors={name: 0.5})
+        assert sorted(rates.values()) == pytest.approx([5e-4] * 4 + [1e-3] * 4)
