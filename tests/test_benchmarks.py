@@ -287,6 +287,19 @@ def test_scaling_without_matplotlib(tmp_path, monkeypatch):
         scaling.main(["--plot-only", str(path), "--plots", str(tmp_path)])
 
 
+def test_tracking(tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("peft")
+    import tracking
+
+    options = ["--models", "vit_test", "--repeats", "2", "--rank", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert tracking.main(options) == 0
+    rows = {row["variant"]: row for row in results(tmp_path)}
+    assert list(rows) == list(tracking.VARIANTS)
+    assert rows["no tracker"]["to_plain"] == 1 and {row["layers"] for row in rows.values()} == {8}
+    assert all(row["step_ms"] > row["update_ms"] >= 0 and row["every_100"] >= 1 for row in rows.values())
+
+
 def test_surgery(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
