@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .methods.measures import MEASURES, measure_tensor
+from .methods.measures import MEASURES, measure
 from .surgery import record
 from .surgery.record import Site
 from .tables import render
@@ -59,9 +60,7 @@ def report(model: nn.Module) -> Report:
         ValueError: the model is not patched, or a weight is still on meta.
     """
     sites = measurable_sites(model)
-    tensors = [measured(site) for site in sites]
-    device = tensors[0].device
-    values = torch.stack([t.to(device, non_blocking=True) for t in tensors]).tolist()
+    values = measured(sites).tolist()
     return Report(
         {
             site.path: {"rank": site.adapter.rank} | dict(zip(MEASURES, numbers, strict=True))
@@ -86,8 +85,15 @@ def measurable_sites(model: nn.Module) -> list[Site]:
 
 
 @torch.no_grad()
-def measured(site: Site, names: Sequence[str] = tuple(MEASURES)) -> Tensor:
-    """The named numbers of MEASURES, in that order, on the adapter's device; autocast around the call has no effect."""
-    adapter = site.adapter
-    with torch.autocast(adapter.weight_norm.device.type, enabled=False):
-        return measure_tensor(adapter, *adapter.base(site.layer.given_base(site.parameter)), names)
+def measured(sites: Sequence[Site], names: Sequence[str] = tuple(MEASURES)) -> Tensor:
+    """(sites, names) numbers of MEASURES, float64, on the first site's device; autocast around it has no effect."""
+    device = sites[0].adapter.weight_norm.device
+    with ExitStack() as exact:
+        for kind in {site.adapter.weight_norm.device.type for site in sites}:
+            exact.enter_context(torch.autocast(kind, enabled=False))
+        numbers = [
+            number.to(device, non_blocking=True)
+            for site in sites
+            for number in measure(site.adapter, *site.adapter.base(site.layer.given_base(site.parameter)), names)
+        ]
+    return torch.cat(numbers).double().reshape(len(sites), len(names))

@@ -81,8 +81,7 @@ class Tracker:
                     f"{site.path} is no longer adapted as when tracking began (it was merged, unpatched or patched "
                     "again): call mapsurgery.track on the model as it is now"
                 )
-        rows = [measured(site, self.measures) for site, _ in self._adapters]
-        return torch.stack([row.to(rows[0].device, non_blocking=True) for row in rows])
+        return measured([site for site, _ in self._adapters], self.measures)
 
     def _fetch(self) -> None:
         """Bring the waiting records to the host, in one transfer."""

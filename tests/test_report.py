@@ -104,9 +104,9 @@ def test_tables_read_the_same_without_rich(monkeypatch: pytest.MonkeyPatch) -> N
 def test_some_of_the_measures_are_those_of_the_whole_report(method: str, names: tuple[str, ...]) -> None:
     model = train_steps(mapsurgery.patch(net(), "*", rank=2, method=method), image())
     full = mapsurgery.report(model).layers
-    for site in measurable_sites(model):
-        expected = [full[site.path][name] for name in names]
-        assert measured(site, names).tolist() == pytest.approx(expected, rel=1e-5)
+    sites = measurable_sites(model)
+    for site, numbers in zip(sites, measured(sites, names).tolist(), strict=True):
+        assert numbers == pytest.approx([full[site.path][name] for name in names], rel=1e-5)
 
 
 def test_magnitudes_alone_read_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +114,12 @@ def test_magnitudes_alone_read_no_weight(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("W was read")
 
     for method in ("map", "lora"):
-        (site, *_) = measurable_sites(mapsurgery.patch(net(), "body", rank=2, method=method))
+        sites = measurable_sites(mapsurgery.patch(net(), "body", rank=2, method=method))
         with monkeypatch.context() as patched:
             patched.setattr(Adapter, "matrix", refuse)
-            assert measured(site, ("alpha", "beta")).shape == (2,)
+            assert measured(sites, ("alpha", "beta")).shape == (2, 2)
             with pytest.raises(AssertionError, match="W was read"):
-                measured(site, ("change",))
+                measured(sites, ("change",))
 
 
 def test_autocast_around_a_report_changes_no_number() -> None:

@@ -143,8 +143,11 @@ class Map(Method):
         return bool(p.alpha.all())
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
-        unit = 1.0 if p.init.relative else torch.where(norm == 0, 1, norm)
-        return {"alpha": p.alpha.detach() / unit, "beta": p.beta.detach() / unit}
+        numbers = {name: getattr(p, name).detach() for name in self.roles}
+        if p.init.relative:
+            return numbers
+        unit = torch.where(norm == 0, 1, norm)
+        return {name: value / unit for name, value in numbers.items()}
 
 
 def _one_in_place(operation: Callable[..., None], weight: Tensor, transposed: bool, A: Tensor, *others: Any) -> None:

@@ -26,8 +26,8 @@ section 3.2), where the columns are the outputs, and dM is not relative."""
 
 
 @torch.no_grad()
-def measure_tensor(p: Any, W: Tensor, norm: Tensor, names: Sequence[str] = tuple(MEASURES)) -> Tensor:
-    """The numbers of MEASURES that are named, float64, in that order, on the device of the adapter.
+def measure(p: Any, W: Tensor, norm: Tensor, names: Sequence[str] = tuple(MEASURES)) -> list[Tensor]:
+    """The numbers of MEASURES that are named, in that order, (1,) each, on the device of the adapter.
 
     W is read once, or not at all where the method knows what is asked for without it.
 
@@ -37,7 +37,8 @@ def measure_tensor(p: Any, W: Tensor, norm: Tensor, names: Sequence[str] = tuple
     numbers = known if known.keys() >= set(names) else {**_of_matrix(p, W, norm), **known}
     if "effective_rank" in names:  # its decomposition makes a GPU's host wait
         numbers["effective_rank"] = _effective_rank(p.update.singular_values(p).reshape(norm.numel(), -1).double())
-    return torch.stack([numbers[name].double().mean() for name in names])
+    chosen = [numbers[name].reshape(-1) for name in names]
+    return chosen if norm.numel() == 1 else [t.double().mean(0, keepdim=True) for t in chosen]
 
 
 def _of_matrix(p: Any, W: Tensor, norm: Tensor) -> dict[str, Tensor]:
