@@ -1,7 +1,7 @@
-"""What fine-tuning does to each layer of an image model: trains on MNIST digits, tracks, prints and draws.
+"""What fine-tuning does to each layer of a vision transformer: trains on MNIST digits, tracks, prints and draws.
 
     python examples/interpret.py --output outputs/interpret                 # MAP on a packaged ViT-S/14
-    python examples/interpret.py --model vit_base_patch16_224 --method dora # any timm model, from its hub
+    python examples/interpret.py --model vit_base_patch16_224 --method dora # any timm ViT, from its hub
 
 Writes history.safetensors, a heat map of layers over steps, and magnitude over direction as in DoRA's analysis.
 docs/interpretation.md shows and explains them. Needs timm, matplotlib, and the package that packaged.mnist names.
@@ -25,7 +25,7 @@ import mapsurgery
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm model, packaged or from the hub")
+    parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm ViT, packaged or from the hub")
     parser.add_argument("--img-size", type=int, default=56, help="side of the input image (default 56)")
     parser.add_argument("--targets", nargs="+", default=["*attn*", "*mlp*"], metavar="GLOB", help="layers to adapt")
     parser.add_argument("--method", default="map", help="map, lora or dora")

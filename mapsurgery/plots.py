@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-_MOST_TICKS = 30
+_MOST_TICKS = 60
 
 
 def heat_map(
@@ -74,8 +74,8 @@ def magnitude_direction(
     steps = history.steps[:, None].expand_as(direction)
     dots = panel.scatter(direction.numpy(), magnitude.numpy(), c=steps.numpy(), s=12, cmap="viridis", zorder=2)
     figure.colorbar(dots, label="step")
-    panel.set_xlabel("change of direction: mean of 1 - cos over the rows")
-    panel.set_ylabel("change of magnitude: mean | ||W'_i|| - ||W_i|| | / mean ||W_i||")
+    panel.set_xlabel("direction_change (dD)")
+    panel.set_ylabel("magnitude_change (dM)")
     correlation = _correlation(direction[-1], magnitude[-1])
     panel.set_title(f"{len(history.layers)} layers{correlation}", fontsize=9)
     return _saved(figure, path)
