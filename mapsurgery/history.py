@@ -15,7 +15,7 @@ from .storage import write_atomically
 FORMAT = "mapsurgery-history"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value
 class History:
     """What was recorded.
 

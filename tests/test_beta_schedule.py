@@ -73,6 +73,7 @@ def test_a_compiled_step_follows_without_compiling_again() -> None:
     model = _model()
     schedule = mapsurgery.BetaSchedule(model, lambda step: 0.5 * step)
     train_steps(model, image(), steps=1)
+    torch._dynamo.reset()
     compiled = torch.compile(model.eval(), backend="aot_eager")
     compiled(image())
     schedule.step()
@@ -99,3 +100,11 @@ def test_a_function_that_gives_no_number_is_named_and_changes_nothing(value: obj
     with pytest.raises(ValueError, match="for step 0, not a finite number"):
         mapsurgery.BetaSchedule(model, lambda step: value)  # type: ignore[arg-type, return-value]
     assert _betas(model) == pytest.approx([0.1] * 4)
+
+
+def test_a_step_that_fails_is_not_taken() -> None:
+    model = _model()
+    schedule = mapsurgery.BetaSchedule(model, lambda step: 0.2 if step == 0 else float("nan"))
+    with pytest.raises(ValueError, match="gave nan for step 1"):
+        schedule.step()
+    assert schedule.current == 0 and _betas(model) == pytest.approx([0.2] * 4)

@@ -172,6 +172,7 @@ def test_tracking_goes_on_after_unmerge() -> None:
 
 
 def test_a_compiled_model_is_tracked_under_the_names_of_the_model() -> None:
+    torch._dynamo.reset()
     model = _model()
     compiled = torch.compile(model, backend="aot_eager")
     tracker = mapsurgery.track(compiled, every=1)

@@ -50,22 +50,22 @@ class BetaSchedule:
         self._adapters = [site.adapter for site in sites]
         self.function = function
         self.current = 0
-        self._set()
+        self._go_to(0)
 
     def step(self) -> None:
         """Go on to the next step."""
-        self.current += 1
-        self._set()
+        self._go_to(self.current + 1)
 
     @torch.no_grad()
-    def _set(self) -> None:
-        value = self.function(self.current)
+    def _go_to(self, step: int) -> None:
+        value = self.function(step)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"the schedule's function gave {value!r} for step {self.current}, not a finite number")
+            raise ValueError(f"the schedule's function gave {value!r} for step {step}, not a finite number")
         for adapter in self._adapters:
             norm = adapter.weight_norm
             unit = 1.0 if adapter.init.relative else torch.where(norm > 0, norm, 1)
             adapter.get_parameter("beta").fill_(value).mul_(unit)
+        self.current = step
 
     def state_dict(self) -> dict[str, Any]:
         """The step; the function is not in it."""
@@ -73,8 +73,7 @@ class BetaSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the step of a `state_dict` and set every beta."""
-        self.current = int(state["step"])
-        self._set()
+        self._go_to(int(state["step"]))
 
 
 def linear_warmup(beta: float, steps: int) -> Callable[[int], float]:
