@@ -69,11 +69,11 @@ def test_the_state_leads_back_to_the_step() -> None:
     assert _betas(model) == pytest.approx([0.2] * 4)
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_step_follows_without_compiling_again() -> None:
     model = _model()
     schedule = mapsurgery.BetaSchedule(model, lambda step: 0.5 * step)
     train_steps(model, image(), steps=1)
-    torch._dynamo.reset()
     compiled = torch.compile(model.eval(), backend="aot_eager")
     compiled(image())
     schedule.step()

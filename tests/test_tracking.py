@@ -171,8 +171,8 @@ def test_tracking_goes_on_after_unmerge() -> None:
     assert first == second
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_model_is_tracked_under_the_names_of_the_model() -> None:
-    torch._dynamo.reset()
     model = _model()
     compiled = torch.compile(model, backend="aot_eager")
     tracker = mapsurgery.track(compiled, every=1)
