@@ -22,7 +22,7 @@ _COLUMNS = {  # of the table: the measures that say most, under short heads
     "magnitude_change": "dM",
     "direction_change": "dD",
     "cosine": "cosine",
-    "effective_rank": "eff. rank",
+    "effective_rank": "effective_rank",
 }
 
 
