@@ -1,8 +1,9 @@
 """Multiple-choice questions of commonsense reasoning, in the JSON of the LLM-Adapters collection (arXiv 2304.01933).
 
-A file is a list of {"instruction": ..., "answer": ...}. An instruction names its choices and how they are called:
-"Please choose the correct answer to the question: ... Answer1: ... Answer2: ... Answer format: answer1/answer2". Its eight tasks (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA) and
-commonsense_170k.json are of this form.
+A file is a list of {"instruction": ..., "answer": "answer2"}. An instruction names its choices and how they are called:
+"Please choose the correct answer to the question: ... Answer1: ... Answer2: ... Answer format: answer1/answer2", with
+empty lines between its parts. The collection's eight tasks (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy,
+ARC-Challenge, OpenBookQA) and its commonsense_170k.json are of this form.
 """
 
 from __future__ import annotations
