@@ -10,12 +10,14 @@ optimizer = torch.optim.AdamW(adapting.groups(model, args))
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 import mapsurgery
+from mapsurgery.tables import render
 
 METHODS = ("map", "lora", "dora")
 UPDATES = ("lora", "pissa", "olora", "adalora", "vera", "loha", "lokr", "flora", "dense")
@@ -174,3 +176,16 @@ def groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.layer_lr:
         options["layer_lr"] = dict(args.layer_lr)
     return mapsurgery.param_groups(model, args.lr, args.weight_decay, **options)
+
+
+def summary(model: nn.Module) -> str:
+    """``mapsurgery.report`` as a table of means over the layers of the same name (all query projections, say)."""
+    members: dict[str, list[dict[str, float]]] = {}
+    for path, values in mapsurgery.report(model).layers.items():
+        members.setdefault(path.rpartition(".")[2], []).append(values)
+    columns = list(next(iter(members.values()))[0])
+    rows = [
+        [name, len(layers), *(statistics.mean(layer[column] for layer in layers) for column in columns)]
+        for name, layers in members.items()
+    ]
+    return render("adapters, means over layers of the same name", ["layers", "n", *columns], rows)

@@ -30,9 +30,10 @@ import adapting
 import packaged
 import torch
 import torch.nn.functional as F
+import training
 from choice_data import ChoiceQuestion, read_questions
 from packaged import MissingPackageError
-from proving import report_proof
+from proving import prove
 from runtime import Runtime
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -40,6 +41,7 @@ from tqdm import tqdm
 from training import WARMUP, Training, fit, minibatches
 
 import mapsurgery
+from mapsurgery.tables import render
 
 TARGETS = ("*q_proj", "*k_proj", "*v_proj", "*o_proj", "*up_proj", "*gate_proj", "*down_proj")
 """All projections of a Llama, Mistral, Qwen or Gemma; other architectures call them otherwise."""
@@ -354,3 +356,163 @@ def train(
 
     model.train()
     return fit(groups, list(minibatches(len(pairs), batch_size, epochs, seed)), loss, runtime, warmup=warmup)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a causal language model on commonsense reasoning, and prove what comes out.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model_options(parser.add_argument_group("model"))
+    _add_data_options(parser.add_argument_group("questions"))
+    adapting.add_options(parser.add_argument_group("adapters"), TARGETS, rank=32, lr=2e-4)
+    group = parser.add_argument_group("training")
+    training.add_options(group, epochs=3, batch_size=16, output="commonsense-adapter.safetensors")
+    return parser.parse_args(argv)
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", required=True, help="name on the hub, a folder, or packaged (SmolLM2-135M-Instruct)")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto is the file's own")
+    group.add_argument("--device-map", help="transformers' placement of the layers, such as auto; rules out --device")
+    group.add_argument("--attention", help="transformers' attn_implementation: sdpa, flash_attention_2, eager ...")
+    group.add_argument("--checkpointing", action="store_true", help="compute activations anew in the backward pass")
+    group.add_argument(
+        "--no-shared-prompt", action="store_true", help="score each choice apart (models without a cache of keys)"
+    )
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data", nargs="+", required=True, metavar="FOLDER", help="folders with train.json and test.json, one of a set"
+    )
+    group.add_argument("--train-file", metavar="JSON", help="train on this file, such as commonsense_170k.json")
+    group.add_argument("--style", choices=STYLES, default="cloze", help="how a question is put")
+    group.add_argument("--train-samples", type=adapting.positive, help="questions to train on; all if left out")
+    group.add_argument("--test-samples", type=adapting.positive, help="of each set to test on; all if left out")
+    group.add_argument("--max-length", type=adapting.positive, default=512, help="tokens of a prompt")
+    group.add_argument("--length-normalised", action="store_true", help="judge by the likelihood per byte of a choice")
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the command line's options resolve to."""
+
+    runtime: Runtime
+    build: Callable[[], Any]
+    """Makes the model as it is before patching."""
+    model: Any
+    task: Task
+    plan: mapsurgery.Plan
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Read the questions, load and patch the model: every mistake in an option shows here."""
+    if args.device_map and args.device != "auto":
+        raise ValueError(f"--device {args.device} and --device-map {args.device_map} both place the model: give one")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    runtime = Runtime.choose(args.device, args.amp)
+
+    def load() -> tuple[Any, Any]:
+        model, tokenizer = load_model(
+            args.model, dtype=args.dtype, device_map=args.device_map, attention=args.attention
+        )
+        return (model if args.device_map else model.to(runtime.device)), tokenizer
+
+    model, tokenizer = load()
+    if args.device_map:
+        runtime = Runtime(Runtime.of(model).device, runtime.amp)
+    task = load_task(
+        args.data,
+        tokenizer,
+        train_file=args.train_file,
+        style=args.style,
+        train_samples=args.train_samples,
+        test_samples=args.test_samples,
+        max_length=args.max_length,
+        seed=args.seed,
+    )
+    counts = ", ".join(f"{name} {len(examples):,}" for name, examples in task.test.items())
+    print(f"{args.model}: {len(task.train):,} questions to train on; to test on: {counts}\n{runtime}\n")
+    plan = adapting.adapt(model, args)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+    return Run(runtime, lambda: load()[0], model, task, plan)
+
+
+def run(prepared: Run, args: argparse.Namespace) -> bool:
+    """Score, verify, train, save and prove; whether both proofs hold."""
+    model, task, runtime = prepared.model, prepared.task, prepared.runtime
+    options: dict[str, Any] = {"runtime": runtime, "shared_prompt": not args.no_shared_prompt}
+    with mapsurgery.disabled(model):
+        before = evaluate(model, task, **options)
+    print(f"{table('before', before, args.length_normalised)}\n")
+    pairs = [(example.prompt, example.choices[example.answer]) for example in task.train[:VERIFY_QUESTIONS]]
+    print(f"{mapsurgery.verify(model, **answer_inputs(pairs, runtime.device))}\n")
+
+    print(f"training: {args.epochs} epochs of {len(task.train):,} questions, {args.batch_size} a step, lr {args.lr:g}")
+    groups = adapting.groups(model, args)
+    result = train(
+        model,
+        task,
+        groups,
+        epochs=args.epochs,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        warmup=args.warmup,
+        runtime=runtime,
+    )
+    print(f"  {len(result.losses)} steps, median {statistics.median(result.seconds):.3f} s\n")
+    mapsurgery.save(model, args.output)
+    print(f"{table('after', evaluate(model, task, **options), args.length_normalised)}\n\n{adapting.summary(model)}\n")
+
+    print("proofs, on questions of the test sets:")
+    sample = [example for examples in task.test.values() for example in examples[:PROOF_QUESTIONS]]
+    exact = {**options, "runtime": Runtime(runtime.device, None)}
+    holds = prove(
+        model,
+        prepared.build,
+        args.output,
+        lambda model: torch.cat(likelihoods(model, sample, **exact)),
+        MERGE_TOLERANCE[model.dtype],
+        "log-likelihoods",
+    )
+    print(f"\nsaved to {args.output}, {args.output.stat().st_size / 1e6:.2f} MB")
+    return holds
+
+
+def table(title: str, found: dict[str, Scores], normalised: bool) -> str:
+    """Scores as a table, a row for each set."""
+    rows = [
+        [name, f"{s.normalised if normalised else s.accuracy:.4f}", f"{s.perplexity:.2f}"] for name, s in found.items()
+    ]
+    mean = statistics.mean(s.normalised if normalised else s.accuracy for s in found.values())
+    columns = ["set", "accuracy by likelihood per byte" if normalised else "accuracy", "perplexity of right answers"]
+    return render(title, columns, [*rows, ["mean", f"{mean:.4f}", ""]])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line. Returns the exit code: 1 for a failed proof or verification, 2 for a wrong option."""
+    args = parse_args(argv)
+    try:
+        prepared = prepare(args)
+    except (MissingPackageError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return 0 if run(prepared, args) else 1
+    except (mapsurgery.VerificationError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

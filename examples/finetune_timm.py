@@ -30,7 +30,7 @@ from adapting import positive
 from image_data import PACKAGED_SETS, ImageDataset, ImageSplits, Samples, load_splits
 from linear_probe import fit_linear_probe
 from packaged import VISION_MODELS, MissingPackageError
-from proving import report_proof
+from proving import prove
 from runtime import Runtime
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -260,15 +260,6 @@ def exact_logits(model: nn.Module, images: Tensor) -> Tensor:
         return model(images).float()
 
 
-def prove(model: nn.Module, build: Callable[[], nn.Module], path: Path, images: Tensor) -> bool:
-    """Save -> load into a fresh model, and merge, must both leave the logits as they are. Merges ``model``."""
-    expected = exact_logits(model, images)
-    fresh = mapsurgery.load(build(), path)
-    loaded = report_proof("save -> load into a fresh model", expected, exact_logits(fresh, images), tolerance=0.0)
-    merged = exact_logits(mapsurgery.merge(model), images)
-    return report_proof("merge into plain layers", expected, merged, MERGE_TOLERANCE) and loaded
-
-
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +321,8 @@ def run(task: Task, args: argparse.Namespace) -> bool:
 
     print("\nproofs, on real test images:")
     images, _ = next(iter(task.test))
-    holds = prove(model, task.build, args.output, images.to(runtime.device))
+    images = images.to(runtime.device)
+    holds = prove(model, task.build, args.output, lambda model: exact_logits(model, images), MERGE_TOLERANCE)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     rows = [
         ("", "linear probe", "MAP"),

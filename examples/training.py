@@ -1,19 +1,39 @@
-"""The training loop that the text examples share, and the learning rate's course."""
+"""The training loop that the text examples share, its options, and the learning rate's course."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from adapting import positive
 from runtime import Runtime
 from torch import Tensor
 from tqdm import tqdm
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises, before it falls along a cosine."""
+
+
+def add_options(parser: argparse._ActionsContainer, *, epochs: int, batch_size: int, output: str) -> None:
+    """Add the options of a training to a parser or to one of its groups; the learning rate's is in adapting.py."""
+    parser.add_argument("--epochs", type=positive, default=epochs)
+    parser.add_argument("--batch-size", type=positive, default=batch_size)
+    parser.add_argument("--warmup", type=float, default=WARMUP, help="share of the steps in which the lr rises")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    parser.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="mixed precision; auto is bf16 where the hardware multiplies in it (CUDA, CPUs with AMX or AVX512-BF16)",
+    )
+    parser.add_argument("--threads", type=positive, help="CPU threads; torch's own choice if left out")
+    parser.add_argument("--output", type=Path, default=Path(output), help="file for the adapter")
 
 
 class Training(NamedTuple):
