@@ -110,8 +110,8 @@ def read_tsv(path: Path, task: GlueTask) -> Split:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: give the folder that holds the task's TSV files")
-    # Not splitlines(): sentences hold other characters that it takes for ends of lines.
-    lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    # Neither read_text() nor splitlines(): sentences hold other characters that they take for ends of lines.
+    lines = path.read_bytes().decode("utf-8-sig").rstrip("\n").split("\n")
     columns, first = _columns(path, lines[0].rstrip("\r").split("\t"), task)
     texts, targets = [], []
     for number, line in enumerate(lines[first:], start=first + 1):
