@@ -186,6 +186,15 @@ def test_broken_questions_are_refused_by_file_and_entry(example, tmp_path, conte
 WORDS = ["why", "is", "it", "dark", "night", "sun", "fog", "lamp", "off", "on", "the", "a", "?", ":"]
 
 
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,  # the usual 0.02 leaves so small a model without anything to adapt
+}
+
+
 def word_tokenizer(**special):
     """A tokenizer that knows `WORDS`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -200,8 +209,7 @@ def word_tokenizer(**special):
 def tiny_llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=1, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=1, **SIZES))
 
 
 @pytest.fixture
@@ -512,8 +520,7 @@ def encoder_folder(request, tmp_path):
     """A tiny encoder with random weights and its tokenizer, as transformers saves them."""
     from transformers import AutoConfig, AutoModel
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = AutoConfig.for_model(request.param, vocab_size=32, max_position_embeddings=32, **sizes)
+    config = AutoConfig.for_model(request.param, vocab_size=32, max_position_embeddings=32, **SIZES)
     AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
     word_tokenizer(cls_token="[CLS]", sep_token="[SEP]").save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
