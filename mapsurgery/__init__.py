@@ -8,7 +8,7 @@ Free functions on an ordinary model: `plan`, `patch`, `verify`, training, `save`
 from importlib.metadata import PackageNotFoundError, version
 
 from .export import Exported, export
-from .methods import Init
+from .methods import Dora, Init, Lora, Map, Method, register_method
 from .native import cmake_prefix_path, native_info
 from .optim import param_groups
 from .report import Report, report
@@ -28,6 +28,7 @@ from .surgery import (
     unmerge,
     unpatch,
 )
+from .updates import FactoredUpdate, Update, register_update
 from .verify import Verification, VerificationError, verify
 
 try:
@@ -37,14 +38,20 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "AdaptedLayer",
+    "Dora",
     "Exported",
+    "FactoredUpdate",
     "Init",
+    "Lora",
+    "Map",
     "MapConv1d",
     "MapConv2d",
     "MapConv3d",
     "MapLinear",
+    "Method",
     "Plan",
     "Report",
+    "Update",
     "Verification",
     "VerificationError",
     "adapter_state_dict",
@@ -58,6 +65,8 @@ __all__ = [
     "param_groups",
     "patch",
     "plan",
+    "register_method",
+    "register_update",
     "report",
     "save",
     "unmerge",

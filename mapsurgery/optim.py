@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from .methods import Adapter
 from .surgery import record
+from .surgery.globs import first_match, nearest
 
 
 def _decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -22,30 +24,36 @@ def param_groups(
     *,
     magnitude_lr_factor: float = 1.0,
     b_lr_factor: float = 1.0,
+    layer_lr_factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimiser, with every trained parameter of a patched model in exactly one.
 
-    No weight decay on alpha and beta (decaying alpha shrinks the pretrained weight itself), biases and norms. Their own
-    learning rate for the magnitudes, and for B (LoRA+, arXiv 2402.12354: a higher one than A's).
+    No weight decay on magnitudes (decaying alpha shrinks the pretrained weight itself), biases and norms. Their own
+    learning rate for the magnitudes, for B (LoRA+, arXiv 2402.12354: a higher one than A's) and what else starts at 0,
+    and for layers.
 
     Args:
         lr: of A and of the parameters that `train` named.
         weight_decay: of A, B and trained matrices.
-        magnitude_lr_factor: learning rate of alpha and beta, as a multiple of lr.
-        b_lr_factor: learning rate of B, as a multiple of lr.
+        magnitude_lr_factor: learning rate of alpha, beta and other magnitudes, as a multiple of lr.
+        b_lr_factor: learning rate of B, and of what starts at 0 in other update families, as a multiple of lr.
+        layer_lr_factors: {glob: factor} on all rates of the layers that it matches; the first that matches counts.
+            Globs are matched as in `patch`, against the adapted layers and the names of other trained parameters.
 
     Returns:
         Dictionaries with "params", "lr", "weight_decay" and "name"; empty groups are left out.
 
     Raises:
-        ValueError: the model is not patched or its weights are not loaded, a base weight was unfrozen, or a rate or
-            factor is negative.
+        ValueError: the model is not patched or its weights are not loaded, a base weight was unfrozen, a rate or factor
+            is negative, or a glob matches nothing that is trained.
     """
+    factors = dict(layer_lr_factors or {})
     for name, value in [
         ("lr", lr),
         ("weight_decay", weight_decay),
         ("magnitude_lr_factor", magnitude_lr_factor),
         ("b_lr_factor", b_lr_factor),
+        *((f"layer_lr_factors[{glob!r}]", factor) for glob, factor in factors.items()),
     ]:
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value!r}")
@@ -62,17 +70,44 @@ def param_groups(
         "decay": (lr, weight_decay),
         "no_decay": (lr, 0.0),
     }
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        roles = module.ROLES if isinstance(module, Adapter) else {}
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad or parameter in seen:
-                continue
-            seen.add(parameter)
-            members[roles.get(name) or ("decay" if _decays(module, name, parameter) else "no_decay")].append(parameter)
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {(role, 1.0): [] for role in settings}
+    for parameter, (role, names) in _roles(root).items():
+        glob = first_match(names, factors)
+        groups.setdefault((role, 1.0 if glob is None else float(factors[glob])), []).append(parameter)
+    _refuse_unmatched(factors, [names for _, names in _roles(root).values()])
     return [
-        {"params": params, "lr": settings[name][0], "weight_decay": settings[name][1], "name": name}
-        for name, params in members.items()
+        {
+            "params": params,
+            "lr": settings[role][0] * factor,
+            "weight_decay": settings[role][1],
+            "name": role if factor == 1 else f"{role} x{factor:g}",
+        }
+        for (role, factor), params in groups.items()
         if params
     ]
+
+
+def _roles(root: nn.Module) -> dict[nn.Parameter, tuple[str, tuple[str, ...]]]:
+    """Every trained parameter with the group that it belongs to and the names that a glob may call it by."""
+    sites = {id(site.adapter): site.paths for site in reversed(record.all_sites(root))}
+    found: dict[nn.Parameter, tuple[str, tuple[str, ...]]] = {}
+    for path, module in root.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or parameter in found:
+                continue
+            if isinstance(module, Adapter):
+                role = module.roles.get(name, "decay")
+                found[parameter] = ("magnitude" if role == "base" else role, sites[id(module)])
+            else:
+                role = "decay" if _decays(module, name, parameter) else "no_decay"
+                found[parameter] = (role, (f"{path}.{name}".lstrip("."),))
+    return found
+
+
+def _refuse_unmatched(factors: Mapping[str, float], every: list[tuple[str, ...]]) -> None:
+    for glob in factors:
+        if not any(first_match(names, [glob]) for names in every):
+            close = nearest(glob, [name for names in every for name in names])
+            raise ValueError(
+                f"layer_lr_factors pattern {glob!r} matches nothing that is trained; the nearest: {', '.join(close)}"
+            )

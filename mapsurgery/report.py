@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .methods.measures import MEASURES, measure_tensor
 from .surgery import record
+from .surgery.record import Site
 from .tables import render
 
-_COLUMNS = ("rank", "alpha", "beta", "update_norm", "change", "cosine", "effective_rank")
+_COLUMNS = {  # of the table: the measures that say most, under short heads
+    "rank": "rank",
+    "alpha": "alpha",
+    "beta": "beta",
+    "change": "change",
+    "scaling": "scaling",
+    "direction": "direction",
+    "magnitude_change": "dM",
+    "direction_change": "dD",
+    "cosine": "cosine",
+    "effective_rank": "eff. rank",
+}
 
 
 @dataclass(frozen=True)
@@ -17,26 +31,60 @@ class Report:
     """Numbers per layer. ``print(report)`` shows the table.
 
     Attributes:
-        layers: path -> {"rank", "weight_norm" (||W||_F), "alpha" and "beta" in units of ||W||_F, "update_norm" = norm
-            of the update term / ||W||_F, "change" = ||W' - W||_F / ||W||_F, "cosine" of W and BA, "effective_rank" =
-            exp of the entropy of the singular values of BA}. For a zero weight the unit is 1.
+        layers: path -> {"rank", and the numbers of `mapsurgery.methods.measures.MEASURES`}: "weight_norm" is ||W||_F;
+            "alpha" and "beta" are the magnitudes of the base and the update, "update_norm" and "change" the norms of
+            the update term and of W' - W, all in units of ||W||_F (1 for a zero weight); "scaling" and "direction" the
+            shares of ||W' - W||_F^2 along W and across it; "magnitude_change" and "direction_change" the means over
+            the rows of what DoRA's analysis plots; "cosine" of W and ΔW; "effective_rank" of ΔW. Means of a stack.
     """
 
     layers: dict[str, dict[str, float]]
 
     def __str__(self) -> str:
         rows = [[path, *(values[name] for name in _COLUMNS)] for path, values in self.layers.items()]
-        return render("adapters, in units of ||W||", ["layer", *_COLUMNS], rows)
+        return render("adapters, in units of ||W||", ["layer", *_COLUMNS.values()], rows)
+
+    def to_dict(self) -> dict[str, float]:
+        """{"<layer>/<number>": value}: what TensorBoard's and W&B's loggers take."""
+        return {f"{path}/{name}": value for path, layer in self.layers.items() for name, value in layer.items()}
 
 
 def report(model: nn.Module) -> Report:
     """Per layer: magnitudes, size and direction of the change, rank used. Reads each adapted weight once.
+
+    The numbers of all layers are brought to the host together.
+
+    Raises:
+        ValueError: the model is not patched, or a weight is still on meta.
+    """
+    sites = measurable_sites(model)
+    tensors = [measured(site) for site in sites]
+    device = tensors[0].device
+    values = torch.stack([t.to(device, non_blocking=True) for t in tensors]).tolist()
+    return Report(
+        {
+            site.path: {"rank": site.adapter.rank} | dict(zip(MEASURES, numbers, strict=True))
+            for site, numbers in zip(sites, values, strict=True)
+        }
+    )
+
+
+def measurable_sites(model: nn.Module) -> list[Site]:
+    """One site for each adapter.
 
     Raises:
         ValueError: the model is not patched, or a weight is still on meta.
     """
     sites = record.one_per_adapter(record.all_sites(model))
     for site in sites:
-        if site.layer.base_of(site.parameter).is_meta:
+        held = site.adapter.base_weight
+        if site.adapter.weight_norm.is_meta or (held is not None and held.is_meta):
             raise ValueError(f"{site.path}: its weight is not loaded (meta device)")
-    return Report({site.path: site.adapter.measures(site.layer.given_base(site.parameter)) for site in sites})
+    return sites
+
+
+@torch.no_grad()
+def measured(site: Site) -> Tensor:
+    """The numbers of MEASURES, in order, on the adapter's device."""
+    adapter = site.adapter
+    return measure_tensor(adapter, *adapter.base(site.layer.given_base(site.parameter)))

@@ -14,8 +14,9 @@ from .surgery.record import Record
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changed, and nothing else.
 
-    The adapters' parameters, other parameters that require a gradient (`train` named them, or they were unfrozen or
-    added later), and those persistent buffers (BatchNorm statistics) that are no longer what they were at `patch`.
+    The adapters' parameters (and frozen tensors that belong to them), other parameters that require a gradient (`train`
+    named them, or they were unfrozen or added later), and those persistent buffers (BatchNorm statistics) that are no
+    longer what they were at `patch`.
 
     Returns:
         Tensors (detached, not copied) by their names in the model: "<layer>.adapter.A" ..., "<parameter>", "<buffer>".
@@ -26,8 +27,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     root, memory = record.find_patched(model)
     state: dict[str, Tensor] = {}
     for site in record.intact_sites(root, memory):
-        for name, parameter in site.adapter.own_parameters().items():
-            state[site.entry(name)] = parameter.detach()
+        for name in site.adapter.own_tensors():
+            state[site.entry(name)] = getattr(site.adapter, name).detach()
         state[site.entry(FORM)] = site.adapter.form
     for name in record.trained_names(root, memory):
         state[name] = root.get_parameter(name).detach()
@@ -35,7 +36,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 FORM = "form"
-"""Buffer of an adapter that says how its parameters are meant (tau, relative)."""
+"""Buffer of an adapter that says how its parameters are meant (tau and relative of MAP, scaling of LoRA)."""
 
 
 def changed_buffers(root: nn.Module, memory: Record) -> list[str]:
@@ -101,7 +102,7 @@ def places_of(root: nn.Module, memory: Record) -> dict[str, tuple[Tensor, bool]]
         name: (buffer, True) for name, buffer in record.persistent_buffers(root).items()
     }
     for site in record.one_per_adapter(record.all_sites(root)):
-        for name, parameter in site.adapter.own_parameters().items():
-            places[site.entry(name)] = (parameter, False)
+        for name in site.adapter.own_tensors():
+            places[site.entry(name)] = (getattr(site.adapter, name), False)
         places[site.entry(FORM)] = (site.adapter.form, False)
     return places | {name: (root.get_parameter(name), False) for name in record.trained_names(root, memory)}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .methods import find
+from .methods.base import form_values, said_form, same_form
 from .state import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .surgery import record
 from .surgery.config import Config
@@ -28,6 +28,7 @@ from .surgery.plan import (
     count_parameters,
     module_paths,
     norm_of,
+    parameter_shapes,
     planned_layer,
     site_paths,
 )
@@ -158,7 +159,7 @@ def load(model: Model, path: Path) -> Model:
     """
     file = _read(os.fspath(path))
     plan = _plan_of(model, file)
-    apply_plan(model, plan)
+    apply_plan(model, plan, start=False)
     try:
         load_adapter_state_dict(model, _named_by(model, file))
     except BaseException:
@@ -175,7 +176,7 @@ def _named_by(model: nn.Module, file: _File) -> dict[str, Tensor]:
     renamed = {
         _entry(layer, role): by_path[name].entry(role)
         for name, layer in file.layers.items()
-        for role in (*find(file.config.method, file.config.update).ROLES, FORM)
+        for role in _roles(file, layer)
     }
     return {renamed.get(name, name): tensor for name, tensor in file.tensors.items()}
 
@@ -263,9 +264,16 @@ def _entry(layer: dict[str, Any], role: str) -> str:
     return record.entry(layer["layer"], layer["parameter"], role)
 
 
+def _roles(file: _File, layer: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors of a layer's adapter. Which there are may depend on the weight's shape and on the rank."""
+    prefix = _entry(layer, "") + "."
+    found = {name.removeprefix(prefix) for name in file.tensors if name.startswith(prefix)}
+    known = {*file.config.update.roles, *file.config.update.frozen, *file.config.method.roles}
+    return (*sorted(found & known), FORM)
+
+
 def _check_consistent(file: _File) -> None:
     """The tensors are those that the metadata announces, finite, and of shapes that fit one another."""
-    roles = find(file.config.method, file.config.update).ROLES
     expected = {*file.trained, *file.buffers}
     if not file.layers:
         raise ValueError(f"{file.path}: its metadata names no layers")
@@ -284,7 +292,7 @@ def _check_consistent(file: _File) -> None:
             raise ValueError(f"{file.path}: layer {name} is {layer['layer']} {layer['parameter']} in its own entry")
         if layer["dtype"] not in _DTYPES:
             raise ValueError(f"{file.path}: layer {name} has dtype = {layer['dtype']!r}, expected one of {_DTYPES}")
-        expected |= {_entry(layer, role) for role in (*roles, FORM)}
+        expected |= {_entry(layer, role) for role in _roles(file, layer)}
     missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
     if missing or unknown:
         raise ValueError(f"{file.path}: tensors missing: {missing[:5]}, tensors that nothing announces: {unknown[:5]}")
@@ -338,17 +346,17 @@ def _planned_by_file(
     found: list[PlannedLayer] = []
     for path, parameter in [(described["layer"], described["parameter"]), *described["tied"]]:
         module, paths = modules.get(path, (None, ()))
-        problem = _problem_with(module, parameter, described)
+        problem, rank = _problem_with(module, parameter, described), described["rank"]
         if problem is not None or module is None:
             return f"{problem} ({path})" if found else str(problem)
-        layer = planned_layer(module, parameter, site_paths(paths, parameter), "(file)", described["rank"])
+        layer = planned_layer(module, parameter, site_paths(paths, parameter), "(file)", rank, file.config)
         problem = _problem_with_factors(layer, described, file)
         if problem is not None:
             return problem
         if found and module._parameters.get(parameter) is not found[0].module._parameters.get(found[0].parameter):
             return f"is tied with {layer.path} in the file, but not in this model"
         norms = tuple(float(norm) for norm in _norms(described))
-        dtype = file.tensors[_entry(described, "alpha")].dtype
+        dtype = file.tensors[_entry(described, _roles(file, described)[0])].dtype
         shares = found[0].path if found else None
         # Under the name that the file gives it: this model may list the names of one module in another order.
         layer = replace(layer, paths=tuple(dict.fromkeys((*site_paths([path], parameter), *layer.paths))))
@@ -370,28 +378,26 @@ def _problem_with(module: nn.Module | None, parameter: str, described: dict[str,
 
 
 def _problem_with_factors(layer: PlannedLayer, described: dict[str, Any], file: _File) -> str | None:
-    m, K = layer.matrix
     rank = described["rank"]
     if rank < 1 or rank != layer.rank:
-        return f"has rank {rank} in the file, this layer allows 1 to {min(m, K)}"
+        return f"has rank {rank} in the file, this layer allows 1 to {file.config.update.limited(rank, layer.matrix)}"
     if len(_norms(described)) != layer.matrices:
         return f"is {layer.matrices} matrices here, the file has {len(_norms(described))}"
-    stack = (layer.matrices,) if layer.stacked else ()
-    magnitude = (layer.matrices,)
-    for role, shape in (
-        ("A", (*stack, rank, K)),
-        ("B", (*stack, m, rank)),
-        ("alpha", magnitude),
-        ("beta", magnitude),
-        (FORM, (2,)),
-    ):
-        tensor = file.tensors[_entry(described, role)]
+    shapes = parameter_shapes(file.config, layer.matrix, rank, frozen=True)
+    form = form_values(file.config.method, file.config.update, file.config.init, rank)
+    unknown = sorted({*_roles(file, described)} - {*shapes, FORM})
+    if unknown:
+        return f"has tensors that rank {rank} does not have here: {', '.join(unknown)}"
+    for role, shape in (*shapes.items(), (FORM, (len(form),))):
+        tensor = file.tensors.get(_entry(described, role))
+        if tensor is None:
+            return f"needs {role} of shape {shape} for rank {rank}, the file has no tensor {_entry(described, role)}"
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             return f"needs {role} of shape {shape} for rank {rank}, the file's is {tuple(tensor.shape)} {tensor.dtype}"
-    tau, relative = file.tensors[_entry(described, FORM)].tolist()
-    wanted = file.config.init
-    if not abs(tau - wanted.tau) <= 1e-6 * wanted.tau or bool(relative) != wanted.relative:
-        return f"says tau={tau:.6g} relative={bool(relative)}, but the file's init is {wanted}"
+    found = file.tensors[_entry(described, FORM)].tolist()
+    if not same_form(form, found):
+        wanted = said_form(form, list(form.values()))
+        return f"says {said_form(form, found)}, but the file's configuration {wanted} ({file.config.init})"
     return None
 
 

@@ -20,6 +20,7 @@ from .surgery.merge import held_elsewhere, memory_map_of
 from .tables import render
 
 _UPDATE = ("down", "up")
+_MAGNITUDES = ("base", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _perturb(adapters: dict[str, Adapter]) -> None:
     """Move every adapter to a generic point, where each of its parameters matters."""
     for adapter in adapters.values():
         for name, parameter in adapter.own_parameters().items():
-            if adapter.ROLES[name] in _UPDATE:
+            if adapter.roles[name] in _UPDATE:
                 size = parameter.square().mean().sqrt()
                 parameter.add_(torch.randn_like(parameter) * torch.where(size > 0, size, parameter.shape[-1] ** -0.5))
             elif not parameter.any():
@@ -224,14 +225,14 @@ def _verdict(
         return "learns nothing in train mode: no gradient reaches it there, though it does in eval mode"
     if not all(grad.isfinite().all() for grads in (learning, acting) for grad in grads.values()):
         return "not finite: its gradient holds NaN or infinity"
-    # With a zero base weight alpha multiplies nothing.
+    # With a zero base weight its magnitude multiplies nothing.
     zero_base = not adapter.weight_norm.any()
     if not any(grad.any() for grad in acting.values()):
         return "dead: the layer has no effect on the output, adapted or not (is a scale after it 0?)"
-    still = [n for n in trainable if not acting[n].any() and not (zero_base and adapter.ROLES[n] == "magnitude")]
+    still = [n for n in trainable if not acting[n].any() and not (zero_base and adapter.roles[n] in _MAGNITUDES)]
     if still:
         return f"dead: the gradient of {', '.join(still)} is 0"
-    updates = [name for name in trainable if adapter.ROLES[name] in (*_UPDATE, "magnitude") and name != "alpha"]
+    updates = [name for name in trainable if adapter.roles[name] != "base"]
     if updates and not any(learning[name].any() for name in updates if name in learning):
         return "dead: from where it is now, no gradient reaches its update"
     return "ok"

@@ -132,7 +132,7 @@ BAD = [
     ({"rank_pattern": {"head": False}}, TypeError, "rank_pattern.*head.*False"),
     ({"rank_pattern": {"stem": 2}, "targets": "head"}, ValueError, "rank_pattern pattern 'stem'"),
     ({"method": "lore"}, ValueError, "lore.*'map'"),
-    ({"update": "loha"}, ValueError, "loha.*'lora'"),
+    ({"update": "lohra"}, ValueError, "lohra.*'lora'"),
     ({"init": "soft "}, ValueError, "'soft '.*'zero'"),
     ({"init": 3}, TypeError, "init.*3"),
     ({"dropout": 1.0}, ValueError, "dropout.*1.0"),

@@ -516,8 +516,8 @@ def test_a_weight_first_used_in_inference_mode_can_be_used_outside() -> None:
 
 def test_a_stack_is_computed_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model = to_generic_point(mapsurgery.patch(PerExpert(), (), parameters="up", rank=2))
-    calls, made = [], mapsurgery.methods.MapLora.effective_weight
-    monkeypatch.setattr(mapsurgery.methods.MapLora, "effective_weight", lambda *a: calls.append(1) or made(*a))
+    calls, made = [], mapsurgery.methods.Adapter.effective_weight
+    monkeypatch.setattr(mapsurgery.methods.Adapter, "effective_weight", lambda *a: calls.append(1) or made(*a))
     model(torch.randn(2, 5)).sum().backward()
     model(torch.randn(2, 5)).sum().backward()
     assert len(calls) == 2 and not any("memo" in name for name in model.__dict__)

@@ -202,7 +202,7 @@ def test_an_unmerge_that_fails_midway_can_be_repeated(monkeypatch: pytest.Monkey
     model = _patched()
     expected = model(image())
     mapsurgery.merge(model)
-    adapter = mapsurgery.methods.MapLora
+    adapter = mapsurgery.methods.Adapter
     original = adapter.unmerge_from
     calls = []
 

@@ -24,6 +24,20 @@ import mapsurgery
 from mapsurgery.tables import render
 
 
+def row_numbers(W: torch.Tensor, W_: torch.Tensor) -> dict[str, float]:
+    """What W' - W does to the whole and to the rows, of the materialised weights."""
+    along = ((W_ - W) * W).sum() / W.norm()
+    scaling = (along / (W_ - W).norm()).square().item()
+    lengths, before = W_.norm(dim=1), W.norm(dim=1)
+    cosines = torch.nn.functional.cosine_similarity(W_, W, dim=1)
+    return {
+        "scaling": scaling,
+        "direction": 1 - scaling,
+        "magnitude_change": ((lengths - before).abs().mean() / before.mean()).item(),
+        "direction_change": (1 - cosines).mean().item(),
+    }
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("init", STARTS, ids=start_name)
 def test_the_measures_are_those_of_the_materialised_weights(case: Case, init: mapsurgery.Init) -> None:
@@ -45,7 +59,7 @@ def test_the_measures_are_those_of_the_materialised_weights(case: Case, init: ma
         "change": ((W_ - W).norm() / W.norm()).item(),
         "cosine": ((matrix * BA).sum() / W.norm() / BA.norm()).item(),
         "effective_rank": torch.exp(-(share * share.log()).sum()).item(),
-    }
+    } | row_numbers(matrix, change)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 

@@ -1,27 +1,46 @@
-"""What W' is: one file per method and update family, with no knowledge of models.
+"""How W' is made: one file per method, with no knowledge of models.
 
-`REGISTRY` maps (method, update) to the adapter class; `patch(method=..., update=...)` looks here.
+`METHODS` maps names to methods; `patch(method=...)` takes a name or an instance with options, and `register_method`
+adds one of your own. What ΔW is, is said by `mapsurgery.updates`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..named import parse, register
 from .base import Adapter
+from .dora import Dora
 from .init import Init
-from .map_lora import MapLora
+from .lora import Lora
+from .map import Map
+from .method import Coefficients, Method
 
-__all__ = ["REGISTRY", "Adapter", "Init", "MapLora", "find"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Coefficients",
+    "Dora",
+    "Init",
+    "Lora",
+    "Map",
+    "Method",
+    "find_method",
+    "register_method",
+]
 
-REGISTRY: dict[tuple[str, str], type[Adapter]] = {("map", "lora"): MapLora}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Map, Lora, Dora)}
 
 
-def find(method: str, update: str) -> type[Adapter]:
-    """The adapter class of a method and an update family.
+def register_method(method: type[Method]) -> type[Method]:
+    """Add a method under its `name`; usable as a decorator of the class.
 
     Raises:
-        ValueError: there is none; the message lists what there is.
+        TypeError, ValueError: it is no frozen dataclass below `Method`, or its name is missing or taken.
     """
-    try:
-        return REGISTRY[method, update]
-    except KeyError:
-        known = ", ".join(f"method={m!r} update={u!r}" for m, u in sorted(REGISTRY))
-        raise ValueError(f"no method={method!r} with update={update!r}; this version has: {known}") from None
+    return register(METHODS, "method", Method, method)
+
+
+def find_method(value: Any) -> Method:
+    """The method that a name, a dictionary of a file's metadata, or an instance stands for."""
+    return parse(METHODS, "method", value)

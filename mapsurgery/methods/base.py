@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
+from ..updates import Matrix, Update
 from .init import Init
+
+if TYPE_CHECKING:
+    from .method import Method
 
 
 def check_dropout(dropout: Any) -> None:
@@ -41,15 +45,40 @@ def frobenius_norms(weight: Tensor, stacked: bool = False) -> float | list[float
     return [ops.frobenius_norm(matrix) for matrix in weight] if stacked else ops.frobenius_norm(weight)
 
 
+def matrix_of(shape: Sequence[int], transposed: bool = False, stacked: bool = False) -> Matrix:
+    """A weight's shape as update families see it."""
+    m, K = matrix_shape(shape, transposed, stacked)
+    kernel = () if transposed or stacked else tuple(shape[2:])
+    return Matrix(m, K, (shape[0],) if stacked else (), kernel)
+
+
+def form_values(method: Method, update: Update, init: Init, rank: int) -> dict[str, float]:
+    """Numbers that say how an adapter's parameters are meant: adapters that differ in them cannot be exchanged."""
+    return {**method.form(init, rank), **update.form()}
+
+
+def same_form(own: dict[str, float], other: Sequence[float]) -> bool:
+    """Whether the numbers of another adapter are one's own, up to the rounding of float32."""
+    pairs = zip(own.values(), other, strict=False)
+    return len(own) == len(other) and all(abs(a - b) <= 1e-6 * abs(a) for a, b in pairs)
+
+
+def said_form(own: dict[str, float], values: Sequence[float]) -> str:
+    """The numbers of a form by their names, as far as these fit."""
+    names = list(own) if len(own) == len(values) else [f"number {i}" for i in range(len(values))]
+    return " ".join(f"{name}={value:.6g}" for name, value in zip(names, values, strict=True))
+
+
 class Adapter(nn.Module):
     """A frozen weight W and the parameters that turn it into W'.
 
-    It knows nothing of models or layers: it computes W', and the products with W' that layers need. A subclass adds its
-    parameters and says what W' is; a new method or update family is a subclass in a file of its own.
+    It knows nothing of models or layers: it holds the tensors, and computes W' and the products with W' that layers
+    need, by its method (how W and ΔW make W') and its update family (what ΔW is).
 
     Args:
         weight: (m, ...) with m outputs, or a stack (E, m, ...) of such. A Parameter is held, not copied; of any other
             tensor (the result of a parametrisation) only shape and norm are taken, and every call is given its own.
+        method, update: how W' is made, and of what.
         rank: r, 1 <= r <= min(m, K), K the number of elements of weight by m.
         init: the start.
         dropout: probability of dropping an input of the update path (not of the base) in training.
@@ -58,26 +87,30 @@ class Adapter(nn.Module):
         stacked: weight is a stack, whose matrices are adapted one by one.
         name: the layer's path, for messages.
         weight_norm: ||W||_F where it is known already; measured when None.
+        values: gives W's numbers as (m, K) where `weight` has none (a quantised layer).
+        siblings: what adapters of one model share; each may put tensors there.
+        start: False where the parameters are about to be loaded: they are left at 0.
 
     Raises:
-        ValueError: the weight holds NaN or infinity.
+        ValueError: the weight holds NaN or infinity, or the family cannot start from it.
 
     Attributes:
         base_weight: the frozen weight, in the layer's own layout; None if it is computed anew for each call.
         weight_norm: (1,) or (E,) buffer, ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on
             meta.
+        roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
+        scaling: fixed factor of the update where the method has one, else 1.
         watch: told of calls without autograd, where `surgery.gradient_source` put one.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
     """
 
-    ROLES: dict[str, str] = {}
-    """Own parameters -> "down", "up" or "magnitude": what `param_groups` tells apart."""
-
     def __init__(
         self,
         weight: Tensor,
         *,
+        method: Method,
+        update: Update,
         rank: int,
         init: Init,
         dropout: float = 0.0,
@@ -86,14 +119,19 @@ class Adapter(nn.Module):
         stacked: bool = False,
         name: str = "",
         weight_norm: float | Sequence[float] | None = None,
+        values: Callable[[], Tensor] | None = None,
+        siblings: dict[Any, Any] | None = None,
+        start: bool = True,
     ) -> None:
         super().__init__()
         self.register_parameter("base_weight", weight if isinstance(weight, nn.Parameter) else None)
         self.base_weight: nn.Parameter | None
         self.shape, self.base_dtype = weight.shape, weight.dtype
+        self.method, self.update = method, update
         self.rank, self.init, self.dropout = rank, init, dropout
         self.transposed, self.stacked = transposed, stacked
         self.layer_name = name
+        self.scaling = method.scaling(rank)
         self.enabled = True
         self.watch: Any = None
         self.pending = weight.is_meta
@@ -101,31 +139,49 @@ class Adapter(nn.Module):
         norms = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
         self.register_buffer("weight_norm", norms)
         self.weight_norm: Tensor
-        # tau and relative change what the parameters mean: a state_dict carries them, so that a mismatch is seen.
+        # tau, relative and their like change what the parameters mean: a state_dict carries them, so that a mismatch is
+        # seen.
         self.register_buffer("form", self._form(weight.device))
         self.form: Tensor
-        m, K = matrix_shape(self.shape, transposed, stacked)
-        self.create_parameters(m, K, {"device": weight.device, "dtype": dtype})
+        self._create({"device": weight.device, "dtype": dtype}, {} if siblings is None else siblings)
         if not self.pending:
             self.take_norm(weight_norm, weight)
-            self.reset_parameters()
+            known = values or (lambda: self.matrix(weight.detach()))
+            self._start(known) if start else self._zero()
+            self.method.remember(self, known)
 
-    # What a subclass defines ------------------------------------------------------------------------------------
+    def _create(self, place: dict[str, Any], siblings: dict[Any, Any]) -> None:
+        """Register the adapter's own tensors, not yet set; `place` is their device and dtype."""
+        shapes = self.update.shapes(self.matrix_shape, self.rank)
+        for name, shape in shapes.items():
+            value = torch.empty(shape, **place)
+            if name in self.update.frozen:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+        for name, shape in self.method.shapes(self.matrix_shape).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **place)))
+        for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, siblings).items():
+            self.register_parameter(name, parameter)
+        own = {**self.update.roles, **self.method.roles}
+        self.roles = {name: role for name, role in own.items() if name in self._parameters}
 
-    def create_parameters(self, m: int, K: int, place: dict[str, Any]) -> None:
-        """Register the adapter's own parameters, not yet set; `place` is their device and dtype."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def _start(self, weight: Callable[[], Tensor]) -> None:
+        """Set the adapter's own tensors to their start; needs ||W||_F. Args: weight gives W as (m, K) or (E, m, K)."""
+        self.update.start(self, weight, self.init.kind == "random")
+        self.method.start(self, weight)
 
-    def reset_parameters(self) -> None:
-        """Set the adapter's own parameters to their start; needs ||W||_F."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def _zero(self) -> None:
+        for name in self.own_tensors():
+            getattr(self, name).zero_()
 
-    def norm_changed(self, before: Tensor) -> None:
-        """||W||_F is no longer `before` (1,): a checkpoint with other weights was loaded under the adapter."""
+    # What layers call -------------------------------------------------------------------------------------------
 
     def linear(self, x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
         """x W'^T + bias; x (..., K), result (..., m). weight: W, where each call computes it."""
-        raise NotImplementedError
+        return self.method.linear(self, x, bias, *self.base(weight))
 
     def conv(
         self,
@@ -138,41 +194,73 @@ class Adapter(nn.Module):
         weight: Tensor | None = None,
     ) -> Tensor:
         """Convolution of x (N, C, *spatial) or (C, *spatial) with W'."""
-        raise NotImplementedError
+        return self.method.conv(self, x, bias, (stride, padding, dilation, groups), *self.base(weight))
 
     def embedding(self, ids: Tensor, padding_idx: int | None, weight: Tensor | None = None) -> Tensor:
         """Rows of W' (m, K); ids (...), result (..., K). No gradient from rows at padding_idx."""
-        raise NotImplementedError
+        return self.method.embedding(self, ids, padding_idx, *self.base(weight))
 
-    def around(self, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
-        """x W'^T + bias, made of output (..., m) = x W^T + bias where a kernel of its own computes that; x (..., K)."""
-        raise NotImplementedError
+    def around(self, x: Tensor, output: Tensor, bias: Tensor | None, values: Callable[[], Tensor]) -> Tensor:
+        """x W'^T + bias, made of output (..., m) = x W^T + bias where a kernel of its own computes that; x (..., K).
+
+        Args: values: gives W (m, K), for methods that need its numbers.
+        """
+        self.tell_watch()
+        return self.method.around(self, x, output, bias, values)
 
     def effective_weight(self, weight: Tensor | None = None) -> Tensor:
         """W' in the layout and dtype of the weight, differentiable."""
-        raise NotImplementedError
+        return self.method.effective_weight(self, *self.base(weight))
 
+    @torch.no_grad()
     def merge_into(self, weight: Tensor) -> None:
         """weight, holding W in the layer's layout, becomes W' in place."""
-        raise NotImplementedError
+        self.method.merge_into(self, weight, self._norm_for(weight))
 
+    @torch.no_grad()
     def unmerge_from(self, weight: Tensor) -> None:
         """weight, holding W' in the layer's layout, becomes W in place, up to the rounding of merging."""
-        raise NotImplementedError
+        self.method.unmerge_from(self, weight, self._norm_for(weight))
+
+    def _norm_for(self, weight: Tensor) -> Tensor:
+        return self.weight_norm if self.base_weight is not None else self.base(weight)[1]
 
     def recoverable(self) -> bool:
         """Whether W can be recovered from W'."""
-        raise NotImplementedError
-
-    def measures(self, weight: Tensor | None = None) -> dict[str, float]:
-        """Plain numbers for `mapsurgery.report`."""
-        raise NotImplementedError
+        return self.method.recoverable(self)
 
     # What all share ---------------------------------------------------------------------------------------------
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's trained parameters by name: everything but the frozen weight."""
-        return {name: getattr(self, name) for name in self.ROLES}
+        """The adapter's parameters by name: everything but the frozen weight and what adapters share."""
+        return {name: getattr(self, name) for name in self.roles}
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of its own parameters that its method trains."""
+        return {name: p for name, p in self.own_parameters().items() if name not in self.method.fixed()}
+
+    def own_tensors(self) -> tuple[str, ...]:
+        """Names of what a file holds of the adapter: its parameters, and frozen tensors of the update family."""
+        return (*self.roles, *self.update.frozen)
+
+    @property
+    def matrix_shape(self) -> Matrix:
+        """The weight's shape as update families see it."""
+        return matrix_of(self.shape, self.transposed, self.stacked)
+
+    def unit(self) -> Tensor:
+        """(1,) or (E,): ||W||_F, by which some families scale ΔW; 1 where it is 0 or the start is not of W's size."""
+        if self.init.a_scale != "weight":
+            return torch.ones_like(self.weight_norm)
+        return torch.where(self.weight_norm > 0, self.weight_norm, 1)
+
+    def entry_size(self) -> Tensor | None:
+        """(1,) or (E,): root mean square that the entries of ΔW's first derivative are to have; None: LoRA's own."""
+        if self.init.a_scale != "weight":
+            return None
+        shape = self.matrix_shape
+        lora = torch.full_like(self.weight_norm, (3 * shape.K) ** -0.5)
+        return torch.where(self.weight_norm > 0, self.weight_norm * (shape.m * shape.K) ** -0.5, lora)
 
     @property
     def matrices(self) -> int:
@@ -190,6 +278,8 @@ class Adapter(nn.Module):
 
     def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """W and ||W||_F: the adapter's own, or those of a W that was computed for this call."""
+        if self.pending:
+            self.weight_arrived()
         self.tell_watch()
         if weight is None or weight is self.base_weight:
             assert self.base_weight is not None
@@ -227,14 +317,29 @@ class Adapter(nn.Module):
         before = self.weight_norm.clone()
         self.take_norm()
         if not self.pending:
-            self.norm_changed(before)
+            self.method.norm_changed(self, before, self._held)
         else:
-            for name, parameter in self.own_parameters().items():
-                if parameter.is_meta:
-                    fresh = torch.empty_like(parameter, device=device)
-                    setattr(self, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
-            self.reset_parameters()
+            self._materialise(device)
+            self._start(self._held)
             self.pending = False
+        self.method.remember(self, self._held)
+
+    def _held(self) -> Tensor:
+        assert self.base_weight is not None
+        return self.matrix(self.base_weight.detach())
+
+    def _materialise(self, device: torch.device) -> None:
+        """Give the adapter's own tensors memory, where they are on meta."""
+        place = {"device": device, "dtype": next(iter(self.own_parameters().values())).dtype}
+        for name in self.own_tensors():
+            tensor = getattr(self, name)
+            if tensor.is_meta:
+                fresh = torch.empty_like(tensor, device=device)
+                kept = isinstance(tensor, nn.Parameter)
+                setattr(self, name, nn.Parameter(fresh, requires_grad=tensor.requires_grad) if kept else fresh)
+        for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, {}).items():
+            if getattr(self, name).is_meta:
+                setattr(self, name, parameter)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         """`model.half()` must not round ||W||_F, nor tau: these move between devices only."""
@@ -250,19 +355,23 @@ class Adapter(nn.Module):
         return self
 
     def _form(self, device: torch.device) -> Tensor:
-        return torch.tensor([self.init.tau, float(self.init.relative)], device=device)
+        return torch.tensor(list(self.form_values().values()), device=device)
+
+    def form_values(self) -> dict[str, float]:
+        """What `form` holds, by name."""
+        return form_values(self.method, self.update, self.init, self.rank)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside `mapsurgery.disabled` is not disabled: the block that would enable it again is not its."""
         return {**self.__dict__, "enabled": True}
 
     def refuse_other_form(self, form: Tensor) -> None:
-        """Raises ValueError unless `form` (2,), of another adapter, is this one's tau and relative."""
-        tau, relative = (float(value) for value in form.flatten().tolist())
-        if not (abs(tau - self.init.tau) <= 1e-6 * abs(self.init.tau) and bool(relative) == self.init.relative):
+        """Raises ValueError unless `form`, of another adapter, is this one's."""
+        own, other = self.form_values(), form.flatten().tolist()
+        if not same_form(own, other):
             raise ValueError(
-                f"{self.layer_name}: the adapter was trained with tau={tau:.6g} relative={bool(relative)}, "
-                f"this one has tau={self.init.tau:.6g} relative={self.init.relative}; patch with the same init"
+                f"{self.layer_name}: the adapter was trained with {said_form(own, other)}, "
+                f"this one has {said_form(own, list(own.values()))}; patch with the same method, update and init"
             )
 
     def _load_from_state_dict(
@@ -276,7 +385,8 @@ class Adapter(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """A checkpoint of the original model holds none of the adapter's own entries: then none is missing."""
-        own = [prefix + name for name in (*self.ROLES, "form", "weight_norm")]
+        shared = [name for name in self._parameters if name not in self.roles and name != "base_weight"]
+        own = [prefix + name for name in (*shared, *self.own_tensors(), "form", "weight_norm")]
         missing: list[str] = []
         if own[-2] in state_dict:
             try:
@@ -291,3 +401,5 @@ class Adapter(nn.Module):
             self.pending = False
         elif prefix + "base_weight" in state_dict and own[-1] not in state_dict:
             self.weight_arrived()
+        if self.base_weight is not None and not self.base_weight.is_meta:
+            self.method.remember(self, self._held)

@@ -27,15 +27,19 @@ from . import flops  # noqa: E402
 
 flops.register()
 
-from .lazy import can_wait, lazy_weight  # noqa: E402
+from .lazy import can_wait, lazy_result, lazy_weight  # noqa: E402
+from .reference import accumulate_dtype, magnitudes  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
 
 __all__ = [
+    "accumulate_dtype",
     "can_wait",
     "effective_weight",
     "frobenius_norm",
+    "lazy_result",
     "lazy_weight",
     "lowrank_norm",
+    "magnitudes",
     "map_conv",
     "map_linear",
     "map_scales",

@@ -155,7 +155,7 @@ def effective_weight(
     return W, torch.cat(scales), gram_a, gram_b
 
 
-DECOMPOSITIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+DECOMPOSITIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "squared_norm": reference.squared_norm,
     "lowrank_norm": lowrank_norm,
     "map_scales": map_scales,
@@ -176,7 +176,7 @@ def _compiling() -> bool:
     return CompileContext.try_get() is not None or bool(V.aot_compilation)
 
 
-def _rule(decomposition: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+def _rule(decomposition: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
     """What an operator does under FunctionalTensorMode, in which AOTAutograd and torch.export trace."""
 
     def rule(mode: FunctionalTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

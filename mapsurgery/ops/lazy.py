@@ -139,11 +139,7 @@ def _lazy(
     versions = _versions(inputs)
 
     def compute() -> Tensor:
-        if _versions(inputs) != versions:
-            raise RuntimeError(
-                "the adapter or its base was changed in place after this `weight` was read and before it was used: "
-                "read it again, or use it (.clone()) before the change"
-            )
+        _refuse_changed(inputs, versions)
         value, *rest = definition.forward(*inputs)
         saved[:] = rest
         value = value.t() if transposed else value.reshape(like.shape)
@@ -152,9 +148,63 @@ def _lazy(
     return LazyWeight(like.detach(), compute)
 
 
+class _LazyResult(torch.autograd.Function):
+    """What a differentiable function of tensors computes, of which the forward waits; backward computes it anew."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], like: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.function = function
+        return _waiting(function, like, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding with sparse=True
+        create_graph = torch.is_grad_enabled()
+        needs = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            inputs = [
+                t if create_graph else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.saved_tensors, needs, strict=True)
+            ]
+            result = ctx.function(*inputs)
+            wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(result, wanted, grad, create_graph=create_graph, allow_unused=True))
+        return (None, None, *(next(found) if need else None for need in needs))
+
+
+def _waiting(function: Callable[..., Tensor], like: Tensor, tensors: tuple[Tensor, ...]) -> LazyWeight:
+    versions = _versions(tensors)
+
+    def compute() -> Tensor:
+        _refuse_changed(tensors, versions)
+        value = function(*(t.detach() for t in tensors))
+        return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
+
+    return LazyWeight(like.detach(), compute)
+
+
+def lazy_result(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), computed when it is first read; differentiable by autograd of the function.
+
+    Args: like has the shape, strides, dtype and device of the result.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _LazyResult.apply(function, like, *tensors)
+    return _waiting(function, like, tensors)
+
+
+def _refuse_changed(tensors: tuple[Any, ...], versions: list[int]) -> None:
+    if _versions(tensors) != versions:
+        raise RuntimeError(
+            "the adapter or its base was changed in place after this `weight` was read and before it was used: "
+            "read it again, or use it (.clone()) before the change"
+        )
+
+
 def _versions(inputs: tuple[Any, ...]) -> list[int]:
     """How often each tensor was changed in place; inference tensors do not count that."""
-    return [t._version for t in inputs[:_TENSORS] if not t.is_inference()]
+    return [t._version for t in inputs if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def can_wait(weight: Tensor) -> bool:

@@ -71,13 +71,8 @@ def map_scales(
     """
     norm, gram_a, gram_b = lowrank_norm(A, B)
     acc = norm.dtype
-    # Comparisons are with 0 alone, so that NaN passes through: training that diverged has to be seen.
-    p, w = norm.double(), weight_norm.double()
-    w = torch.where(w == 0, 1, w)
-    ratio = tau * w / torch.where(p == 0, 1, p)
-    p = torch.where(p == 0, tau * w, p * torch.sqrt(1 + ratio**2))
     trace = (gram_a.diagonal().double().sum() + gram_b.diagonal().double().sum()).detach()
-    p = torch.where(p == 0, _sqrt(trace), p)
+    p, w = softened_norm(norm.double(), _sqrt(trace), weight_norm.double(), tau)
     inverse = torch.where(p == 0, 0, 1 / torch.where(p == 0, 1, p))
     u_w = torch.ones_like(w) if relative else 1 / w
     ds_d = (w if relative else 1) * inverse
@@ -86,6 +81,34 @@ def map_scales(
     s_w = alpha.double() if relative else alpha.double() / w
     parts = [s_w, s_d, u_w, ds_d, s_d * inverse * inverse, p, torch.ones_like(p)]
     return torch.cat([part.reshape(1) for part in parts]).to(acc), gram_a, gram_b
+
+
+def softened_norm(norm: Tensor, size: Tensor, weight_norm: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """p, what the update is divided by, and w, the unit of magnitudes; see the module's head.
+
+    Args: norm of the update, size: what stands for p where that would be 0, weight_norm; all of one shape and dtype.
+    """
+    # Comparisons are with 0 alone, so that NaN passes through: training that diverged has to be seen.
+    w = torch.where(weight_norm == 0, 1, weight_norm)
+    ratio = tau * w / torch.where(norm == 0, 1, norm)
+    p = torch.where(norm == 0, tau * w, norm * torch.sqrt(1 + ratio**2))
+    return torch.where(p == 0, size, p), w
+
+
+def magnitudes(
+    norm: Tensor, size: Tensor, alpha: Tensor, beta: Tensor, weight_norm: Tensor, tau: float, relative: bool
+) -> tuple[Tensor, Tensor]:
+    """s_w and s_d of updates of any family, by their norms; differentiable.
+
+    Args: norm, size as in `softened_norm`, the rest as in `map_scales`; all (1,), or (E,) of a stack.
+    """
+    acc = norm.dtype
+    wide = acc if torch.compiler.is_exporting() else torch.float64  # no float64 in an exported graph
+    p, w = softened_norm(norm.to(wide), size.to(wide), weight_norm.to(wide), tau)
+    inverse = torch.where(p == 0, 0, 1 / torch.where(p == 0, 1, p))
+    s_w = alpha.to(wide) if relative else alpha.to(wide) / w
+    s_d = beta.to(wide) * ((w if relative else 1) * inverse)
+    return s_w.to(acc), s_d.to(acc)
 
 
 def _dot(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:

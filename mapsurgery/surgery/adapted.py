@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..methods import Adapter, Init, MapLora
+from ..methods import Adapter, Init, Method, find_method
 from ..methods.base import check_dropout, check_rank
+from ..updates import Update, find_update
 
 CHILD = "adapter"
 
@@ -105,7 +106,10 @@ class AdaptedLayer(nn.Module):
     def extra_repr(self) -> str:
         adapter = self.adapter_of(self.adapted[0])
         what = "" if self.adapted == ("weight",) else f"adapted={', '.join(self.adapted)}, "
-        return f"{super().extra_repr()}, {what}rank={adapter.rank}, init={adapter.init.kind}".removeprefix(", ")
+        how = "" if adapter.method.name == "map" else f"method={adapter.method.name}, "
+        how += "" if adapter.update.name == "lora" else f"update={adapter.update.name}, "
+        text = f"{super().extra_repr()}, {what}{how}rank={adapter.rank}, init={adapter.init.kind}"
+        return text.removeprefix(", ")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the original model calls the frozen weight by its original name."""
@@ -230,7 +234,9 @@ class _Constructed:
         self,
         *args: Any,
         rank: int = 8,
-        init: str | Init = "soft",
+        method: str | Method = "map",
+        update: str | Update = "lora",
+        init: str | Init | None = None,
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -240,8 +246,13 @@ class _Constructed:
         weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
         check_rank(rank, limit=min(weight.shape[0], weight.numel() // weight.shape[0]))
         dtype = adapter_dtype or default_dtype(weight.dtype)
-        adapter = MapLora(weight, rank=rank, init=Init.parse(init), dropout=dropout, dtype=dtype)
-        weight.requires_grad_(False)
+        how, what = find_method(method), find_update(update)
+        start = how.default_init() if init is None else Init.parse(init)
+        how.refuse(start)
+        what.refuse(start.kind == "random")
+        adapter = Adapter(weight, method=how, update=what, rank=rank, init=start, dropout=dropout, dtype=dtype)
+        for name in ("base_weight", *how.fixed()):
+            adapter.get_parameter(name).requires_grad_(False)
         self.__dict__.update(attach(layer, {"weight": adapter}).__dict__)
 
 

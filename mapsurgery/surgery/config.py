@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from ..methods import Init, find
+from ..methods import Init, Map, Method, find_method
 from ..methods.base import check_dropout, check_rank
+from ..named import plain
+from ..updates import LoraUpdate, Update, find_update
 from .globs import as_patterns
 from .layers import DTYPES
 
@@ -25,8 +27,8 @@ class Config:
     exclude: tuple[str, ...] = ()
     rank: int = 8
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    method: str = "map"
-    update: str = "lora"
+    method: Method = field(default_factory=Map)
+    update: Update = field(default_factory=LoraUpdate)
     init: Init = field(default_factory=Init)
     dropout: float = 0.0
     dtype: torch.dtype | None = None
@@ -42,9 +44,9 @@ class Config:
         exclude: Patterns = (),
         rank: int = 8,
         rank_pattern: Mapping[str, int] | None = None,
-        method: str = "map",
-        update: str = "lora",
-        init: str | Init = "soft",
+        method: str | Method | Mapping[str, Any] = "map",
+        update: str | Update | Mapping[str, Any] = "lora",
+        init: str | Init | None = None,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
         train: Patterns = (),
@@ -68,15 +70,18 @@ class Config:
             raise ValueError('targets is empty: name the layers to adapt by glob, such as targets=["*attn*"]')
         if tied not in TIES:
             raise ValueError(f"tied must be one of {', '.join(map(repr, TIES))}, got {tied!r}")
-        find(method, update)
+        how, what = find_method(method), find_update(update)
+        start = how.default_init() if init is None else Init.parse(init)
+        how.refuse(start)
+        what.refuse(start.kind == "random")
         return cls(
             targets=patterns,
             exclude=as_patterns(exclude, "exclude"),
             rank=rank,
             rank_pattern=ranks,
-            method=method,
-            update=update,
-            init=Init.parse(init),
+            method=how,
+            update=what,
+            init=start,
             dropout=float(dropout),
             dtype=dtype,
             train=as_patterns(train, "train"),
@@ -91,8 +96,8 @@ class Config:
             "exclude": list(self.exclude),
             "rank": self.rank,
             "rank_pattern": dict(self.rank_pattern),
-            "method": self.method,
-            "update": self.update,
+            "method": plain(self.method),
+            "update": plain(self.update),
             "init": self.init.to_dict(),
             "dropout": self.dropout,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),

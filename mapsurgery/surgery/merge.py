@@ -117,13 +117,13 @@ def _in_place(
         for adapter, copy in targets:
             weight = adapter.base_weight if copy is None else copy
             assert weight is not None
-            getattr(adapter, operation.__name__)(weight.detach())
+            operation(adapter, weight.detach())
             if copy is None:
                 done.append(adapter)
     except BaseException:
         for adapter in done:
             assert adapter.base_weight is not None
-            getattr(adapter, inverse.__name__)(adapter.base_weight.detach())
+            inverse(adapter, adapter.base_weight.detach())
         raise
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..methods import Adapter, Init
+from ..methods import Adapter, Init, Method
+from ..updates import Update
 from . import gradient_source, record
 from .adapted import AdaptedLayer, attach, detach
 from .config import Config, Patterns
@@ -29,9 +30,9 @@ def patch(
     exclude: Patterns = (),
     rank: int = 8,
     rank_pattern: Mapping[str, int] | None = None,
-    method: str = "map",
-    update: str = "lora",
-    init: str | Init = "soft",
+    method: str | Method = "map",
+    update: str | Update = "lora",
+    init: str | Init | None = None,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     train: Patterns = (),
@@ -54,8 +55,11 @@ def patch(
         exclude: globs of layers to leave.
         rank: of the update. More than min(out, in) of a layer is reduced to that there, as the plan says.
         rank_pattern: {glob: rank} for some of the layers; the first that matches counts.
-        method, update: what W' is; this version has "map" with "lora".
-        init: the start, "soft" (default), "zero", "random" or an `Init`.
+        method: how W' is made of W and an update ΔW: "map", "lora" (W + s ΔW), "dora", or an instance with options
+            (`mapsurgery.Map`, `Lora`, `Dora`).
+        update: what ΔW is: "lora" (BA), "pissa", "olora", "adalora", "vera", "loha", "lokr", "flora", "dense", one of
+            your own that was registered, or an instance with options (`mapsurgery.updates`).
+        init: the start, "soft", "zero", "random" or an `Init`; None: the method's own, for MAP "soft".
         dropout: probability of dropping an input of the update path in training.
         dtype: of the adapter's parameters; None is float32 (float64 on float64 weights).
         train: globs of further parameters to train in full and to save (a new head, norms), matched against the names
@@ -93,11 +97,16 @@ def patch(
     return model
 
 
-def apply_plan(model: Model, plan: Plan) -> Model:
-    """Carry out a plan: everything that can fail comes first, and what fails later is rolled back."""
+def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
+    """Carry out a plan: everything that can fail comes first, and what fails later is rolled back.
+
+    Args: start: False where the adapters are about to be loaded.
+    """
     adapters: dict[str, Adapter] = {}
+    siblings: dict[Any, Any] = {}
     for layer in plan.layers:
-        adapters[layer.path] = adapters[layer.shares] if layer.shares else build(layer, plan.config)
+        own = adapters[layer.shares] if layer.shares else build(layer, plan.config, siblings, start)
+        adapters[layer.path] = own
     memory = _remember(model, plan)
     with uninterrupted():
         _attach_all(model, plan, adapters, memory)
@@ -154,11 +163,11 @@ def _has_no_values(tensor: Tensor) -> bool:
 
 
 def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]) -> None:
-    """Leave requires_grad to the adapters' own parameters and to what `train` named."""
+    """Leave requires_grad to what the adapters train and to what `train` named."""
     for parameter in model.parameters():
         parameter.requires_grad = False  # not requires_grad_(): lazy parameters refuse the method
     for adapter in adapters:
-        for parameter in adapter.own_parameters().values():
+        for parameter in adapter.trained_parameters().values():
             parameter.requires_grad_(True)
     for name in trained:
         model.get_parameter(name).requires_grad_(True)

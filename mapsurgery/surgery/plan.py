@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from ..methods import Adapter, Init, find
-from ..methods.base import frobenius_norms, matrix_shape
+from ..methods import Adapter, Init, Method
+from ..methods.base import frobenius_norms, matrix_of
 from ..tables import render
+from ..updates import Matrix, Update
 from . import quantisation
 from .adapted import AdaptedLayer, default_dtype
 from .config import Config, Patterns
@@ -34,9 +37,10 @@ class PlannedLayer:
             others; the first is the one used in files.
         layer_type: entry of the table of layer types; None for a raw parameter of any other module.
         shape: of the parameter, as the layer holds it.
-        matrix: (m, K), as MAP sees it; of each matrix of a stack.
+        matrix: its shape as an adapter sees it, (m, K); of each matrix of a stack.
         stacked: it is a stack (E, m, K) of matrices that are adapted one by one.
-        rank: after the limit min(m, K); requested_rank before.
+        rank: after the limit of the update family, in most min(m, K); requested_rank before.
+        trainable: number of parameters that the adapter trains; 0 where the adapter is another layer's.
         pattern: the first pattern that took it.
         path_kind: "fused"; "weight" where the layer's own forward runs on W'; "base" where it runs on quantised W.
         shares: the name under which the adapter of a tied parameter is built already.
@@ -48,11 +52,12 @@ class PlannedLayer:
     paths: tuple[str, ...]
     layer_type: LayerType | None
     shape: tuple[int, ...]
-    matrix: tuple[int, int]
+    matrix: Matrix
     stacked: bool
     rank: int
     requested_rank: int
     pattern: str
+    trainable: int = 0
     notes: tuple[str, ...] = ()
     shares: str | None = None
     weight_norm: float | tuple[float, ...] | None = None
@@ -91,11 +96,6 @@ class PlannedLayer:
     @property
     def matrices(self) -> int:
         return self.shape[0] if self.stacked else 1
-
-    @property
-    def trainable(self) -> int:
-        """Trained parameters of the adapter: r (m + K) + 2, for each matrix."""
-        return 0 if self.shares else self.matrices * (self.rank * sum(self.matrix) + 2)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Plan:
         groups = _grouped(self.layers, full)
         columns = ["layer", "n", "type", "weight", "way", "rank", "trainable", "pattern", "notes"]
         rows = [_row(group) for group in groups]
-        parts = [render(f"{len(self.layers)} layers to adapt with {self.config.method}", columns, rows)]
+        parts = [render(f"{len(self.layers)} layers to adapt with {_said(self.config)}", columns, rows)]
         if self.skipped:
             rows = [_skipped_row(group) for group in _grouped_skips(self.skipped, full)]
             parts.append(render("not adapted", ["module", "n", "type", "reason"], rows))
@@ -163,6 +163,11 @@ class Plan:
             f" = {self.trainable_share:.3%} of the model's {self.model_parameters:,} parameters"
         )
         return "\n".join(lines)
+
+
+def _said(config: Config) -> str:
+    """The method, and the update family where it is not LoRA's."""
+    return config.method.name if config.update.name == "lora" else f"{config.method.name} on {config.update.name}"
 
 
 def _shortened(names: tuple[str, ...], limit: int = 6) -> str:
@@ -233,9 +238,9 @@ def plan(
     exclude: Patterns = (),
     rank: int = 8,
     rank_pattern: Mapping[str, int] | None = None,
-    method: str = "map",
-    update: str = "lora",
-    init: str | Init = "soft",
+    method: str | Method = "map",
+    update: str | Update = "lora",
+    init: str | Init | None = None,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     train: Patterns = (),
@@ -410,21 +415,33 @@ def _parts(module: nn.Module, name: str) -> list[nn.Parameter]:
 
 def _planned(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, config: Config) -> PlannedLayer:
     asked = next((rank for glob, rank in config.rank_pattern.items() if first_match(sites, [glob])), config.rank)
-    layer = planned_layer(module, name, sites, pattern, asked)
+    layer = planned_layer(module, name, sites, pattern, asked, config)
     return replace(layer, notes=_own_notes(layer, config))
 
 
-def planned_layer(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, asked: int) -> PlannedLayer:
-    """The entry of a parameter that can be adapted (`why_not` gave no reason), its rank limited to min(m, K)."""
+def planned_layer(
+    module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, asked: int, config: Config
+) -> PlannedLayer:
+    """The entry of a parameter that can be adapted (`why_not` gave no reason), its rank limited to what is possible."""
     layer_type = find_type(type(module))
     if layer_type is not None and name not in layer_type.parameters_of(module):
         layer_type = None
     weight = weight_of(module, name)
     assert weight is not None
     stacked = layer_type is None and weight.dim() == 3
-    matrix = matrix_shape(weight.shape, layer_type is not None and layer_type.transposed, stacked)
-    shape, rank = tuple(weight.shape), min(asked, *matrix)
-    return PlannedLayer(module, name, sites, layer_type, shape, matrix, stacked, rank, asked, pattern)
+    matrix = matrix_of(weight.shape, layer_type is not None and layer_type.transposed, stacked)
+    rank = config.update.limited(asked, matrix)
+    shapes = parameter_shapes(config, matrix, rank)
+    trainable = sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed())
+    shape = tuple(weight.shape)
+    return PlannedLayer(module, name, sites, layer_type, shape, matrix, stacked, rank, asked, pattern, trainable)
+
+
+def parameter_shapes(config: Config, matrix: Matrix, rank: int, frozen: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's own parameters; with `frozen` of all that a file holds of it."""
+    of_update = config.update.shapes(matrix, rank)
+    kept = {name: shape for name, shape in of_update.items() if frozen or name not in config.update.frozen}
+    return kept | config.method.shapes(matrix)
 
 
 def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
@@ -496,12 +513,17 @@ def _refuse_uncounted(argument: str, pattern: str, count: int, skipped: list[Ski
         raise ValueError(f"{argument} pattern {pattern!r} matches only modules without parameters of their own")
 
 
-def build(layer: PlannedLayer, config: Config) -> Adapter:
-    """The adapter of a planned layer, on its own weight; the layer is not changed."""
+def build(layer: PlannedLayer, config: Config, siblings: dict[Any, Any], start: bool = True) -> Adapter:
+    """The adapter of a planned layer, on its own weight; the layer is not changed.
+
+    Args: siblings: what the adapters of the model share; start: False where the adapter is about to be loaded.
+    """
     weight = weight_of(layer.module, layer.parameter)
     assert weight is not None
-    return find(config.method, config.update)(
+    return Adapter(
         weight,
+        method=config.method,
+        update=config.update,
         rank=layer.rank,
         init=config.init,
         dropout=config.dropout,
@@ -510,6 +532,9 @@ def build(layer: PlannedLayer, config: Config) -> Adapter:
         stacked=layer.stacked,
         name=layer.path,
         weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
+        values=partial(quantisation.dequantised, layer.module) if layer.quantisation else None,
+        siblings=siblings,
+        start=start,
     )
 
 

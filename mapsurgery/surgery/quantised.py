@@ -10,6 +10,7 @@ its numbers themselves are wanted: once at `patch` for ||W||_F, for a report, an
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class QuantisedLinear(AdaptedLayer):
         if not adapter.enabled:
             return output
         x = args[0] if args else next(iter(kwargs.values()))
-        return adapter.around(x, output, self.bias if hasattr(self, "bias") else None)
+        return adapter.around(x, output, getattr(self, "bias", None), partial(dequantised, self))
 
     def __setattr__(self, name: str, value: Any) -> None:
         nn.Module.__setattr__(self, name, value)  # the base's own code may replace its weight
@@ -59,7 +60,8 @@ class QuantisedLinear(AdaptedLayer):
             adapter = self.adapter_of("weight")
             before = adapter.weight_norm.clone()
             adapter.take_norm(weight=dequantised(self))
-            adapter.norm_changed(before)
+            adapter.method.norm_changed(adapter, before, partial(dequantised, self))
+            adapter.method.remember(adapter, partial(dequantised, self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.original_class,), super(AdaptedLayer, self).__reduce_ex__(protocol)[2]

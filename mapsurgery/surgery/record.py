@@ -118,8 +118,15 @@ def _of_constructed(model: nn.Module) -> Record:
     """The record of a model that was built of `MapLinear` and its like, not patched: what else it trains is saved."""
     sites = all_sites(model)
     adapter = sites[0].adapter
-    config = Config(targets=tuple(s.path for s in sites), rank=adapter.rank, init=adapter.init, dropout=adapter.dropout)
-    own_names = {site.entry(name) for site in sites for name in site.adapter.ROLES}
+    config = Config(
+        targets=tuple(s.path for s in sites),
+        rank=adapter.rank,
+        method=adapter.method,
+        update=adapter.update,
+        init=adapter.init,
+        dropout=adapter.dropout,
+    )
+    own_names = {site.entry(name) for site in sites for name in site.adapter.roles}
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad and name not in own_names)
     return Record(config=config, layers=config.targets, trained=trained, requires_grad={})
 

@@ -86,7 +86,7 @@ def _joined(first: PlannedLayer, module: nn.Module, name: str, model: nn.Module,
             f"{first.path} is tied with {sites[0]}, which cannot be adapted with it ({reason}); "
             'tied="separate" adapts one side alone'
         )
-    layer = planned_layer(module, name, sites, "(tied)", first.requested_rank)
+    layer = planned_layer(module, name, sites, "(tied)", first.requested_rank, config)
     return _shared(layer, first, config)
 
 
@@ -96,4 +96,6 @@ def _shared(layer: PlannedLayer, first: PlannedLayer, config: Config) -> Planned
             f"{layer.path} and {first.path} are tied, but differ in rank or in how they read the weight; "
             'tied="separate" gives each an adapter of its own'
         )
-    return replace(layer, shares=first.path, notes=(*layer.notes, f"tied with {first.path}, shares its adapter"))
+    return replace(
+        layer, shares=first.path, trainable=0, notes=(*layer.notes, f"tied with {first.path}, shares its adapter")
+    )
