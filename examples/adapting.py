@@ -21,8 +21,10 @@ from mapsurgery.tables import render
 
 METHODS = ("map", "lora", "dora")
 UPDATES = ("lora", "pissa", "olora", "adalora", "vera", "loha", "lokr", "flora", "dense")
-SCALED = ("lora", "dora")
+SCALED = {"lora": mapsurgery.Lora, "dora": mapsurgery.Dora}
 """Methods with LoRA's scaling alpha/r of the update; MAP has a trained magnitude in its place."""
+MEASURES = ("rank", "alpha", "beta", "change", "cosine", "effective_rank")
+"""Of ``mapsurgery.report``, those that `summary` shows."""
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def method(args: argparse.Namespace) -> Any:
             f"--method {args.method} has no scaling, its magnitude is trained: --lora-alpha and --rslora belong to "
             f"--method {' and '.join(SCALED)}"
         )
-    return getattr(mapsurgery, args.method.capitalize())(**options)  # mapsurgery.Lora, mapsurgery.Dora
+    return SCALED[args.method](**options)
 
 
 def adapt(model: nn.Module, args: argparse.Namespace, head: Iterable[str] = ()) -> mapsurgery.Plan:
@@ -174,7 +176,7 @@ def groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
         "b_lr_factor": args.b_lr_factor,
     }
     if args.layer_lr:
-        options["layer_lr"] = dict(args.layer_lr)
+        options["layer_lr_factors"] = dict(args.layer_lr)
     return mapsurgery.param_groups(model, args.lr, args.weight_decay, **options)
 
 
@@ -183,9 +185,8 @@ def summary(model: nn.Module) -> str:
     members: dict[str, list[dict[str, float]]] = {}
     for path, values in mapsurgery.report(model).layers.items():
         members.setdefault(path.rpartition(".")[2], []).append(values)
-    columns = list(next(iter(members.values()))[0])
     rows = [
-        [name, len(layers), *(statistics.mean(layer[column] for layer in layers) for column in columns)]
+        [name, len(layers), *(statistics.mean(layer[column] for layer in layers) for column in MEASURES)]
         for name, layers in members.items()
     ]
-    return render("adapters, means over layers of the same name", ["layers", "n", *columns], rows)
+    return render("adapters, means over layers of the same name", ["layers", "n", *MEASURES], rows)

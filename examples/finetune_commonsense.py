@@ -5,7 +5,7 @@
         --train-file commonsense_170k.json --data dataset/boolq dataset/piqa dataset/ARC-Easy --style instruction
     python examples/finetune_commonsense.py --model packaged --data path/to/ARC-Easy path/to/openbookqa
     python examples/finetune_commonsense.py --model packaged --data path/to/ARC-Easy --train-samples 200 \\
-        --test-samples 150 --epochs 1 --lr 5e-4
+        --test-samples 150 --epochs 1 --micro-batch 4
 
 The choice that the model holds for the most likely is its answer. Defaults follow the usual protocol on these tasks
 (LLM-Adapters, arXiv 2304.01933; DoRA, arXiv 2402.09353): rank 32 on all projections of the attention and the
@@ -21,7 +21,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -334,6 +334,7 @@ def train(
     epochs: int,
     seed: int,
     batch_size: int = 16,
+    micro_batch: int | None = None,
     warmup: float = WARMUP,
     runtime: Runtime | None = None,
 ) -> Training:
@@ -342,6 +343,8 @@ def train(
     Args:
         groups: parameter groups with their learning rates, of ``mapsurgery.param_groups`` or any others.
         seed: of the order of the questions and of dropout.
+        micro_batch: questions of a step that are computed at a time, those of like length together; all if None. The
+            step is the same, its memory and its padding are less.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
@@ -350,12 +353,17 @@ def train(
     runtime = runtime or Runtime.of(model)
     pairs = [(example.prompt, example.choices[example.answer]) for example in task.train]
 
-    def loss(batch: list[int]) -> Tensor:
-        chosen = [pairs[i] for i in batch]
-        return -answer_log_likelihood(model, chosen, runtime.device).sum() / sum(len(answer) for _, answer in chosen)
+    def losses(batch: list[int]) -> Iterator[Tensor]:
+        chosen = sorted((pairs[i] for i in batch), key=lambda pair: len(pair[0]) + len(pair[1]))
+        tokens = sum(len(answer) for _, answer in chosen)
+        size = micro_batch or len(chosen)
+        for start in range(0, len(chosen), size):
+            with runtime.autocast():
+                found = answer_log_likelihood(model, chosen[start : start + size], runtime.device)
+            yield -found.sum() / tokens
 
     model.train()
-    return fit(groups, list(minibatches(len(pairs), batch_size, epochs, seed)), loss, runtime, warmup=warmup)
+    return fit(groups, list(minibatches(len(pairs), batch_size, epochs, seed)), losses, runtime, warmup=warmup)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -372,6 +380,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     adapting.add_options(parser.add_argument_group("adapters"), TARGETS, rank=32, lr=2e-4)
     group = parser.add_argument_group("training")
     training.add_options(group, epochs=3, batch_size=16, output="commonsense-adapter.safetensors")
+    group.add_argument("--micro-batch", type=adapting.positive, help="questions of a step at a time; all if left out")
     return parser.parse_args(argv)
 
 
@@ -467,6 +476,7 @@ def run(prepared: Run, args: argparse.Namespace) -> bool:
         epochs=args.epochs,
         seed=args.seed,
         batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
         warmup=args.warmup,
         runtime=runtime,
     )

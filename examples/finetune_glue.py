@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,13 +289,14 @@ def train(
     runtime = runtime or Runtime.of(model)
     data = task.train
 
-    def loss(batch: list[int]) -> Tensor:
-        logits = model(**data.batch(batch, runtime.device)).logits.float()
+    def losses(batch: list[int]) -> Iterator[Tensor]:
+        with runtime.autocast():
+            logits = model(**data.batch(batch, runtime.device)).logits.float()
         targets = data.targets[batch].to(logits.device)
-        return F.cross_entropy(logits, targets) if task.kind.labels else F.mse_loss(logits.squeeze(1), targets)
+        yield F.cross_entropy(logits, targets) if task.kind.labels else F.mse_loss(logits.squeeze(1), targets)
 
     model.train()
-    return fit(groups, list(minibatches(len(data), batch_size, epochs, seed)), loss, runtime, warmup=warmup)
+    return fit(groups, list(minibatches(len(data), batch_size, epochs, seed)), losses, runtime, warmup=warmup)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ def minibatches(samples: int, size: int, epochs: int, seed: int) -> Iterator[lis
 def fit(
     groups: Sequence[dict[str, Any]],
     batches: Sequence[list[int]],
-    loss: Callable[[list[int]], Tensor],
+    losses: Callable[[list[int]], Iterable[Tensor]],
     runtime: Runtime,
     *,
     warmup: float = WARMUP,
@@ -73,7 +73,8 @@ def fit(
     Args:
         groups: parameter groups, each with its highest "lr".
         batches: indices of samples, as `minibatches` gives them.
-        loss: maps the indices of a batch to its mean loss, a scalar with a gradient.
+        losses: maps the indices of a batch to the parts of its mean loss, scalars with a gradient. Each is
+            backpropagated before the next is computed.
         warmup: see `learning_rate_schedule`.
         max_grad_norm: a longer gradient is shortened to this length.
 
@@ -86,20 +87,21 @@ def fit(
         optimizer, lambda step: learning_rate_schedule(step, len(batches), warmup)
     )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
-    losses, seconds = [], []
+    values, seconds = [], []
     for number, batch in enumerate(tqdm(batches, "training", leave=False, disable=None), start=1):
         start = time.perf_counter()
-        with runtime.autocast():
-            value = loss(batch)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(value).backward()
+        value = torch.zeros((), device=runtime.device)
+        for part in losses(batch):
+            scaler.scale(part).backward()
+            value += part.detach().to(value)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-        losses.append(value.item())  # waits for the device, so that the clock measures finished work
+        values.append(value.item())  # waits for the device, so that the clock measures finished work
         seconds.append(time.perf_counter() - start)
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss of step {number} is {losses[-1]}: try a lower learning rate")
-    return Training(losses, seconds)
+        if not math.isfinite(values[-1]):
+            raise FloatingPointError(f"the loss of step {number} is {values[-1]}: try a lower learning rate")
+    return Training(values, seconds)

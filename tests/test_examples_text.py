@@ -67,12 +67,27 @@ def test_scaling_of_map_is_refused(example, options):
             example("adapting").method(options(*arguments))
 
 
-def test_scaling_makes_an_instance_of_the_method(example, options, monkeypatch):
-    monkeypatch.setattr(mapsurgery, "Dora", lambda **given: ("dora", given), raising=False)
+def test_scaling_makes_an_instance_of_the_method(example, options):
     method = example("adapting").method
     assert method(options("--method", "dora")) == "dora"
-    assert method(options("--method", "dora", "--lora-alpha", "16")) == ("dora", {"alpha": 16.0})
-    assert method(options("--method", "dora", "--rslora")) == ("dora", {"rslora": True})
+    assert method(options("--method", "dora", "--lora-alpha", "4")) == mapsurgery.Dora(alpha=4.0)
+    assert method(options("--method", "lora", "--rslora")) == mapsurgery.Lora(rslora=True)
+
+
+def test_methods_and_updates_are_those_of_the_library(example):
+    adapting = example("adapting")
+    for method in adapting.METHODS:
+        for update in adapting.UPDATES:
+            mapsurgery.plan(small_model(), ["0"], rank=2, method=method, update=update)
+
+
+def test_layer_learning_rate_reaches_the_groups(example, options):
+    model = small_model()
+    args = options("--targets", "0", "1", "--layer-lr", "1=0.5")
+    example("adapting").adapt(model, args)
+    rates = {p: group["lr"] for group in example("adapting").groups(model, args) for p in group["params"]}
+    for path, rate in (("0", 1e-3), ("1", 5e-4)):
+        assert {rates[p] for p in model.get_submodule(path).parameters() if p.requires_grad} == {rate}
 
 
 def test_layer_learning_rates_are_parsed(options, capsys):
@@ -82,12 +97,14 @@ def test_layer_learning_rates_are_parsed(options, capsys):
     assert "'*.0.*' is not a glob" in capsys.readouterr().err
 
 
-def test_summary_is_the_mean_over_layers_of_a_name(example):
-    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}), "q": torch.nn.Linear(4, 4)})
-    mapsurgery.patch(model, ["*q"], rank=2)
-    norms = [values["weight_norm"] for values in mapsurgery.report(model).layers.values()]
-    (row,) = [line for line in example("adapting").summary(model).splitlines() if line.strip().startswith("q ")]
-    assert f"{sum(norms) / 2:.4g}" in row.split()
+def test_summary_is_the_mean_over_layers_of_a_name(example, monkeypatch):
+    adapting = example("adapting")
+    layers = {"a.q": 1.0, "b.q": 2.0, "b.v": 5.0}
+    report = types.SimpleNamespace(layers={path: dict.fromkeys(adapting.MEASURES, v) for path, v in layers.items()})
+    monkeypatch.setattr(mapsurgery, "report", lambda model: report)
+    rows = [line.split() for line in adapting.summary(small_model()).splitlines()]
+    assert ["q", "2"] + ["1.5"] * len(adapting.MEASURES) in rows
+    assert ["v", "1"] + ["5"] * len(adapting.MEASURES) in rows
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -106,10 +123,10 @@ def test_fit_descends_and_stops_at_a_loss_that_is_not_finite(example):
     fit, runtime = example("training").fit, example("runtime").Runtime(torch.device("cpu"), None)
     weight = torch.nn.Parameter(torch.tensor(3.0))
     groups = [{"params": [weight], "lr": 0.1}]
-    losses = fit(groups, [[0]] * 60, lambda batch: weight.square(), runtime).losses
+    losses = fit(groups, [[0]] * 60, lambda batch: (weight.square() / 2 for _ in range(2)), runtime).losses
     assert len(losses) == 60 and losses[0] == 9.0 and losses[-1] < 0.1
     with pytest.raises(FloatingPointError, match="loss of step 1 is nan"):
-        fit(groups, [[0]], lambda batch: weight * math.nan, runtime)
+        fit(groups, [[0]], lambda batch: [weight * math.nan], runtime)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -290,6 +307,19 @@ def test_training_loss_has_the_gradient_of_whole_sequences(example):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_parts_of_a_step_sum_to_the_step(example):
+    commonsense = example("finetune_commonsense")
+    task = commonsense.Task(random_examples(commonsense, 8), {})
+    weights = []
+    for micro_batch in (None, 3):
+        torch.manual_seed(0)
+        model = tiny_llama().double()
+        groups = [{"params": list(model.parameters()), "lr": 1e-2}]
+        result = commonsense.train(model, task, groups, epochs=2, seed=1, batch_size=8, micro_batch=micro_batch)
+        weights.append((result.losses, [p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+
+
 def test_vocabulary_is_applied_at_answers_only(example, monkeypatch):
     commonsense = example("finetune_commonsense")
     model = tiny_llama().eval()
@@ -356,7 +386,11 @@ def commonsense_main(example, language_model_folder, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--style", "instruction", "--length-normalised", "--checkpointing"], ["--no-shared-prompt"]],
+    [
+        [],
+        ["--style", "instruction", "--length-normalised", "--checkpointing", "--micro-batch", "2"],
+        ["--no-shared-prompt"],
+    ],
     ids=["cloze", "instruction", "no-cache"],
 )
 def test_commonsense_learns_and_proves(commonsense_main, capsys, options):
@@ -621,7 +655,7 @@ def need_packaged(function) -> None:
 def test_map_lowers_the_perplexity_of_right_answers_of_a_real_model(example, tmp_path, capsys):
     data = data_folder("commonsense/ARC-Easy")
     need_packaged(example("packaged").smollm2)
-    options = "--model packaged --train-samples 48 --test-samples 24 --epochs 1 --rank 8 --lr 1e-3 --device cpu"
+    options = "--model packaged --train-samples 48 --test-samples 24 --epochs 1 --micro-batch 4 --device cpu"
     arguments = [*options.split(), "--data", str(data), "--output", str(tmp_path / "adapter.safetensors")]
     assert example("finetune_commonsense").main(arguments) == 0
     before, after = (float(v) for v in re.findall(r"ARC-Easy +[\d.]+ +([\d.]+)", capsys.readouterr().out))
