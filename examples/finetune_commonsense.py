@@ -21,7 +21,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,12 @@ from mapsurgery.tables import render
 
 TARGETS = ("*q_proj", "*k_proj", "*v_proj", "*o_proj", "*up_proj", "*gate_proj", "*down_proj")
 """All projections of a Llama, Mistral, Qwen or Gemma; other architectures call them otherwise."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+DTYPES: Mapping[str, Any] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest change of a log-likelihood by merging, over the largest one, by the type that W' is rounded to."""
 PROOF_QUESTIONS = 16
@@ -119,13 +124,13 @@ def load_task(
     """
     if style not in STYLES:
         raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(STYLES)}")
-    folders = [Path(folder) for folder in folders]
-    names = [folder.name for folder in folders]
+    paths = [Path(folder) for folder in folders]
+    names = [path.name for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"two folders of the same name: {', '.join(map(str, folders))}")
-    files = [Path(train_file)] if train_file else [folder / "train.json" for folder in folders]
+        raise ValueError(f"two folders of the same name: {', '.join(map(str, paths))}")
+    files = [Path(train_file)] if train_file else [path / "train.json" for path in paths]
     train = [question for file in files for question in read_questions(file)]
-    test = {name: read_questions(folder / "test.json") for name, folder in zip(names, folders, strict=True)}
+    test = {path.name: read_questions(path / "test.json") for path in paths}
 
     def tokens(questions: list[ChoiceQuestion], count: int | None, where: str) -> list[Example]:
         drawn = draw(questions, count, seed, where)
@@ -419,7 +424,6 @@ class Run:
     """Makes the model as it is before patching."""
     model: Any
     task: Task
-    plan: mapsurgery.Plan
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -451,10 +455,10 @@ def prepare(args: argparse.Namespace) -> Run:
     )
     counts = ", ".join(f"{name} {len(examples):,}" for name, examples in task.test.items())
     print(f"{args.model}: {len(task.train):,} questions to train on; to test on: {counts}\n{runtime}\n")
-    plan = adapting.adapt(model, args)
+    adapting.adapt(model, args)
     if args.checkpointing:
         model.gradient_checkpointing_enable()
-    return Run(runtime, lambda: load()[0], model, task, plan)
+    return Run(runtime, lambda: load()[0], model, task)
 
 
 def run(prepared: Run, args: argparse.Namespace) -> bool:
@@ -514,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         prepared = prepare(args)
-    except (MissingPackageError, OSError, ValueError) as error:
+    except (ImportError, MissingPackageError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -333,7 +333,6 @@ class Run:
     """Makes the model as it is before patching: the same weights each time."""
     model: Any
     task: Task
-    plan: mapsurgery.Plan
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -358,8 +357,8 @@ def prepare(args: argparse.Namespace) -> Run:
     )
     counts = ", ".join(f"{name} {len(data):,}" for name, data in task.test.items())
     print(f"{args.model} on {args.task}: {len(task.train):,} samples to train on; to test on: {counts}\n{runtime}\n")
-    plan = adapting.adapt(model, args, head_names(model))
-    return Run(runtime, lambda: load()[0], model, task, plan)
+    adapting.adapt(model, args, head_names(model))
+    return Run(runtime, lambda: load()[0], model, task)
 
 
 def run(prepared: Run, args: argparse.Namespace) -> bool:
