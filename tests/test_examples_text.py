@@ -655,7 +655,7 @@ def need_packaged(function) -> None:
 def test_map_lowers_the_perplexity_of_right_answers_of_a_real_model(example, tmp_path, capsys):
     data = data_folder("commonsense/ARC-Easy")
     need_packaged(example("packaged").smollm2)
-    options = "--model packaged --train-samples 48 --test-samples 24 --epochs 1 --micro-batch 4 --lr 1e-3 --device cpu"
+    options = "--model packaged --train-samples 48 --test-samples 24 --epochs 1 --micro-batch 4 --rank 8 --lr 1e-3"
     arguments = [*options.split(), "--data", str(data), "--output", str(tmp_path / "adapter.safetensors")]
     assert example("finetune_commonsense").main(arguments) == 0
     before, after = (float(v) for v in re.findall(r"ARC-Easy +[\d.]+ +([\d.]+)", capsys.readouterr().out))
