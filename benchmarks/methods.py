@@ -25,7 +25,8 @@ import torch
 from common import device_name, markdown, table
 from comparison import adapters, plots
 from comparison.summary import Summary, Trial, kept, summarise, unequal_search
-from comparison.tasks import TASKS, Options, Task
+from comparison.task import Options, Task
+from comparison.tasks import TASKS
 from comparison.timing import time_methods
 from comparison.training import train_once
 
@@ -85,7 +86,7 @@ def load_task(args: argparse.Namespace) -> Task:
     """The task, after its methods' names have been checked."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    task = TASKS[args.task].load(Options(torch.device(args.device), args.sst2, args.commonsense))
+    task = TASKS[args.task].load(Options(torch.device(args.device), args.sst2, args.commonsense, args.cache))
     model = task.model()
     for method in args.methods:
         adapters.check_method(model, method, task.targets)
@@ -281,6 +282,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--methods", nargs="+", default=list(adapters.DEFAULT_METHODS), help="default %(default)s")
         command.add_argument("--sst2", type=Path, help="folder of SST-2's tab-separated files (task text)")
         command.add_argument("--commonsense", type=Path, help="folder of ARC-Easy's JSON files (task commonsense)")
+        command.add_argument(
+            "--cache", type=Path, default=Path("outputs"), help="folder of trained base models (diffusion)"
+        )
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
     shower = commands.add_parser("table", help="print and write the tables and plots")

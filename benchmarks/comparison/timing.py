@@ -7,7 +7,7 @@ from common import iqr, median, paired_ratio
 from train_step import MIB, Candidate, check, saved_bytes, state_bytes
 
 from . import adapters
-from .tasks import Task
+from .task import Task
 from .training import batches
 
 STEPS = 2
@@ -57,7 +57,7 @@ def _row(task: Task, candidate: Candidate, reference: Candidate) -> dict[str, ob
         "step_ms": f"{median(candidate.times):.2f}",
         "iqr_ms": f"{iqr(candidate.times):.2f}",
         "to_lora": f"{paired_ratio(candidate.times, reference.times):.3f}",
-        "saved_mib": f"{candidate.row['saved_mib']:.2f}",
-        "state_mib": f"{candidate.row['state_mib']:.2f}",
+        "saved_mib": f"{candidate.row['saved_mib']:.4g}",
+        "state_mib": f"{candidate.row['state_mib']:.4g}",
         "rounds": len(candidate.times),
     }

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters
-from .tasks import SPLITS, Task
+from .task import SPLITS, Task
 
 WARMUP = 0.1
 """Share of the steps in which the learning rates rise, before they fall along a cosine."""
+MAX_GRAD_NORM = 1.0
+"""Longer gradients are shortened to it, as in the examples."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def train_once(task: Task, method: str, lr: float, seed: int) -> Outcome:
 def _train(task: Task, model: nn.Module, groups: list[dict], seed: int) -> list[float]:
     """All steps, or those up to the first loss that is not finite; returns their losses."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     highest = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, highest, task.steps, pct_start=WARMUP, cycle_momentum=False
@@ -69,6 +72,7 @@ def _train(task: Task, model: nn.Module, groups: list[dict], seed: int) -> list[
             break
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
     return losses
