@@ -29,7 +29,7 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8))
+        self.body = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
@@ -43,8 +43,8 @@ def task():
     from comparison.task import Task
 
     torch.manual_seed(0)
-    x = torch.randn(300, 6)
-    labels = (x @ torch.randn(6, 3)).argmax(1)
+    x = torch.randn(300, 10)
+    labels = (x @ torch.randn(10, 3)).argmax(1)
     data = split_samples(x, labels, {"train": 100, "validation": 100, "test": 100})
     state = Net().state_dict()
 
@@ -65,7 +65,7 @@ def test_every_method_starts_as_the_base_and_trains_all_of_its_adapter(task, met
     from comparison import adapters
 
     torch.manual_seed(0)
-    base, x = task.model(), torch.randn(5, 6)
+    base, x = task.model(), torch.randn(5, 10)
     model = adapters.adapt(task.model(), method, task.targets, task.head)
     torch.testing.assert_close(model(x), base(x))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -397,3 +397,34 @@ def test_the_vision_task(tmp_path):
     path = tmp_path / "methods.csv"
     methods.train_missing(short, ["frozen", "map"], [1e-3], 1, path)
     assert [row["diverged"] for row in methods.read(path)] == ["0", "0"]
+
+
+def test_packed_choices_have_the_likelihoods_that_each_has_alone():
+    """Of the whole model, one choice at a time."""
+    transformers = pytest.importorskip("transformers")
+    from comparison.packed_choices import choice_log_likelihoods, log_likelihoods, pack, split_model
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    questions = [([1, 2, 3, 4], [[5, 6], [7], [8, 9, 10]]), ([11, 12], [[13], [14, 15]])]
+    with torch.no_grad():
+        alone = []
+        for prompt, choices in questions:
+            logs = [model(torch.tensor([prompt + choice])).logits[0].log_softmax(-1) for choice in choices]
+            for log, choice in zip(logs, choices, strict=True):
+                alone.append(sum(log[len(prompt) - 1 + i, token] for i, token in enumerate(choice)))
+        lower, upper = split_model(model, 2)
+        packed = [pack(lower, prompt, choices, torch.device("cpu")) for prompt, choices in questions]
+        found = log_likelihoods(upper, packed)
+        together = [choice_log_likelihoods(question, values) for question, values in zip(packed, found, strict=True)]
+    assert len(upper.model.layers) == 1 and len(lower.layers) == 2
+    torch.testing.assert_close(torch.cat(together), torch.stack(alone))

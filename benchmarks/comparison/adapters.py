@@ -73,7 +73,8 @@ def param_groups(model: nn.Module, method: str, head: Sequence[str], lr: float, 
     """
     of_head = [p for p in _parameters_below(model, head) if p.requires_grad]
     ours = method != FROZEN and method not in PEFT
-    groups = mapsurgery.param_groups(model, lr=lr) if ours else [{"params": list(model.parameters()), "lr": lr}]
+    all_parameters: dict[str, Any] = {"params": list(model.parameters()), "lr": lr}
+    groups = mapsurgery.param_groups(model, lr=lr) if ours else [all_parameters]
     excluded = set(of_head)
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad and p not in excluded]
@@ -102,7 +103,7 @@ def _train_head(model: nn.Module, head: Sequence[str]) -> nn.Module:
     return model
 
 
-Layers = dict[str, nn.Module]
+Layers = dict[str, Any]
 """The layers to adapt by their paths."""
 
 
@@ -129,8 +130,7 @@ def _peft_delora(layers: Layers) -> Any:
     """With `DELORA_BOUND` in place of peft's default bound, which depends on the layer's width."""
     from peft import DeloraConfig
 
-    widths = {path: layer.weight.shape[1] for path, layer in layers.items()}
-    bounds = {path: DELORA_BOUND * width**0.5 for path, width in widths.items()}
+    bounds = {path: DELORA_BOUND * layer.in_features**0.5 for path, layer in layers.items()}
     return DeloraConfig(r=RANK, target_modules=list(layers), lambda_pattern=bounds)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import torch
@@ -34,7 +33,7 @@ def load(options: Options) -> Task:
     return Task(
         name="diffusion",
         about="UNet of 16-pixel digits, a digit it never saw, linear layers of attention and feed-forward",
-        model=lambda: copy.deepcopy(task.build()),
+        model=task.build,
         targets=("*attn*", "*.ff.*"),
         head=(),
         head_lr=0.0,

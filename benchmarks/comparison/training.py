@@ -63,6 +63,7 @@ def _train(task: Task, model: nn.Module, groups: list[dict], seed: int) -> list[
         optimizer, highest, task.steps, pct_start=WARMUP, cycle_momentum=False
     )
     random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # the model's own dropout, whatever the adapter's start has drawn before
     model.train()
     losses = []
     for indices in batches(task, seed):
