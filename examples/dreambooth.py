@@ -21,7 +21,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import adapting
 import torch
@@ -43,7 +43,19 @@ LORA_SCALING = 2
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 GRID_SUBJECTS = 8
 """Images of the subject in each row of the picture; one of every other prompt follows."""
-FEATURES = {"hub": "vit_small_patch16_224.dino", "packaged": "vit_small_patch14_dinov2"}
+
+
+class Defaults(NamedTuple):
+    """Values of options that suit large and tiny models differently."""
+
+    lr: float
+    steps: int
+    batch_size: int
+    features: str
+
+
+HUB = Defaults(1e-4, 500, 1, "vit_small_patch16_224.dino")  # rate and steps of diffusers' LoRA scripts
+PACKAGED = Defaults(2e-3, 200, 8, "vit_small_patch14_dinov2")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -57,11 +69,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     _add_model_options(parser.add_argument_group("model and images"))
     adapters = parser.add_argument_group("adapters")
-    adapting.add_options(adapters, targets=["*attn*"], lr=1e-3)
-    adapters.set_defaults(targets=None)  # the model's own, unless somebody says otherwise
+    adapting.add_options(adapters, targets=["*attn*"])
+    parser.set_defaults(targets=None, lr=None)  # what suits the model, unless somebody says otherwise
     adapters.add_argument("--no-lora", action="store_true", help="leave out the LoRA beside")
     _add_training_options(parser.add_argument_group("training"))
     args = parser.parse_args(argv)
+    for name, value in (PACKAGED if args.model == "packaged" else HUB)._asdict().items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.model != "packaged":
         missing = [name for name in ("instance_images", "instance_prompt") if getattr(args, name) is None]
         if missing:
@@ -89,8 +104,14 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_training_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--steps", type=adapting.positive, default=200)
-    group.add_argument("--batch-size", type=adapting.positive, help="of the subject, and again as many of the class")
+    group.add_argument(
+        "--steps", type=adapting.positive, help=f"{HUB.steps}, or {PACKAGED.steps} of the packaged model"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=adapting.positive,
+        help=f"{HUB.batch_size} or {PACKAGED.batch_size} of the subject, and as many of the class",
+    )
     group.add_argument("--prior-loss-weight", type=float, default=1.0)
     group.add_argument("--images-per-prompt", type=adapting.positive, default=8, help="drawn for the score")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
@@ -143,7 +164,7 @@ def hub_task(args: argparse.Namespace, runtime: Runtime) -> Task:
     for folder in (args.instance_images, args.test_images or args.instance_images):
         load_images(folder, 8)  # before a large model is loaded for nothing
     model = load_model(args.model, args.resolution, runtime.device, runtime.amp or torch.float32)
-    features = load_features(args.features or FEATURES["hub"], device=runtime.device)
+    features = load_features(args.features, device=runtime.device)
     instances = load_images(args.instance_images, model.resolution)
     real = load_images(args.test_images, model.resolution) if args.test_images else instances
     references = {args.instance_prompt: features(real)}
@@ -161,7 +182,7 @@ def hub_task(args: argparse.Namespace, runtime: Runtime) -> Task:
         references=references,
         targets=("*attn*",),
         exclude=model.without_effect(),
-        batch_size=args.batch_size or 1,
+        batch_size=args.batch_size,
         runtime=runtime,
     )
 
@@ -178,10 +199,10 @@ def packaged_task(args: argparse.Namespace) -> Task:
         class_images=args.class_count,
         instance_prompt=args.instance_prompt,
         class_prompt=args.class_prompt,
-        features=args.features or FEATURES["packaged"],
+        features=args.features,
         seed=args.seed,
     )
-    task.batch_size = args.batch_size or task.batch_size
+    task.batch_size = args.batch_size
     return task
 
 

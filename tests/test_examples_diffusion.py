@@ -135,7 +135,7 @@ def test_grid_has_each_image_in_its_place(example, tmp_path):
         module.save_grid({"a": grey[:0]}, tmp_path / "grid.png")
 
 
-# --- pipelines of each kind, tiny, with random weights -----------------------------------------------------------------
+# --- pipelines of each kind, tiny, with random weights ----------------------------------------------------------------
 
 
 def tokenizer(folder: Path):
@@ -406,3 +406,166 @@ def test_half_precision_weights_train_and_prove(example, pipelines, photos, tmp_
     ]  # fmt: skip
     assert example("dreambooth").main(options) == 0
     assert "bfloat16 autocast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--targets", "*atn*"], "attn"),
+        (["--instance-images", "nowhere"], "nowhere"),
+        (["--test-images", "nowhere"], "nowhere"),
+        (["--resolution", "30"], "30 is not a multiple"),
+        (["--model", "nowhere/nothing"], "nowhere/nothing"),
+        (["--lora-alpha", "4"], "--method map has no scaling"),
+    ],
+)
+@pytest.mark.usefixtures("local_features")
+def test_wrong_option_is_named_and_exits_with_2(example, pipelines, photos, tmp_path, capsys, options, message):
+    fixed = ["--model", str(pipelines("sd")), "--instance-images", str(photos), "--instance-prompt", "a sks dog"]
+    tiny = ["--resolution", str(SIDE), "--output", str(tmp_path), "--device", "cpu"]
+    assert example("dreambooth").main([*fixed, *tiny, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_hub_model_needs_images_and_prompt(example, capsys):
+    for options, missing in (([], "--instance-images"), (["--instance-images", "x"], "--instance-prompt")):
+        with pytest.raises(SystemExit) as exit_info:
+            example("dreambooth").parse_args(["--model", "some/model", *options])
+        assert exit_info.value.code == 2 and missing in capsys.readouterr().err
+
+
+# --- the tiny diffusion model -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def splits(example):
+    """Twelve random images of each of the classes a, b and c to train on, and six to test on."""
+    data = example("image_data")
+
+    def samples(count):
+        labels = torch.arange(3).repeat(count)
+        return data.Samples(torch.randint(0, 255, (3 * count, 28, 28), generator=seeded()).byte(), labels)
+
+    return data.ImageSplits(samples(12), samples(6), ["a", "b", "c"])
+
+
+def test_prompts_are_words_of_the_table(example):
+    tiny = example("tiny_diffusion")
+    base = tiny.Base(tiny.Recipe(channels=(8, 16)), ["digit", "0", "1", "sks"])
+    assert base.token_ids(["digit 1", "digit", "digit sks"]).tolist() == [[1, 3], [1, 0], [1, 4]]
+    for prompt in ("digit 7", "", "digit 1 0"):
+        with pytest.raises(ValueError, match=re.escape(f"{prompt!r}: write one or 2 of the words digit, 0, 1, sks")):
+            base.token_ids([prompt])
+
+
+def test_base_never_sees_the_subject_and_is_read_back_from_its_file(example, splits, tmp_path, monkeypatch):
+    tiny = example("tiny_diffusion")
+    recipe = tiny.Recipe(subject="b", steps=4, batch_size=8, channels=(8, 16))
+    first = tiny.load_base(recipe, tmp_path, splits)
+    untrained = tiny.Base(recipe, ["digit", "a", "b", "c", "sks"])
+    changed = (first.words.weight != untrained.words.weight).any(dim=1)
+    assert changed.tolist() == [True, True, True, False, True, False]  # "", digit, a, b, c, sks
+    monkeypatch.setattr(tiny, "_train_base", lambda *_: pytest.fail("trained twice"))
+    second = tiny.load_base(recipe, tmp_path, splits)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    with pytest.raises(ValueError, match="remove the file to train anew"):
+        tiny.load_base(tiny.Recipe(subject="b", steps=5, batch_size=8, channels=(8, 16)), tmp_path, splits)
+
+
+def test_impossible_recipe_is_refused(example, splits, tmp_path):
+    tiny = example("tiny_diffusion")
+    with pytest.raises(ValueError, match="'cifar': there are mnist"):
+        tiny.load_base(tiny.Recipe(data="cifar"), tmp_path, splits)
+    with pytest.raises(ValueError, match="subject 'z': the classes of mnist are a, b, c"):
+        tiny.load_base(tiny.Recipe(subject="z"), tmp_path, splits)
+
+
+def test_encoding_loses_nothing_and_a_perfect_denoiser_draws_the_image(example, splits):
+    """DDIM with the true v of one image must arrive at that image."""
+    tiny = example("tiny_diffusion")
+    model = tiny.TinyDiffusion(tiny.Base(tiny.Recipe(channels=(8, 16)), ["digit"]))
+    images = tiny.images_of(splits.test)[:1]
+    clean = model.encode_images(images)
+    torch.testing.assert_close(F.pixel_shuffle(clean, tiny.PATCH) / 2 + 0.5, images)
+    signal = model.scheduler.alphas_cumprod
+
+    class Oracle(nn.Module):
+        def forward(self, sample, timestep, **_):
+            a = signal[timestep].reshape(-1, 1, 1, 1)
+            noise = (sample - a.sqrt() * clean) / (1 - a).sqrt()
+            return (a.sqrt() * noise - (1 - a).sqrt() * clean,)
+
+    model.denoiser = Oracle()
+    torch.testing.assert_close(model.generate(["digit"] * 2, seed=0), images.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
+
+
+def test_same_seed_draws_and_trains_the_same(example, splits, tmp_path):
+    tiny, dreambooth = example("tiny_diffusion"), example("dreambooth_task")
+    base = tiny.load_base(tiny.Recipe(subject="b", steps=2, batch_size=8, channels=(8, 16)), tmp_path, splits)
+    model = tiny.TinyDiffusion(base)
+    images = tiny.images_of(splits.train)
+    features = example("image_features").load_features("test_vit", "none", 32)
+    task = dreambooth.Task(
+        model, "digit sks", dreambooth.encode(model, images[:3], "digit sks"),
+        dreambooth.encode(model, images[3:9], "digit"), features,
+        {"digit sks": features(images[:5]), "digit a": features(images[5:9])}, ("*attn*",), images_per_prompt=2,
+    )  # fmt: skip
+
+    def outcome(seed):
+        torch.manual_seed(1)
+        denoiser = mapsurgery.patch(task.build(), task.targets, rank=2)
+        losses = dreambooth.train(denoiser, task, mapsurgery.param_groups(denoiser, lr=1e-2), 1e-2, 3, seed)
+        return losses, dreambooth.score(denoiser, task, seed)
+
+    first = outcome(0)
+    assert outcome(0) == first != outcome(1)
+    drawn = dreambooth.generate(task.build(), task, seed=0)
+    assert {prompt: images.shape for prompt, images in drawn.items()} == {
+        "digit sks": (8, 1, 16, 16),
+        "digit a": (2, 1, 16, 16),
+    }
+
+
+# --- real images and weights ------------------------------------------------------------------------------------------
+
+
+def skip_without(function, *arguments):
+    """Load from an installed package, or skip with the loader's own words."""
+    try:
+        return function(*arguments)
+    except importlib.import_module("packaged").MissingPackageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "size"), [("vit_small_patch14_dinov2", 70), ("tf_efficientnet_lite0", 64)])
+def test_real_images_of_the_subject_score_above_those_of_any_other_class(example, network, size):
+    module = example("image_features")
+    digits = skip_without(example("packaged").mnist)
+    features = skip_without(module.load_features, network, "packaged", size)
+    tiny, data = example("tiny_diffusion"), example("image_data")
+
+    def images(label, rows):
+        chosen = (digits.labels == label).nonzero()[rows, 0]
+        return features(tiny.images_of(data.Samples(digits.pixels[chosen], digits.labels[chosen])))
+
+    reference = images(5, slice(0, 32))
+    scores = [module.similarity(images(label, slice(32, 64)), reference) for label in range(10)]
+    assert max(range(10), key=scores.__getitem__) == 5
+
+
+@pytest.mark.slow
+def test_script_teaches_the_tiny_model_its_subject(example, tmp_path, capsys):
+    skip_without(example("packaged").mnist)
+    skip_without(example("packaged").efficientnet_lite0)
+    options = "--base-steps 300 --steps 60 --features tf_efficientnet_lite0 --class-count 32 --threads 1 --device cpu"
+    assert example("dreambooth").main([*options.split(), "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("PROVED") == 2 and (tmp_path / "grid.png").is_file()
+    subject = {
+        name: float(value)
+        for name, value in re.findall(r"^  (real images|base|MAP|LoRA \(peft\)) +([\d.]+)", out, re.M)
+    }
+    assert subject["base"] < min(subject["MAP"], subject["LoRA (peft)"]) < subject["real images"]
