@@ -69,8 +69,9 @@ class HubModel:
 
     def only_denoiser(self) -> None:
         """Keep nothing but the denoiser on the device, until images are drawn again."""
-        self.pipe.to("cpu")
-        self.denoiser.to(self.device)
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module) and name != self.part:
+                component.to("cpu")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class HubModel:
         return self.denoiser(**self.inputs(noised.sample, noised.timesteps, condition))[0]
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], seed: int, steps: int = 30) -> Tensor:
+    def generate(self, prompts: list[str], seed: int, steps: int) -> Tensor:
         """An image for each prompt, with the pipeline's own sampler and guidance: (n, 3, h, w) in [0, 1]."""
         self.denoiser.eval()
         self.pipe.to(self.device)
@@ -203,7 +204,7 @@ class Flux(FlowTransformer):
         guided = self.denoiser.config.guidance_embeds
         return {
             "hidden_states": self.pipe._pack_latents(sample, b, channels, height, width),
-            "timestep": timesteps.to(sample) / 1000,
+            "timestep": timesteps / 1000,
             **condition,
             "guidance": torch.full((b,), FLUX_GUIDANCE, device=sample.device) if guided else None,
             "txt_ids": torch.zeros(words, 3, device=sample.device, dtype=sample.dtype),

@@ -45,17 +45,22 @@ GRID_SUBJECTS = 8
 """Images of the subject in each row of the picture; one of every other prompt follows."""
 
 
+HUB_ONLY = ("instance_images", "test_images", "class_images", "resolution")
+"""Options that the packaged model does not have."""
+
+
 class Defaults(NamedTuple):
     """Values of options that suit large and tiny models differently."""
 
     lr: float
     steps: int
     batch_size: int
+    sampling_steps: int
     features: str
 
 
-HUB = Defaults(1e-4, 500, 1, "vit_small_patch16_224.dino")  # rate and steps of diffusers' LoRA scripts
-PACKAGED = Defaults(2e-3, 200, 8, "vit_small_patch14_dinov2")
+HUB = Defaults(1e-4, 500, 1, 30, "vit_small_patch16_224.dino")  # rate and steps of diffusers' LoRA scripts
+PACKAGED = Defaults(2e-3, 200, 8, 20, "vit_small_patch14_dinov2")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -77,10 +82,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in (PACKAGED if args.model == "packaged" else HUB)._asdict().items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.model != "packaged":
-        missing = [name for name in ("instance_images", "instance_prompt") if getattr(args, name) is None]
-        if missing:
-            parser.error(f"--model {args.model} needs --{missing[0].replace('_', '-')}")
+    given = [name for name in HUB_ONLY if getattr(args, name) is not None]
+    missing = [name for name in ("instance_images", "instance_prompt") if getattr(args, name) is None]
+    if args.model == "packaged" and given:
+        parser.error(f"--model packaged has images of its own: --{given[0].replace('_', '-')} is for other models")
+    if args.model != "packaged" and missing:
+        parser.error(f"--model {args.model} needs --{missing[0].replace('_', '-')}")
     return args
 
 
@@ -89,7 +96,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--instance-images", type=Path, metavar="FOLDER", help="the subject, to train on")
     group.add_argument("--test-images", type=Path, metavar="FOLDER", help="the subject, to compare to; else the former")
     group.add_argument("--instance-prompt", help='with a rare word for the subject: "a photo of sks dog"')
-    group.add_argument("--class-prompt", help='of the class: "a photo of a dog"; no prior preservation if left out')
+    group.add_argument("--class-prompt", help='of the class: "a photo of a dog"; without it a hub model has no prior')
     group.add_argument(
         "--class-images", type=Path, metavar="FOLDER", help="of the class; the base draws what is missing into it"
     )
@@ -114,6 +121,11 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--prior-loss-weight", type=float, default=1.0)
     group.add_argument("--images-per-prompt", type=adapting.positive, default=8, help="drawn for the score")
+    group.add_argument(
+        "--sampling-steps",
+        type=adapting.positive,
+        help=f"of the denoiser for each drawn image; {HUB.sampling_steps} or {PACKAGED.sampling_steps}",
+    )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
@@ -151,7 +163,7 @@ def class_images(model: Any, args: argparse.Namespace) -> Tensor:
     missing = args.class_count - present
     if missing > 0:
         print(f"the base draws {missing} images of {args.class_prompt!r} into {folder}")
-        drawn = model.generate([args.class_prompt] * missing, args.seed + present)
+        drawn = model.generate([args.class_prompt] * missing, args.seed + present, args.sampling_steps)
         for number, image in enumerate(drawn, start=present):
             transforms.to_pil_image(image).save(folder / f"{number:05d}.png")
     return load_images(folder, model.resolution)
@@ -183,12 +195,13 @@ def hub_task(args: argparse.Namespace, runtime: Runtime) -> Task:
         targets=("*attn*",),
         exclude=model.without_effect(),
         batch_size=args.batch_size,
+        sampling_steps=args.sampling_steps,
         runtime=runtime,
     )
 
 
-def packaged_task(args: argparse.Namespace) -> Task:
-    """The tiny model, on the CPU in float32; its files are in the folder of ``--output``."""
+def packaged_task(args: argparse.Namespace, runtime: Runtime) -> Task:
+    """The tiny model, whose file is kept in the folder of ``--output``."""
     from packaged_subject import load_task
     from tiny_diffusion import Recipe
 
@@ -200,6 +213,8 @@ def packaged_task(args: argparse.Namespace) -> Task:
         instance_prompt=args.instance_prompt,
         class_prompt=args.class_prompt,
         features=args.features,
+        sampling_steps=args.sampling_steps,
+        runtime=runtime,
         seed=args.seed,
     )
     task.batch_size = args.batch_size
@@ -211,7 +226,7 @@ def prepare(args: argparse.Namespace) -> Task:
     if args.threads:
         torch.set_num_threads(args.threads)
     runtime = Runtime.choose(args.device, args.amp)
-    task = packaged_task(args) if args.model == "packaged" else hub_task(args, runtime)
+    task = packaged_task(args, runtime) if args.model == "packaged" else hub_task(args, runtime)
     task.prior_loss_weight = args.prior_loss_weight
     task.images_per_prompt = args.images_per_prompt
     args.targets = args.targets or list(task.targets)
@@ -263,6 +278,7 @@ def fresh_denoiser(task: Task, args: argparse.Namespace) -> nn.Module:
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     task.model.denoiser = denoiser
+    task.model.only_denoiser()
     return denoiser
 
 

@@ -30,7 +30,7 @@ class DiffusionModel(Protocol):
     def add_noise(self, clean: Tensor, generator: torch.Generator) -> Noised: ...
     def inputs(self, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]: ...
     def predict(self, noised: Noised, condition: dict[str, Tensor]) -> Tensor: ...
-    def generate(self, prompts: list[str], seed: int) -> Tensor: ...
+    def generate(self, prompts: list[str], seed: int, steps: int) -> Tensor: ...
     def fresh_denoiser(self) -> Any: ...
     def only_denoiser(self) -> None: ...
 
@@ -85,6 +85,8 @@ class Task:
     """Images of the subject in a batch; as many of the class come on top."""
     images_per_prompt: int = 8
     """For scoring, of each other prompt; four times as many of the subject."""
+    sampling_steps: int = 20
+    """Of the denoiser for each image that is drawn."""
     runtime: Runtime = Runtime(torch.device("cpu"), None)
 
     def build(self) -> nn.Module:
@@ -167,7 +169,9 @@ def generate(denoiser: nn.Module, task: Task, seed: int) -> dict[str, Tensor]:
     counts = {
         prompt: task.images_per_prompt * (4 if prompt == task.subject_prompt else 1) for prompt in task.references
     }
-    images = task.model.generate([prompt for prompt, count in counts.items() for _ in range(count)], seed)
+    images = task.model.generate(
+        [prompt for prompt, count in counts.items() for _ in range(count)], seed, task.sampling_steps
+    )
     return dict(zip(counts, images.split(list(counts.values())), strict=True))
 
 

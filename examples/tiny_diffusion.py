@@ -96,18 +96,18 @@ class TinyDiffusion:
 
     def __init__(self, base: Base) -> None:
         self.base = base
+        self.device = base.words.weight.device
         self.denoiser: Any = base.unet  # to be replaced by what is adapted, never adapted itself
         self.scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (n, 1, SIDE, SIDE) in [0, 1] as (n, PATCH^2, SIDE/PATCH, SIDE/PATCH) in [-1, 1]."""
-        return F.pixel_unshuffle(images * 2 - 1, PATCH)
+        return F.pixel_unshuffle(images.to(self.device) * 2 - 1, PATCH)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """One row for each prompt."""
-        ids = self.base.token_ids(prompts).to(self.base.words.weight.device)
-        return {"encoder_hidden_states": self.base.words(ids)}
+        return {"encoder_hidden_states": self.base.words(self.base.token_ids(prompts).to(self.device))}
 
     def add_noise(self, clean: Tensor, generator: torch.Generator) -> Noised:
         """See `diffusion_loss.add_noise`."""
@@ -122,19 +122,18 @@ class TinyDiffusion:
         return self.denoiser(**self.inputs(noised.sample, noised.timesteps, condition))[0]
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], seed: int, steps: int = 20) -> Tensor:
+    def generate(self, prompts: list[str], seed: int, steps: int) -> Tensor:
         """An image for each prompt by DDIM: float (n, 1, SIDE, SIDE) in [0, 1]."""
         self.denoiser.eval()
         scheduler: Any = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
         condition = self.encode_prompts(prompts)
-        like = condition["encoder_hidden_states"]
         shape = (len(prompts), PATCH**2, SIDE // PATCH, SIDE // PATCH)
-        sample = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(like)
+        sample = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         for timestep in scheduler.timesteps:
             prediction = self.denoiser(**self.inputs(sample, timestep, condition))[0]
             sample = scheduler.step(prediction, timestep, sample).prev_sample
-        return (F.pixel_shuffle(sample, PATCH) / 2 + 0.5).clamp(0, 1)
+        return (F.pixel_shuffle(sample, PATCH) / 2 + 0.5).clamp(0, 1).cpu()
 
     def fresh_denoiser(self) -> Any:
         """The base's UNet once more, never adapted."""
@@ -154,7 +153,7 @@ def images_of(samples: Samples) -> Tensor:
     return F.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", antialias=True)
 
 
-def load_base(recipe: Recipe, cache_dir: str | Path, splits: ImageSplits) -> Base:
+def load_base(recipe: Recipe, cache_dir: str | Path, splits: ImageSplits, device: torch.device | None = None) -> Base:
     """The base model of a recipe: from its file in ``cache_dir``, or trained (minutes) and written there.
 
     Args:
@@ -168,7 +167,7 @@ def load_base(recipe: Recipe, cache_dir: str | Path, splits: ImageSplits) -> Bas
     if recipe.subject not in splits.classes:
         raise ValueError(f"subject {recipe.subject!r}: the classes of {recipe.data} are {', '.join(splits.classes)}")
     path = Path(cache_dir) / f"tiny-diffusion-{recipe.data}-without-{recipe.subject}.safetensors"
-    base = Base(recipe, [NOUNS[recipe.data], *splits.classes, SUBJECT])
+    base = Base(recipe, [NOUNS[recipe.data], *splits.classes, SUBJECT]).to(device or torch.device("cpu"))
     if path.is_file():
         _check_recipe(path, recipe)
         load_model(base, path)
@@ -206,7 +205,7 @@ def _train_base(base: Base, recipe: Recipe, splits: ImageSplits) -> None:
         generic = torch.rand(recipe.batch_size, generator=random) < GENERIC_SHARE
         prompts = torch.where(generic, len(splits.classes), labels[rows])
         noised = model.add_noise(latents[rows], random)
-        prediction = model.predict(noised, {"encoder_hidden_states": base.words(tokens[prompts])})
+        prediction = model.predict(noised, {"encoder_hidden_states": base.words(tokens[prompts].to(model.device))})
         loss = F.mse_loss(prediction, noised.target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

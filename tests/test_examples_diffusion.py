@@ -387,7 +387,8 @@ def test_script_runs_on_a_pipeline(example, pipelines, photos, tmp_path, capsys,
     options = [
         "--model", str(pipelines(name)), "--instance-images", str(photos), "--instance-prompt", "a sks dog",
         "--class-prompt", "a dog", "--class-count", "2", "--resolution", str(SIDE), "--steps", "2", "--rank", "2",
-        "--images-per-prompt", "1", "--output", str(tmp_path), "--device", "cpu", "--gradient-checkpointing",
+        "--images-per-prompt", "1", "--sampling-steps", "2", "--output", str(tmp_path), "--device", "cpu",
+        "--gradient-checkpointing",
     ]  # fmt: skip
     assert example("dreambooth").main(options) == 0
     out = capsys.readouterr().out
@@ -401,8 +402,8 @@ def test_script_runs_on_a_pipeline(example, pipelines, photos, tmp_path, capsys,
 def test_half_precision_weights_train_and_prove(example, pipelines, photos, tmp_path, local_features, capsys):
     options = [
         "--model", str(pipelines("sd")), "--instance-images", str(photos), "--instance-prompt", "a sks dog",
-        "--resolution", str(SIDE), "--steps", "2", "--images-per-prompt", "1", "--output", str(tmp_path),
-        "--device", "cpu", "--amp", "bf16",
+        "--resolution", str(SIDE), "--steps", "2", "--images-per-prompt", "1", "--sampling-steps", "2",
+        "--output", str(tmp_path), "--device", "cpu", "--amp", "bf16",
     ]  # fmt: skip
     assert example("dreambooth").main(options) == 0
     assert "bfloat16 autocast" in capsys.readouterr().out
@@ -427,11 +428,19 @@ def test_wrong_option_is_named_and_exits_with_2(example, pipelines, photos, tmp_
     assert message in capsys.readouterr().err
 
 
-def test_hub_model_needs_images_and_prompt(example, capsys):
-    for options, missing in (([], "--instance-images"), (["--instance-images", "x"], "--instance-prompt")):
-        with pytest.raises(SystemExit) as exit_info:
-            example("dreambooth").parse_args(["--model", "some/model", *options])
-        assert exit_info.value.code == 2 and missing in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "some/model"], "needs --instance-images"),
+        (["--model", "some/model", "--instance-images", "x"], "needs --instance-prompt"),
+        (["--model", "packaged", "--test-images", "x"], "--test-images is for other models"),
+        (["--steps", "0"], "0 is not a positive number"),
+    ],
+)
+def test_impossible_option_exits_with_2(example, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_info:
+        example("dreambooth").parse_args(options)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
 # --- the tiny diffusion model -----------------------------------------------------------------------------------------
@@ -498,7 +507,9 @@ def test_encoding_loses_nothing_and_a_perfect_denoiser_draws_the_image(example, 
             return (a.sqrt() * noise - (1 - a).sqrt() * clean,)
 
     model.denoiser = Oracle()
-    torch.testing.assert_close(model.generate(["digit"] * 2, seed=0), images.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        model.generate(["digit"] * 2, seed=0, steps=20), images.expand(2, -1, -1, -1), atol=1e-3, rtol=0
+    )
 
 
 def test_same_seed_draws_and_trains_the_same(example, splits, tmp_path):
@@ -511,6 +522,7 @@ def test_same_seed_draws_and_trains_the_same(example, splits, tmp_path):
         model, "digit sks", dreambooth.encode(model, images[:3], "digit sks"),
         dreambooth.encode(model, images[3:9], "digit"), features,
         {"digit sks": features(images[:5]), "digit a": features(images[5:9])}, ("*attn*",), images_per_prompt=2,
+        sampling_steps=3,
     )  # fmt: skip
 
     def outcome(seed):
