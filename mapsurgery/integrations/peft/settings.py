@@ -122,6 +122,7 @@ def _update(start: Any) -> str:
     if str(start) not in known:
         raise ValueError(
             f"the PEFT adapter has init_lora_weights={start!r}, a start that is unknown here or leaves a base that "
-            "cannot be made again: convert it in PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+            "cannot be made again: convert it in PEFT first, with path_initial_model_for_weight_conversion of its "
+            "save_pretrained"
         )
     return known[str(start)]
