@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...methods.base import matrix_shape
 from ...surgery import quantisation
@@ -89,8 +90,8 @@ def layout_of(module: nn.Module, parameter: str, dora: bool) -> Layout | str:
     cls = module.original_class if isinstance(module, AdaptedLayer) else type(module)
     if parameter == "weight" and quantisation.kind_of(module) is not None:
         return _linear(quantisation.stand_in(module).shape)
-    if isinstance(module, nn.MultiheadAttention):
-        return _of_attention(module, parameter, dora)
+    if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):  # the latter is its out_proj
+        return "is of an nn.MultiheadAttention, to whose out_proj PEFT 0.21 adds the update twice"
     mixin = mixin_of(cls, (parameter,))
     weight = module.base_of(parameter) if isinstance(module, AdaptedLayer) else weight_of(module, parameter)
     if weight is None or not issubclass(mixin, FusedLinear | FusedConv | FusedEmbedding):
@@ -119,46 +120,6 @@ def _of_convolution(module: nn.Module, weight: Tensor) -> Layout | str:
     if module.padding_mode != "zeros":
         return f"is a convolution with padding mode {module.padding_mode!r}, where PEFT's factors pad with zeros"
     return Layout("lora_A.weight", "lora_B.weight", tuple(weight.shape))
-
-
-def _of_attention(module: nn.Module, parameter: str, dora: bool) -> Layout | str:
-    if parameter != "in_proj_weight":
-        return "is an attention with a weight each for q, k and v, which PEFT has no adapter for"
-    if dora:
-        return "is an nn.MultiheadAttention, which PEFT has no DoRA for"
-    weight = module.base_of(parameter) if isinstance(module, AdaptedLayer) else weight_of(module, parameter)
-    assert weight is not None
-    return _linear(weight.shape)
-
-
-def peft_path(path: str, attentions: frozenset[str]) -> str:
-    """PEFT's name of a layer: the output projection of an attention is inside the attention's wrapper.
-
-    Args: attentions: names of the nn.MultiheadAttention modules of the model.
-    """
-    parent, _, name = path.rpartition(".")
-    return f"{parent}.base_layer.{name}".lstrip(".") if name == "out_proj" and parent in attentions else path
-
-
-def attentions_of(model: nn.Module) -> frozenset[str]:
-    """Names of the nn.MultiheadAttention modules."""
-    return frozenset(path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-
-
-def unpaired(ranks: Mapping[str, tuple[int, float]], attentions: frozenset[str]) -> list[str]:
-    """What is wrong with adapted attentions: PEFT adapts both projections, alike, and an `out_proj` never on its own.
-
-    Args: ranks: (rank, scaling) by the layer's name here; an attention's own name stands for its `in_proj_weight`.
-    """
-    problems = []
-    for path in attentions:
-        pair = [ranks.get(path), ranks.get(f"{path}.out_proj".lstrip("."))]
-        if pair[0] != pair[1]:
-            problems.append(
-                f"layer {path!r} is an nn.MultiheadAttention, of which PEFT adapts in_proj_weight and out_proj "
-                "together, with one rank and scaling"
-            )
-    return problems
 
 
 def has_empty_row(W: Tensor) -> bool:

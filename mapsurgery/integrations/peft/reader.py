@@ -27,10 +27,8 @@ from .layout import (
     PREFIX,
     WEIGHTS_FILE,
     Layout,
-    attentions_of,
     has_empty_row,
     layout_of,
-    unpaired,
     why_not_by_name,
 )
 from .settings import Settings, read_settings
@@ -164,15 +162,12 @@ def _plan_of(model: nn.Module, content: _Content, settings: Settings) -> tuple[P
     config = _config(content, settings, trained, model)
     layers, layouts = [], {}
     for path, tensors in content.layers.items():
-        own = _own_path(path)
-        found = _planned(modules.get(own), path, tensors, settings, config)
+        found = _planned(modules.get(path), path, tensors, settings, config)
         if isinstance(found, str):
-            problems.append(f"layer {own!r} {found}")
+            problems.append(f"layer {path!r} {found}")
         else:
             layers.append(found[0])
             layouts[path] = found[1]
-    alike = {_own_path(path): (_rank(tensors), settings.alpha_of(path)) for path, tensors in content.layers.items()}
-    problems += [] if problems else unpaired(alike, attentions_of(model))
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError("the PEFT adapter does not fit this model: " + "; ".join(problems[:8]) + more)
@@ -190,18 +185,13 @@ def _plan_of(model: nn.Module, content: _Content, settings: Settings) -> tuple[P
     return plan, layouts
 
 
-def _own_path(path: str) -> str:
-    """The name of a layer without the wrapper of the nn.MultiheadAttention around it."""
-    return re.sub(r"(^|\.)base_layer\.out_proj$", r"\1out_proj", path)
-
-
 def _rank(tensors: Mapping[str, Tensor]) -> int:
     A = next((t for name, t in tensors.items() if name in ("lora_A.weight", "lora_embedding_A")), None)
     return A.shape[0] if A is not None and A.dim() > 1 else 0
 
 
 def _config(content: _Content, settings: Settings, trained: list[str], model: nn.Module) -> Config:
-    ranks = {_own_path(path): _rank(tensors) for path, tensors in content.layers.items()}
+    ranks = {path: _rank(tensors) for path, tensors in content.layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(map(settings.alpha_of, content.layers)).most_common(1)[0][0]
     parameters = dict(model.named_parameters())
@@ -273,8 +263,7 @@ def _trained(model: nn.Module, content: _Content, settings: Settings) -> tuple[l
             problems.append(f"{name!r} has shape {found}, the model's has {shape}")
         elif counts[id(own[name])] > 1:
             problems.append(f"{name!r} is tied with another module, of which PEFT's modules_to_save makes a copy")
-    layers = [_own_path(path) for path in content.layers]
-    problems += [f"{n!r} is adapted and in modules_to_save" for n in layers if f"{n}.weight" in names]
+    problems += [f"{path!r} is adapted and in modules_to_save" for path in content.layers if f"{path}.weight" in names]
     for name, tensor in content.others.items():
         if name not in names and not _is_base(name, tensor, own):
             problems.append(f"tensor {name!r} has no place here, or is another than the base model's")

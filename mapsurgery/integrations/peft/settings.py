@@ -56,11 +56,7 @@ class Settings:
 
 
 def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The first whose key matches the end of the name from a dot on, as PEFT searches.
-
-    The output projection of an nn.MultiheadAttention has what the attention has.
-    """
-    path = path.removesuffix(".base_layer.out_proj")
+    """The first whose key matches the end of the name from a dot on, as PEFT searches."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 

@@ -26,11 +26,8 @@ from .layout import (
     WEIGHTS_FILE,
     LayerTensors,
     Layout,
-    attentions_of,
     has_empty_row,
     layout_of,
-    peft_path,
-    unpaired,
     why_not_by_name,
 )
 
@@ -129,7 +126,6 @@ def to_peft_config(model: nn.Module, *, base_model: str | None = None, task_type
     ranks = {path: tensors.A.shape[0] for path, (_, tensors, _) in layers.items()}
     alphas = {path: _alpha(adapter, ranks[path]) for path, (_, _, adapter) in layers.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    names = {path.replace(".base_layer.out_proj", "") for path in layers}
     known = getattr(getattr(root, "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
@@ -139,9 +135,9 @@ def to_peft_config(model: nn.Module, *, base_model: str | None = None, task_type
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": adapters[0].dropout,
-        "target_modules": _targets(names, [path for path, _ in root.named_modules()]),
-        "rank_pattern": _pattern({path: value for path, value in ranks.items() if path in names}, rank),
-        "alpha_pattern": _pattern({path: value for path, value in alphas.items() if path in names}, alpha),
+        "target_modules": _targets({*layers}, [path for path, _ in root.named_modules()]),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "fan_in_fan_out": any(layout.transposed for layout, _, _ in layers.values()),
         "use_rslora": method.rslora,
         "use_dora": isinstance(method, Dora),
@@ -188,18 +184,14 @@ def _converted(model: nn.Module) -> tuple[dict[str, _Converted], list[str], nn.M
     """
     root, memory = record.find_patched(model)
     _refuse_method({type(site.adapter.method): site.adapter for site in record.intact_sites(root, memory)})
-    attentions = attentions_of(root)
     layers: dict[str, _Converted] = {}
-    ranks: dict[str, tuple[int, float]] = {}
     problems: list[str] = []
     for site in record.all_sites(root):
         found = _of_site(site)
         if isinstance(found, str):
             problems.append(found)
-            continue
-        layers[peft_path(site.layer_path, attentions)] = found
-        ranks[site.layer_path] = found[1].A.shape[0], found[2].scaling
-    problems += [] if problems else unpaired(ranks, attentions)  # a layer that does not convert is missing there
+        else:
+            layers[site.path] = found
     problems += _uneven({adapter.dropout for _, _, adapter in layers.values()}, "dropout")
     problems += _uneven({getattr(adapter.method, "rslora", False) for _, _, adapter in layers.values()}, "rslora")
     modules, unsaved = _modules_to_save(root, memory)
