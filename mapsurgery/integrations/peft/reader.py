@@ -234,6 +234,8 @@ def _planned(
     assert weight is not None
     if weight.is_meta:
         return "is on meta: load the model's weights first"
+    if settings.update == "olora" and layout.transposed:
+        return "is a Conv1D, where PEFT's OLoRA takes the transpose of its start out of the base"
     if settings.dora and has_empty_row(_matrix(module, weight, layout)):
         return "has a weight with a row of zeros, by whose length PEFT's DoRA divides"
     layer = planned_layer(module, parameter, site_paths(paths, parameter), "(PEFT)", rank, config)
