@@ -339,11 +339,7 @@ class Adapter(nn.Module):
                 kept = isinstance(tensor, nn.Parameter)
                 setattr(self, name, nn.Parameter(fresh, requires_grad=tensor.requires_grad) if kept else fresh)
         for name, drawn in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
-            held = getattr(self, name)
-            if held.is_meta:
-                setattr(self, name, drawn)
-            else:  # `to_empty` gave it memory, and no numbers
-                held.data.copy_(drawn)
+            setattr(self, name, drawn)  # also where `to_empty` gave it memory: it has no numbers, and is shared no more
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         """`model.half()` must not round ||W||_F, nor tau: these move between devices only."""
