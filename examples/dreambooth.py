@@ -60,7 +60,7 @@ class Defaults(NamedTuple):
 
 
 HUB = Defaults(1e-4, 500, 1, 30, "vit_small_patch16_224.dino")  # rate and steps of diffusers' LoRA scripts
-PACKAGED = Defaults(2e-3, 200, 8, 20, "vit_small_patch14_dinov2")
+PACKAGED = Defaults(5e-3, 200, 8, 20, "tf_efficientnet_lite0")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--class-count", type=adapting.positive, default=64, help="images of the class")
     group.add_argument("--resolution", type=adapting.positive, help="pixels of a side; the model's own if left out")
-    group.add_argument("--features", help="timm network for the score; DINO's or the packaged ViT if left out")
+    group.add_argument("--features", help="timm network for the score; DINO's or the packaged EfficientNet if left out")
     group.add_argument("--data", default="mnist", help="packaged: mnist or fashion-mnist")
     group.add_argument("--subject", default="5", help="packaged: the class that the base never sees")
     group.add_argument("--instances", type=adapting.positive, default=10, help="packaged: images to train on")

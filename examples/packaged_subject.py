@@ -20,6 +20,7 @@ from tiny_diffusion import NOUNS, SUBJECT, Recipe, TinyDiffusion, images_of, loa
 TARGETS = ("*attn*", "*resnets*conv*")
 FEATURE_SIZES = {"vit_small_patch14_dinov2": 70, "tf_efficientnet_lite0": 64}
 """Sides that digits are enlarged to for each packaged network: enough for 16 pixels, and quick."""
+WHITENING_IMAGES = 1000
 REFERENCES = 32
 """Real images of each class that generated ones are compared to."""
 
@@ -32,7 +33,7 @@ def load_task(
     class_images: int = 64,
     instance_prompt: str | None = None,
     class_prompt: str | None = None,
-    features: str = "vit_small_patch14_dinov2",
+    features: str = "tf_efficientnet_lite0",
     sampling_steps: int = 20,
     runtime: Runtime | None = None,
     seed: int = 0,
@@ -44,7 +45,7 @@ def load_task(
         instances: images of the subject to train on.
         class_images: how many the base draws for prior preservation; 0 for none.
         instance_prompt, class_prompt: two words and one; "<noun> sks" and "<noun>" if left out.
-        features: packaged network that similarity is measured in.
+        features: packaged network that similarity is measured in, whitened on real images.
         sampling_steps: of the denoiser for each drawn image.
         runtime: device and precision; the CPU in float32 if left out.
         seed: of the drawn class images. Which real images are trained on, and which compared to, is fixed.
@@ -59,6 +60,7 @@ def load_task(
     noun = NOUNS[recipe.data]
     extractor = load_features(features, "packaged", FEATURE_SIZES.get(features), runtime.device)
     splits = load_splits(recipe.data)
+    extractor.whiten(images_of(splits.train)[:WHITENING_IMAGES])
     model = TinyDiffusion(load_base(recipe, cache_dir, splits, runtime.device))
     instance_prompt, class_prompt = instance_prompt or f"{noun} {SUBJECT}", class_prompt or noun
     subject = splits.classes.index(recipe.subject)

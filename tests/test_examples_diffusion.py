@@ -116,6 +116,19 @@ def test_features_take_grey_as_equal_channels_and_do_not_depend_on_the_batch(exa
         example("image_features").load_features("test_vit", "packaged")
 
 
+def test_whitened_features_are_uncorrelated_and_of_one_length(example):
+    module = example("image_features")
+    features = module.load_features("test_vit", "none", 32)
+    images = torch.rand(40, 1, 16, 16)
+    with pytest.raises(ValueError, match="40 components need more than 40 images"):
+        features.whiten(images, 40)
+    plain = features(images)
+    features.whiten(images, 5)
+    whitened = (plain - features.center) @ features.directions
+    torch.testing.assert_close(whitened.T @ whitened / 40, torch.eye(5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features(images), F.normalize(whitened, dim=1))
+
+
 def test_grid_has_each_image_in_its_place(example, tmp_path):
     from PIL import Image
 
@@ -561,23 +574,24 @@ def test_real_images_of_the_subject_score_above_those_of_any_other_class(example
 
     def images(label, rows):
         chosen = (digits.labels == label).nonzero()[rows, 0]
-        return features(tiny.images_of(data.Samples(digits.pixels[chosen], digits.labels[chosen])))
+        return tiny.images_of(data.Samples(digits.pixels[chosen], digits.labels[chosen]))
 
-    reference = images(5, slice(0, 32))
-    scores = [module.similarity(images(label, slice(32, 64)), reference) for label in range(10)]
-    assert max(range(10), key=scores.__getitem__) == 5
+    features.whiten(torch.cat([images(label, slice(100, 150)) for label in range(10)]))
+    reference = features(images(5, slice(0, 32)))
+    scores = [module.similarity(features(images(label, slice(32, 64))), reference) for label in range(10)]
+    own = scores.pop(5)
+    assert own > 0.1 and own > max(scores) + 0.05
 
 
 @pytest.mark.slow
-def test_script_teaches_the_tiny_model_its_subject(example, tmp_path, capsys):
+def test_script_moves_the_tiny_model_towards_its_subject(example, tmp_path, capsys):
     skip_without(example("packaged").mnist)
     skip_without(example("packaged").efficientnet_lite0)
-    options = "--base-steps 300 --steps 60 --features tf_efficientnet_lite0 --class-count 32 --threads 1 --device cpu"
+    options = "--base-steps 400 --steps 150 --lr 1e-2 --class-count 32 --no-lora --threads 1 --device cpu"
     assert example("dreambooth").main([*options.split(), "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.count("PROVED") == 2 and (tmp_path / "grid.png").is_file()
-    subject = {
-        name: float(value)
-        for name, value in re.findall(r"^  (real images|base|MAP|LoRA \(peft\)) +([\d.]+)", out, re.M)
-    }
-    assert subject["base"] < min(subject["MAP"], subject["LoRA (peft)"]) < subject["real images"]
+    found = dict(re.findall(r"^  (real images|base|MAP) +(-?[\d.]+)", out, re.M))
+    subject = {name: float(value) for name, value in found.items()}
+    # Direction only: so short a training moves the score by about 0.01.
+    assert subject["base"] < subject["MAP"] < subject["real images"]
