@@ -191,7 +191,8 @@ def table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return render(title, list(used.values()), [[_cell(row.get(key)) for key in used] for row in rows])
 
 
-def _markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """Rows as a Markdown table, with headings and empty columns as in `table`."""
     used = {key: head for key, head in columns.items() if any(_cell(row.get(key)) not in ("-", "") for row in rows)}
 
     def text(value: Any) -> str:
@@ -233,7 +234,7 @@ def write_results(
         writer.writerows({**row, **context} for row in rows)
     paths[1].write_text(json.dumps({"run": run, "notes": notes, "rows": rows}, indent=1) + "\n")
     about = "\n".join(f"- {key}: {value}" for key, value in run.items())
-    paths[2].write_text(f"# {name}\n\n{_markdown(rows, columns)}\n\n{notes}\n\n{about}\n")
+    paths[2].write_text(f"# {name}\n\n{markdown(rows, columns)}\n\n{notes}\n\n{about}\n")
     return paths
 
 

@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,21 +26,23 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from adapting import positive
 from image_data import PACKAGED_SETS, ImageDataset, ImageSplits, Samples, load_splits
 from linear_probe import fit_linear_probe
 from packaged import VISION_MODELS, MissingPackageError
+from proving import prove
+from runtime import Runtime
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from training import learning_rate_schedule
 
 import mapsurgery
 
 MERGE_TOLERANCE = 1e-4
 """Largest difference of a logit that merging may cause, in units of the largest logit (float32 rounds W' once)."""
 VERIFY_IMAGES = 4
-WARMUP = 0.1
-"""Share of the steps in which the learning rate rises, before it falls along a cosine."""
 
 Loader = DataLoader[Any]
 """Yields images (b, 3, h, w) and their classes (b,)."""
@@ -79,9 +80,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         metavar="SOURCE",
         help=f"folder of class subfolders, or of train/ and val/ with these; or {', '.join(PACKAGED_SETS)}",
     )
-    group.add_argument("--img-size", type=_positive, help="side of the input image; the model's own if left out")
-    group.add_argument("--train-samples", type=_positive, help="images to train on, drawn at random; all if left out")
-    group.add_argument("--test-samples", type=_positive, help="images to test on, drawn at random; all if left out")
+    group.add_argument("--img-size", type=positive, help="side of the input image; the model's own if left out")
+    group.add_argument("--train-samples", type=positive, help="images to train on, drawn at random; all if left out")
+    group.add_argument("--test-samples", type=positive, help="images to test on, drawn at random; all if left out")
     group.add_argument("--augment", action="store_true", help="random crops, flips and colours (timm's defaults)")
     group.add_argument("--workers", type=int, default=0, help="processes that load images")
 
@@ -92,15 +93,15 @@ def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--train", nargs="+", metavar="GLOB", help="parameters to train in full; the model's classifier if left out"
     )
-    group.add_argument("--rank", type=_positive, default=8)
+    group.add_argument("--rank", type=positive, default=8)
     group.add_argument("--output", type=Path, default=Path("map-adapter.safetensors"), help="file for the adapter")
 
 
 def _add_training_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--epochs", type=_positive, default=5)
+    group.add_argument("--epochs", type=positive, default=5)
     group.add_argument("--lr", type=float, default=5e-4, help="highest learning rate")
     group.add_argument("--weight-decay", type=float, default=0.05)
-    group.add_argument("--batch-size", type=_positive, default=32)
+    group.add_argument("--batch-size", type=positive, default=32)
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
     group.add_argument(
@@ -109,62 +110,8 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="mixed precision; auto is bf16 where the hardware multiplies in it (CUDA, CPUs with AMX or AVX512-BF16)",
     )
-    group.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice if left out")
+    group.add_argument("--threads", type=positive, help="CPU threads; torch's own choice if left out")
     group.add_argument("--compile", action="store_true", help="train through torch.compile")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-# --- device and precision ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and in what precision to compute."""
-
-    device: torch.device
-    amp: torch.dtype | None
-    """Autocast's dtype; None computes in float32."""
-
-    @classmethod
-    def choose(cls, device: str, amp: str) -> Runtime:
-        """Resolve the values of ``--device`` and ``--amp``."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        place = torch.device(device)
-        if amp == "auto":
-            amp = "bf16" if multiplies_bfloat16(place) else "off"
-        return cls(place, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Mixed precision as chosen."""
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
-
-    def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next measures finished work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        precision = "float32" if self.amp is None else f"{str(self.amp).removeprefix('torch.')} autocast"
-        return f"{name}, {precision}, {torch.get_num_threads()} CPU threads"
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions that multiply in bfloat16 (without them autocast only costs time)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    # torch names these with an underscore, and older versions lack some: absent counts as no.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(check() for check in checks if check is not None)
 
 
 # --- model and data ---------------------------------------------------------------------------------------------------
@@ -266,15 +213,6 @@ def train_mode(model: nn.Module) -> None:
             module.train(any(parameter.requires_grad for parameter in module.parameters()))
 
 
-def learning_rate_schedule(step: int, total: int) -> float:
-    """Factor of the learning rate: a linear rise, then half a cosine."""
-    rise = max(1, round(WARMUP * total))
-    if step < rise:
-        return (step + 1) / rise
-    progress = torch.tensor((step - rise) / max(1, total - rise))
-    return float((1 + torch.cos(torch.pi * progress)) / 2)
-
-
 class Training(NamedTuple):
     """What came out: accuracy after the last epoch, and the seconds of each step without the loading of images."""
 
@@ -320,25 +258,6 @@ def exact_logits(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
         return model(images).float()
-
-
-def report_proof(name: str, expected: Tensor, actual: Tensor, tolerance: float) -> bool:
-    """Print how far two sets of logits are apart, and whether that is within ``tolerance`` of the largest logit."""
-    difference = (expected - actual).abs().max().item()
-    allowed = tolerance * expected.abs().max().item()
-    holds = difference <= allowed  # false for NaN, as it should be
-    same = "bitwise equal" if torch.equal(expected, actual) else f"allowed {allowed:.1e}"
-    print(f"  {'PROVED' if holds else 'FAILED'}  {name}: max |difference| of logits {difference:.1e} ({same})")
-    return holds
-
-
-def prove(model: nn.Module, build: Callable[[], nn.Module], path: Path, images: Tensor) -> bool:
-    """Save -> load into a fresh model, and merge, must both leave the logits as they are. Merges ``model``."""
-    expected = exact_logits(model, images)
-    fresh = mapsurgery.load(build(), path)
-    loaded = report_proof("save -> load into a fresh model", expected, exact_logits(fresh, images), tolerance=0.0)
-    merged = exact_logits(mapsurgery.merge(model), images)
-    return report_proof("merge into plain layers", expected, merged, MERGE_TOLERANCE) and loaded
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -402,7 +321,8 @@ def run(task: Task, args: argparse.Namespace) -> bool:
 
     print("\nproofs, on real test images:")
     images, _ = next(iter(task.test))
-    holds = prove(model, task.build, args.output, images.to(runtime.device))
+    images = images.to(runtime.device)
+    holds = prove(model, task.build, args.output, lambda model: exact_logits(model, images), MERGE_TOLERANCE)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     rows = [
         ("", "linear probe", "MAP"),

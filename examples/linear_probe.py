@@ -25,10 +25,13 @@ class LinearProbe(NamedTuple):
         """Number of trained parameters."""
         return self.weight.numel() + self.bias.numel()
 
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores (n, classes) of ``features`` (n, d)."""
+        return (features - self.mean) / self.scale @ self.weight + self.bias
+
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Share of right answers; ``features`` (n, d), ``labels`` (n,)."""
-        scores = (features - self.mean) / self.scale @ self.weight + self.bias
-        return (scores.argmax(dim=1) == labels).float().mean().item()
+        return (self.scores(features).argmax(dim=1) == labels).float().mean().item()
 
 
 def fit_linear_probe(features: Tensor, labels: Tensor, classes: int) -> LinearProbe:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,15 +37,6 @@ class Images(NamedTuple):
 
     pixels: Tensor
     labels: Tensor
-
-
-class ChoiceQuestion(NamedTuple):
-    """One multiple-choice question of ARC or OpenBookQA."""
-
-    question: str
-    choices: list[str]
-    answer: int
-    """Index of the right choice."""
 
 
 def package_file(module: str, relative: str, requirement: str) -> Path:
@@ -224,30 +213,6 @@ def sst2(folder: str | Path, split: str) -> tuple[list[str], Tensor]:
         sentences.append(sentence.strip())
         labels.append(int(label))
     return sentences, torch.tensor(labels)
-
-
-def choice_questions(folder: str | Path, split: str) -> list[ChoiceQuestion]:
-    """ARC-Easy, ARC-Challenge or OpenBookQA, in the JSON that the LLM-Adapters collection made popular.
-
-    Args:
-        folder: holds ``train.json`` and ``test.json``.
-        split: ``"train"`` or ``"test"``.
-    """
-    path = _existing(Path(folder) / f"{split}.json", "ARC or OpenBookQA as JSON files")
-    return [_choice_question(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def _choice_question(entry: Mapping[str, str]) -> ChoiceQuestion:
-    """Take apart one entry: "<prompt>: <question>\\n\\nAnswer1: ... Answer2: ...\\n\\nAnswer format: ..."."""
-    question, _, rest = entry["instruction"].removeprefix(_CHOICE_PROMPT).partition("\n\n")
-    choices = [text.strip() for text in re.split(r"\s*Answer\d+:", rest.partition("\n\n")[0])[1:]]
-    answer = int(entry["answer"].removeprefix("answer")) - 1
-    if not 0 <= answer < len(choices):
-        raise ValueError(f"answer {answer + 1} of {len(choices)} choices: {entry['instruction']!r}")
-    return ChoiceQuestion(question, choices, answer)
-
-
-_CHOICE_PROMPT = "Please choose the correct answer to the question: "
 
 
 def _existing(path: Path, what: str) -> Path:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .storage import write_atomically
+from .files import write_whole
 
 FORMAT = "mapsurgery-history"
 
@@ -54,8 +55,8 @@ class History:
             OSError: the file cannot be written; an existing one is left as it was.
         """
         metadata = {"format": FORMAT, "layers": json.dumps(self.layers)}
-        tensors = {name: value.contiguous() for name, value in self.values.items()}
-        write_atomically({"steps": self.steps, **tensors}, metadata, os.path.realpath(os.fspath(path)))
+        tensors = {"steps": self.steps} | {name: value.contiguous() for name, value in self.values.items()}
+        write_whole({os.fspath(path): lambda temporary: save_file(tensors, temporary, metadata=metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:

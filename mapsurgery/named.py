@@ -18,7 +18,8 @@ def register(table: dict[str, type[Choice]], kind: str, base: type, cls: type[Ch
     """
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise TypeError(f"{kind} must be a subclass of {base.__name__}, got {cls!r}")
-    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    own = vars(cls).get("__dataclass_params__")  # a parent's would leave the fields of this class out
+    if own is None or not own.frozen:
         raise TypeError(f"{kind} {cls.__name__} must be a frozen dataclass: its fields are its options")
     name = getattr(cls, "name", "")
     if not isinstance(name, str) or not name:

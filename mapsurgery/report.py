@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ _COLUMNS = {  # of the table: the measures that say most, under short heads
     "magnitude_change": "dM",
     "direction_change": "dD",
     "cosine": "cosine",
-    "effective_rank": "eff. rank",
+    "effective_rank": "effective_rank",
 }
 
 
@@ -86,14 +85,11 @@ def measurable_sites(model: nn.Module) -> list[Site]:
 
 @torch.no_grad()
 def measured(sites: Sequence[Site], names: Sequence[str] = tuple(MEASURES)) -> Tensor:
-    """(sites, names) numbers of MEASURES, float64, on the first site's device; autocast around it has no effect."""
+    """(sites, names) numbers of MEASURES, float64, on the first site's device."""
     device = sites[0].adapter.weight_norm.device
-    with ExitStack() as exact:
-        for kind in {site.adapter.weight_norm.device.type for site in sites}:
-            exact.enter_context(torch.autocast(kind, enabled=False))
-        numbers = [
-            number.to(device, non_blocking=True)
-            for site in sites
-            for number in measure(site.adapter, *site.adapter.base(site.layer.given_base(site.parameter)), names)
-        ]
+    numbers = [
+        number.to(device, non_blocking=True)
+        for site in sites
+        for number in measure(site.adapter, *site.adapter.base(site.layer.given_base(site.parameter)), names)
+    ]
     return torch.cat(numbers).double().reshape(len(sites), len(names))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import write_whole
 from .methods.base import form_values, said_form, same_form
 from .state import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .surgery import record
@@ -72,7 +71,7 @@ def save(model: nn.Module, path: Path) -> None:
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
     if diverged:
         raise ValueError(f"what was trained holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
-    write_atomically(tensors, metadata, os.path.realpath(os.fspath(path)))  # a link stays one
+    write_whole({os.fspath(path): lambda temporary: save_file(tensors, temporary, metadata=metadata)})
 
 
 def _library_version() -> str:
@@ -99,36 +98,6 @@ def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
         "rank": adapter.rank,
         "weight_norm": norms if adapter.stacked else norms[0],
     }
-
-
-def write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: str) -> None:
-    """A safetensors file, written beside its destination and renamed: a crash leaves the old file or the new one."""
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"the folder {folder} does not exist: make it before saving to {path}")
-    handle, temporary = tempfile.mkstemp(prefix=".mapsurgery-", suffix=".tmp", dir=folder)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, _file_mode(path))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        os.unlink(temporary)
-        raise OSError(f"could not write {path}: {error}") from error
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _file_mode(path: str) -> int:
-    """That of the file to be replaced, else what open() gives a new one: mkstemp's are private to the user."""
-    if os.path.exists(path):
-        return stat.S_IMODE(os.stat(path).st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 @dataclass(frozen=True)

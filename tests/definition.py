@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,17 +25,63 @@ from mapsurgery.methods import Adapter
 def defined_weight(
     W: Tensor, A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, tau: float = 0.0, relative: bool = True
 ) -> Tensor:
-    """alpha W/||W|| + beta BA/sqrt(||BA||^2 + tau^2), W as (m, K), everything materialised, in float64.
+    """MAP on BA: `defined_map` with everything materialised."""
+    return defined_map(W, B.double() @ A.double(), alpha, beta, tau, relative)
+
+
+def defined_map(
+    W: Tensor, delta: Tensor, alpha: Tensor, beta: Tensor, tau: float = 0.0, relative: bool = True
+) -> Tensor:
+    """alpha W/||W|| + beta ΔW/sqrt(||ΔW||^2 + tau^2), W as (m, K), in float64.
 
     tau, and with `relative` alpha and beta too, are in units of ||W||; a zero W has the unit 1.
     """
-    W, A, B, alpha, beta = (t.double() for t in (W, A, B, alpha, beta))
+    W, delta, alpha, beta = (t.double() for t in (W, delta, alpha, beta))
     norm = W.norm()
     unit = norm if norm > 0 else torch.ones_like(norm)
-    BA = B @ A
-    size = torch.sqrt((BA**2).sum() + (tau * unit) ** 2)
-    update = beta * BA / size if size > 0 else torch.zeros_like(BA)
+    size = torch.sqrt((delta**2).sum() + (tau * unit) ** 2)
+    update = beta * delta / size if size > 0 else torch.zeros_like(delta)
     return (alpha * W + unit * update) if relative else (alpha * W / unit + update)
+
+
+def defined_delta(a: nn.Module, W: Tensor) -> Tensor:
+    """ΔW (m, K) of an update family on W (m, K), by its paper's equation, in float64."""
+    t = {name: getattr(a, name).detach().double() for name in ("A", "B", *a.own_tensors()) if hasattr(a, name)}
+    norm = W.double().norm() if a.init.a_scale == "weight" and W.any() else torch.ones((), dtype=torch.float64)
+    name = a.update.name
+    if name == "lora":
+        return t["B"] @ t["A"]
+    if name in ("pissa", "olora"):
+        return t["B"] @ t["A"] - t["B0"] @ t["A0"]
+    if name == "adalora":
+        return norm * t["P"] @ torch.diag(t["lam"]) @ t["Q"]
+    if name == "vera":
+        return torch.diag(t["b"]) @ t["B"] @ torch.diag(t["d"]) @ t["A"]
+    if name == "loha":
+        return (t["B1"] @ t["A1"]) * (t["B2"] @ t["A2"])
+    if name == "lokr":
+        return torch.kron(t["C"], t["D"] if "D" in t else t["D_b"] @ t["D_a"])
+    if name == "flora":
+        core = t["G"].reshape(*t["G"].shape[:2], -1)
+        taps = [t["U"] @ core[..., k] @ t["V"] for k in range(core.shape[-1])]
+        return torch.stack(taps, -1).reshape(W.shape)
+    assert name == "dense"
+    return (norm / W.numel() ** 0.5 if a.init.a_scale == "weight" else 1.0) * t["T"]
+
+
+def defined_by(a: nn.Module, W: Tensor) -> Tensor:
+    """W' (m, K) of an adapter on one matrix W (m, K), in float64."""
+    delta, method = defined_delta(a, W), a.method
+    if method.name == "map":
+        tau = a.init.beta / a.init.gain if a.init.kind == "soft" else 0.0
+        return defined_map(W, delta, a.alpha.detach(), a.beta.detach(), tau, a.init.relative)
+    updated = W.double() + method.alpha / (a.rank**0.5 if method.rslora else a.rank) * delta
+    if method.name == "lora":
+        return updated
+    length = updated.norm(dim=1, keepdim=True)
+    m = a.m.detach().double()[:, None]
+    factor = torch.where(W.double().norm(dim=1, keepdim=True) > 0, m / length, 1 + m)
+    return factor * updated
 
 
 def weight_of(layer: nn.Module, parameter: str = "weight") -> Tensor:
@@ -45,13 +92,19 @@ def weight_of(layer: nn.Module, parameter: str = "weight") -> Tensor:
 
 def weight_by(a: nn.Module, W: Tensor, transposed: bool = False) -> Tensor:
     """W' of an adapter on W."""
-    tau = a.init.beta / a.init.gain if a.init.kind == "soft" else 0.0
-    numbers = [t.detach() for t in (a.A, a.B, a.alpha, a.beta)]
-    if a.A.dim() == 3:  # a stack: each matrix by itself
-        parts = [t[:, None] if t.dim() == 1 else t for t in numbers]
-        return torch.stack([defined_weight(w, *p, tau, a.init.relative) for w, *p in zip(W, *parts, strict=True)])
-    found = defined_weight(W.t() if transposed else W.reshape(W.shape[0], -1), *numbers, tau, a.init.relative)
+    if a.stacked:
+        return torch.stack([defined_by(_of_stack(a, e), w) for e, w in enumerate(W)])
+    found = defined_by(a, W.t() if transposed else W.reshape(W.shape[0], -1))
     return found.t() if transposed else found.reshape(W.shape)
+
+
+def _of_stack(a: nn.Module, e: int) -> Any:
+    """The parameters of one matrix of a stack, as an adapter of its own has them."""
+    names = {name: getattr(a, name) for name in a.own_tensors()}
+    one = {name: t[e : e + 1] if name in ("alpha", "beta") else t[e] for name, t in names.items()}
+    shared = {name: p for name, p in a._parameters.items() if name not in names and name != "base_weight"}
+    facts = {name: getattr(a, name) for name in ("own_tensors", "init", "update", "method", "rank")}
+    return SimpleNamespace(**shared, **one, **facts)
 
 
 @torch.no_grad()
@@ -60,11 +113,13 @@ def to_generic_point(model: nn.Module, seed: int = 1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for a in model.modules():
         if isinstance(a, Adapter):
-            for p in (a.A, a.B):
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
-            unit = 1.0 if a.init.relative else a.weight_norm.double().clamp_min(1e-3)
-            a.alpha.fill_(0.9).mul_(unit)
-            a.beta.fill_(0.4).mul_(unit)
+            for name, p in a.own_parameters().items():
+                drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3
+                p.copy_(p.double() * (1 + drawn.to(p.device)) if name == "m" else drawn)
+            if a.method.name == "map":
+                unit = 1.0 if a.init.relative else a.weight_norm.double().clamp_min(1e-3)
+                a.alpha.fill_(0.9).mul_(unit)
+                a.beta.fill_(0.4).mul_(unit)
     return model
 
 

@@ -2,7 +2,6 @@
 
 import gzip
 import importlib
-import json
 import re
 from pathlib import Path
 
@@ -125,19 +124,6 @@ def test_sst2_lines_are_sentence_and_label(example, tmp_path):
         example("packaged").sst2(tmp_path, "train")
 
 
-def test_choice_questions_are_taken_apart(example, tmp_path):
-    instruction = (
-        "Please choose the correct answer to the question: Why is it: dark?\n\n"
-        "Answer1: night Answer2: a lamp: off Answer3: fog\n\nAnswer format: answer1/answer2/answer3"
-    )
-    (tmp_path / "test.json").write_text(json.dumps([{"instruction": instruction, "answer": "answer2"}]))
-    questions = example("packaged").choice_questions(tmp_path, "test")
-    assert questions == [("Why is it: dark?", ["night", "a lamp: off", "fog"], 1)]
-    (tmp_path / "train.json").write_text(json.dumps([{"instruction": instruction, "answer": "answer4"}]))
-    with pytest.raises(ValueError, match="answer 4 of 3 choices"):
-        example("packaged").choice_questions(tmp_path, "train")
-
-
 def test_missing_package_is_named_with_the_command_that_installs_it(example):
     packaged = example("packaged")
     with pytest.raises(packaged.MissingPackageError, match=r"pip install --no-deps 'no-such==1\.0'"):
@@ -159,7 +145,7 @@ def test_linear_probe_learns_what_is_linear(example):
 
 
 def test_learning_rate_rises_then_falls_to_nearly_zero(example):
-    rates = [example("finetune_timm").learning_rate_schedule(step, 100) for step in range(100)]
+    rates = [example("training").learning_rate_schedule(step, 100) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.01
 
@@ -206,12 +192,12 @@ def test_only_trained_batchnorms_leave_eval_mode(example):
 
 
 def test_auto_precision_is_off_where_bfloat16_is_not_multiplied(example, monkeypatch):
-    finetune = example("finetune_timm")
+    runtime = example("runtime")
     for fast in (False, True):
-        monkeypatch.setattr(finetune, "multiplies_bfloat16", lambda device, fast=fast: fast)
-        assert finetune.Runtime.choose("cpu", "auto").amp is (torch.bfloat16 if fast else None)
-    assert finetune.Runtime.choose("cpu", "off").amp is None
-    assert finetune.Runtime.choose("cpu", "fp16").amp is torch.float16
+        monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda device, fast=fast: fast)
+        assert runtime.Runtime.choose("cpu", "auto").amp is (torch.bfloat16 if fast else None)
+    assert runtime.Runtime.choose("cpu", "off").amp is None
+    assert runtime.Runtime.choose("cpu", "fp16").amp is torch.float16
 
 
 # --- the whole fine-tuning example ------------------------------------------------------------------------------------

@@ -143,14 +143,15 @@ class Adapter(nn.Module):
         # seen.
         self.register_buffer("form", self._form(weight.device))
         self.form: Tensor
-        self._create({"device": weight.device, "dtype": dtype}, {} if siblings is None else siblings)
+        self._siblings = {} if siblings is None else siblings
+        self._create({"device": weight.device, "dtype": dtype})
         if not self.pending:
             self.take_norm(weight_norm, weight)
             known = values or (lambda: self.matrix(weight.detach()))
             self._start(known) if start else self._zero()
             self.method.remember(self, known)
 
-    def _create(self, place: dict[str, Any], siblings: dict[Any, Any]) -> None:
+    def _create(self, place: dict[str, Any]) -> None:
         """Register the adapter's own tensors, not yet set; `place` is their device and dtype."""
         shapes = self.update.shapes(self.matrix_shape, self.rank)
         for name, shape in shapes.items():
@@ -161,7 +162,7 @@ class Adapter(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
         for name, shape in self.method.shapes(self.matrix_shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **place)))
-        for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, siblings).items():
+        for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
             self.register_parameter(name, parameter)
         own = {**self.update.roles, **self.method.roles}
         self.roles = {name: role for name, role in own.items() if name in self._parameters}
@@ -337,9 +338,8 @@ class Adapter(nn.Module):
                 fresh = torch.empty_like(tensor, device=device)
                 kept = isinstance(tensor, nn.Parameter)
                 setattr(self, name, nn.Parameter(fresh, requires_grad=tensor.requires_grad) if kept else fresh)
-        for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, {}).items():
-            if getattr(self, name).is_meta:
-                setattr(self, name, parameter)
+        for name, drawn in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
+            setattr(self, name, drawn)  # also where `to_empty` gave it memory: it has no numbers, and is shared no more
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         """`model.half()` must not round ||W||_F, nor tau: these move between devices only."""

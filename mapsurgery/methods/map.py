@@ -172,5 +172,6 @@ def _adapted_rows(ids: Tensor, padding_idx: int | None, W: Tensor, *factors: Any
     A, B = factors[:2]
     acc = reference.accumulate_dtype(torch.promote_types(W.dtype, A.dtype))
     scales = ops.map_scales(*factors)[0].to(acc)
-    update = F.embedding(ids, B).to(acc) @ A.to(acc)
+    with ops.full_precision(A.device.type):
+        update = F.embedding(ids, B).to(acc) @ A.to(acc)
     return combined_rows(ids, padding_idx, W, update, scales[reference.S_W], scales[reference.S_D], None)

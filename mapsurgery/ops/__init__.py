@@ -29,6 +29,7 @@ flops.register()
 
 from .lazy import can_wait, lazy_result, lazy_weight  # noqa: E402
 from .reference import accumulate_dtype, magnitudes  # noqa: E402
+from .registration import full_precision  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "can_wait",
     "effective_weight",
     "frobenius_norm",
+    "full_precision",
     "lazy_result",
     "lazy_weight",
     "lowrank_norm",
@@ -189,7 +191,8 @@ def map_scales(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.map_scales`, differentiable by plain torch, for layers that no operator computes."""
     definition = decompositions if torch.compiler.is_exporting() else reference  # no float64 in an exported graph
-    return definition.map_scales(A, B, alpha, beta, weight_norm, tau, relative)
+    with full_precision(A.device.type):
+        return definition.map_scales(A, B, alpha, beta, weight_norm, tau, relative)
 
 
 def lowrank_norm(A: Tensor, B: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ kernel of every device without a native one, fake kernels, autograd and autocast
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _libraries: list[torch.library.Library] = []  # registrations live as long as th
 def autocasting(device: str) -> bool:
     """Whether autocast is on for this type of device; meta does not know it."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """A block without autocast, which would round the products that norms and weights are made of."""
+    return torch.autocast(device, enabled=False) if autocasting(device) else nullcontext()
 
 
 def autocast(x: Tensor) -> Tensor:

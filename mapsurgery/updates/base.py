@@ -82,7 +82,10 @@ class Update:
         raise NotImplementedError
 
     def delta(self, p: Parameters) -> Tensor:
-        """ΔW (m, K), or a stack of it, differentiable, in the dtype of the parameters."""
+        """ΔW (m, K), or a stack of it, differentiable, in the dtype of the parameters.
+
+        Matrix products belong into ``with mapsurgery.ops.full_precision(device)``, which keeps autocast off them.
+        """
         raise NotImplementedError
 
     # What a subclass may define ---------------------------------------------------------------------------------
@@ -146,7 +149,8 @@ class FactoredUpdate(Update):
 
     def delta(self, p: Parameters) -> Tensor:
         A, B = self.factors(p)
-        return B @ A
+        with ops.full_precision(A.device.type):
+            return B @ A
 
     def norm(self, p: Parameters) -> Tensor:
         """‖BA‖_F from the Gram matrices, ⟨BᵀB, AAᵀ⟩."""
@@ -162,14 +166,15 @@ class FactoredUpdate(Update):
 
     def rows(self, p: Parameters, ids: Tensor) -> Tensor:
         A, B = self.factors(p)
-        return F.embedding(ids, B) @ A
+        with ops.full_precision(A.device.type):
+            return F.embedding(ids, B) @ A
 
     def row_products(self, p: Parameters, weight: Tensor) -> tuple[Tensor, Tensor]:
         A, B = self.factors(p)
         acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, A.dtype))
         A, B = A.to(acc), B.to(acc)
-        along = weight.to(acc) @ A.mT
-        return (along * B).sum(-1), ((B @ (A @ A.mT)) * B).sum(-1)
+        with ops.full_precision(A.device.type):
+            return ((weight.to(acc) @ A.mT) * B).sum(-1), ((B @ (A @ A.mT)) * B).sum(-1)
 
     def singular_values(self, p: Parameters) -> Tensor:
         """Those of R_B R_Aᵀ, as small as the rank, from the QR decompositions of the factors."""
@@ -197,7 +202,8 @@ def frobenius(delta: Tensor) -> Tensor:
 def lowrank_norm(A: Tensor, B: Tensor) -> Tensor:
     """‖BA‖_F = sqrt⟨BᵀB, AAᵀ⟩ of factors or stacks of them, (1,) or (E,), differentiable; gradient 0 at 0."""
     A, B = widened(A), widened(B)
-    square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0).reshape(-1)
+    with ops.full_precision(A.device.type):
+        square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0).reshape(-1)
     return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from .base import FactoredUpdate, Matrix, Parameters, uniform_, zeros_
 
 
@@ -42,5 +43,6 @@ class Flora(FactoredUpdate):
         """LoRA's factors U and A = G ×₂ V (r, channels · taps): only the core is contracted, nothing of size (m, K)."""
         stack = p.V.dim() - 2
         core = p.G.flatten(stack + 2) if p.G.dim() > stack + 2 else p.G.unsqueeze(-1)  # (..., r, rows, taps)
-        A = torch.einsum("...abk,...bc->...ack", core, p.V)
+        with ops.full_precision(p.V.device.type):
+            A = torch.einsum("...abk,...bc->...ack", core, p.V)
         return A.flatten(-2), p.U

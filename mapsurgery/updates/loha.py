@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from .base import Matrix, Parameters, Update, frobenius, lowrank_norm, uniform_, zeros_
 
 
@@ -37,7 +38,8 @@ class LoHa(Update):
         uniform_(p.B2) if live else zeros_(p.B2)
 
     def delta(self, p: Parameters) -> Tensor:
-        return (p.B1 @ p.A1) * (p.B2 @ p.A2)
+        with ops.full_precision(p.A1.device.type):
+            return (p.B1 @ p.A1) * (p.B2 @ p.A2)
 
     def factors(self, p: Parameters) -> tuple[Tensor, Tensor] | None:
         rank, K = p.A1.shape[-2:]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import ops
 from .base import Matrix, Parameters, Update, frobenius, lowrank_norm, svdvals, uniform_, widened, zeros_
 
 
@@ -56,7 +57,10 @@ class LoKr(Update):
         uniform_(zero) if live else zeros_(zero)
 
     def _right(self, p: Parameters) -> Tensor:
-        return p.D if "D" in p.roles else p.D_b @ p.D_a
+        if "D" in p.roles:
+            return p.D
+        with ops.full_precision(p.C.device.type):
+            return p.D_b @ p.D_a
 
     def delta(self, p: Parameters) -> Tensor:
         C, D = p.C, self._right(p)
