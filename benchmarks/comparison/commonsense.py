@@ -14,7 +14,7 @@ from .task import Options, Task, required
 
 LAYERS = 6
 """Adapted are the uppermost: with all 30, a training would take five times as long."""
-TRAIN, VALIDATION, TEST = 192, 100, 200
+TRAIN, VALIDATION, TEST = 192, 80, 160
 BATCH = 8
 
 
