@@ -38,6 +38,9 @@ OTHERS = [case for case in MORE_CASES if case.name in _OTHERS]
 # rsLoRA differs from LoRA in a number, DoRA from its exact form in its gradient alone: no layer is run with both.
 every_method = pytest.mark.parametrize("method", [name for name in METHODS if name not in ("rslora", "dora")])
 every_update = pytest.mark.parametrize("update", UPDATES)
+# On each layer: the families once, MAP as it starts by default.
+main_methods = pytest.mark.parametrize("method", ["map", "lora", "dora_exact"])
+main_updates = pytest.mark.parametrize("update", updates.REGISTRY)
 every_layer = pytest.mark.parametrize("case", LAYERS, ids=str)
 few_layers = pytest.mark.parametrize("case", FEW_LAYERS, ids=str)
 
@@ -59,8 +62,8 @@ def adapted_case(
     return original, to_generic_point(adapted) if generic else adapted, torch.randn(case.shape, dtype=dtype)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 @every_layer
 def test_the_start_is_the_base(case: Case, update: str, method: str) -> None:
     original, adapted, x = adapted_case(case, method, update, generic=False)
@@ -68,8 +71,8 @@ def test_the_start_is_the_base(case: Case, update: str, method: str) -> None:
     torch.testing.assert_close(adapted(x), original(x), rtol=1e-13, atol=1e-13)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 @every_layer
 def test_forward_gradients_and_merge_are_those_of_the_materialised_weight(case: Case, update: str, method: str) -> None:
     original, adapted, x = adapted_case(case, method, update)
@@ -145,8 +148,8 @@ def test_the_first_step_moves_the_weight_a_little_and_every_parameter_can_learn(
     assert 0 < change < {"map": 30 * lr, "map_paper": 0.15}.get(method, 1.0)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 @every_layer
 def test_the_original_comes_back_and_a_file_gives_the_same(case: Case, update: str, method: str, tmp_path) -> None:
     torch.manual_seed(3)
@@ -168,8 +171,8 @@ def test_the_original_comes_back_and_a_file_gives_the_same(case: Case, update: s
     snapshot.assert_holds(layer)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 @every_layer
 def test_verify_and_report(case: Case, update: str, method: str) -> None:
     if (update, method, case.rank) == ("adalora", "map_paper", 1):
@@ -192,8 +195,8 @@ def test_verify_and_report(case: Case, update: str, method: str) -> None:
     assert numbers["effective_rank"] == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-3)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
 def test_other_layers_compute_with_the_same_weight(case, update: str, method: str, tmp_path) -> None:
     original, data = case.built(), case.data()
@@ -236,9 +239,11 @@ def test_half_precision_bases_and_autocast(update: str, method: str) -> None:
             adapted(x).float().sum().backward()
 
 
+_COMPILED = [*(("map", update) for update in UPDATES), *((method, "lora") for method in METHODS if method != "map")]
+
+
 @pytest.mark.slow
-@every_method
-@every_update
+@pytest.mark.parametrize(("method", "update"), [*_COMPILED, ("lora", "lokr"), ("dora_exact", "dense")])
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiles_into_one_graph(update: str, method: str) -> None:
     for name in ("linear", "conv2d"):

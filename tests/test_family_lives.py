@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from definition import to_generic_point, weight_by
-from test_families import UPDATES, every_method, every_update, options
+from test_families import UPDATES, every_update, main_methods, main_updates, options
 from test_quantised import K, Packed4, source
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,8 +29,8 @@ def rows() -> Tensor:
     return torch.randn(5, 8, generator=torch.Generator().manual_seed(6))
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 @pytest.mark.parametrize("how", ["to_empty", "assign"])
 def test_a_meta_model_is_the_base_once_its_weights_arrive(how: str, update: str, method: str) -> None:
     original = net()
@@ -47,8 +47,8 @@ def test_a_meta_model_is_the_base_once_its_weights_arrive(how: str, update: str,
     assert not mapsurgery.verify(model, rows()).failures
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 def test_another_checkpoint_under_a_fresh_adapter_is_the_new_base(update: str, method: str) -> None:
     if update.startswith(("pissa", "olora")):
         pytest.skip("starts from parts of the first W, as its paper has it: its update is 0 on any base")
@@ -61,8 +61,8 @@ def test_another_checkpoint_under_a_fresh_adapter_is_the_new_base(update: str, m
     torch.testing.assert_close(model(rows()), other(rows()))
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 def test_a_whole_checkpoint_and_a_pickle_bring_everything(update: str, method: str) -> None:
     model = to_generic_point(mapsurgery.patch(net(), "*", rank=2, **options(method, update)))
     expected = model(rows())
@@ -73,8 +73,8 @@ def test_a_whole_checkpoint_and_a_pickle_bring_everything(update: str, method: s
     assert torch.equal(copy.deepcopy(model)(rows()), expected)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 def test_an_adapter_of_another_kind_is_refused(update: str, method: str) -> None:
     model = mapsurgery.patch(net(), "*", rank=2, **options(method, update))
     state = mapsurgery.adapter_state_dict(model)
@@ -83,8 +83,8 @@ def test_an_adapter_of_another_kind_is_refused(update: str, method: str) -> None
         mapsurgery.load_adapter_state_dict(mapsurgery.patch(net(), "*", rank=2, **other), state)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 def test_a_quantised_base_runs_on_its_own_kernel(update: str, method: str) -> None:
     original = Packed4(source())
     layer = mapsurgery.patch(nn.Sequential(copy.deepcopy(original)), "*", rank=2, **options(method, update))
@@ -100,8 +100,8 @@ def test_a_quantised_base_runs_on_its_own_kernel(update: str, method: str) -> No
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 def test_layers_are_built_adapted(update: str, method: str) -> None:
     layer = mapsurgery.MapLinear(8, 6, rank=2, **options(method, update))
     x = rows()
@@ -118,8 +118,8 @@ def test_a_fake_model_can_be_patched(update: str) -> None:
             assert model(torch.randn(5, 8)).shape == (5, 3)
 
 
-@every_method
-@every_update
+@main_methods
+@main_updates
 def test_a_zero_weight_gets_an_update(update: str, method: str) -> None:
     layer = nn.Linear(8, 6)
     nn.init.zeros_(layer.weight)
