@@ -408,3 +408,30 @@ def test_rows_of_an_embedding_are_those_of_the_weight_under_autocast(update: str
     model = to_generic_point(case.patched(torch.float32, **options(method, update)))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(case.data()), model.weight.detach()[case.data()], rtol=1e-5, atol=1e-6)
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@every_method
+@every_update
+@few_layers
+def test_a_gpu_computes_the_same_and_the_host_waits_for_nothing(case: Case, update: str, method: str) -> None:
+    _, adapted, x = adapted_case(case, method, update)
+    own = list(adapted.adapter.own_parameters().values())
+    expected = adapted(x)
+    direction = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, own, direction)
+    adapted, x, direction = adapted.cuda(), x.cuda(), direction.cuda()
+    own = list(adapted.adapter.own_parameters().values())
+    adapted(x)  # the first call may initialise libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = adapted(x)
+        found = torch.autograd.grad(y, own, direction)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, want in zip((y, *found), (expected, *gradients), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-9)
