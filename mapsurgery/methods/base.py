@@ -355,7 +355,7 @@ class Adapter(nn.Module):
         return self
 
     def _form(self, device: torch.device) -> Tensor:
-        return torch.tensor(list(self.form_values().values()), device=device)
+        return torch.tensor(list(self.form_values().values()), device=device, dtype=torch.float32)
 
     def form_values(self) -> dict[str, float]:
         """What `form` holds, by name."""
