@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 import mapsurgery
 from mapsurgery import updates
+from mapsurgery.methods import METHODS as REGISTERED_METHODS
 
 METHODS = {
     "map": "map",
@@ -379,6 +380,45 @@ def test_registering_refuses_what_cannot_be_used() -> None:
     taken = dataclass(frozen=True)(type("Other", (mapsurgery.Update,), {"name": "loha"}))
     with pytest.raises(ValueError, match="'loha' is taken"):
         mapsurgery.register_update(taken)
+    required = dataclass(frozen=True)(
+        type("Required", (mapsurgery.Update,), {"name": "required", "__annotations__": {"scale": "float"}})
+    )
+    with pytest.raises(TypeError, match="Required needs a default.*scale"):
+        mapsurgery.register_update(required)
+    role = dataclass(frozen=True)(type("Role", (mapsurgery.Update,), {"name": "role", "roles": {"D": "upward"}}))
+    with pytest.raises(ValueError, match="Role has the role 'upward'"):
+        mapsurgery.register_update(role)
+    role = dataclass(frozen=True)(type("Role", (mapsurgery.Method,), {"name": "role", "roles": {"m": "up"}}))
+    with pytest.raises(ValueError, match="Role has the role 'up'"):
+        mapsurgery.register_method(role)
+    assert {"required", "role"}.isdisjoint([*updates.REGISTRY, *REGISTERED_METHODS])
+
+
+@pytest.mark.usefixtures("_diagonal")
+def test_a_class_of_ones_own_that_no_file_could_bring_back_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    snapshot = Snapshot(layer)
+    below = dataclass(frozen=True)(type("Below", (updates.LoraUpdate,), {}))
+    with pytest.raises(TypeError, match="Below.*register_update"):
+        mapsurgery.patch(layer, "*", update=below())
+    with pytest.raises(TypeError, match="cannot hold"):
+        mapsurgery.patch(layer, "*", update=Diagonal(first=torch.ones(())))
+    snapshot.assert_holds(layer)
+
+
+@pytest.mark.parametrize(("name", "method"), [("alpha", "map"), ("m", "dora"), ("weight_norm", "lora")])
+def test_a_family_whose_names_are_taken_is_refused(name: str, method: str, monkeypatch) -> None:
+    def shapes(self, matrix, rank: int) -> dict[str, tuple[int, ...]]:
+        return {name: (matrix.m, matrix.K)}
+
+    body = {"name": "test_taken", "roles": {name: "up"}, "shapes": shapes}
+    family = dataclass(frozen=True)(type("Taken", (mapsurgery.Update,), body))
+    monkeypatch.setitem(updates.REGISTRY, "test_taken", family)
+    layer = nn.Linear(4, 4)
+    snapshot = Snapshot(layer)
+    with pytest.raises(ValueError, match=f"test_taken.*{name}.*taken"):
+        mapsurgery.patch(layer, "*", method=method, update="test_taken")
+    snapshot.assert_holds(layer)
 
 
 # Autocast ---------------------------------------------------------------------------------------------------------
