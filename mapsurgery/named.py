@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -84,7 +85,7 @@ def plain(value: Any) -> str | dict[str, Any]:
 def positive(kind: str, **values: Any) -> None:
     """Raises ValueError unless each value is a positive, finite number."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ValueError(f"{name} of {kind} must be a positive number, got {value!r}")
 
 

@@ -359,6 +359,7 @@ def test_a_bad_choice_is_named_and_changes_nothing(arguments: dict, message: str
     ("make", "message"),
     [
         (lambda: mapsurgery.Lora(alpha=0), "alpha.*0"),
+        (lambda: mapsurgery.Lora(alpha=10**400), "alpha.*number"),
         (lambda: mapsurgery.Lora(rslora="yes"), "rslora.*yes"),
         (lambda: mapsurgery.Dora(exact=1), "exact.*1"),
         (lambda: mapsurgery.Map(train_alpha=None), "train_alpha.*None"),
