@@ -16,6 +16,7 @@ from torch.func import functional_call
 import mapsurgery
 from mapsurgery import updates
 from mapsurgery.methods import METHODS as REGISTERED_METHODS
+from mapsurgery.methods import Coefficients
 
 METHODS = {
     "map": "map",
@@ -321,6 +322,42 @@ def test_a_family_of_ones_own_needs_nothing_else(case: Case, method: str, tmp_pa
     mapsurgery.report(layer)
     mapsurgery.merge(layer)
     torch.testing.assert_close(layer(x), y)
+
+
+@dataclass(frozen=True)
+class Rows(mapsurgery.Method):
+    """W' = diag(g) (W + ΔW)."""
+
+    name: ClassVar[str] = "test_rows"
+    roles: ClassVar = {"g": "base"}
+
+    def shapes(self, matrix) -> dict[str, tuple[int, ...]]:
+        return {"g": (*matrix.stack, matrix.m)}
+
+    def start(self, p, weight) -> None:
+        nn.init.ones_(p.g)
+
+    def coefficients(self, p, W, norm) -> Coefficients:
+        return Coefficients(None, 1.0, p.g)
+
+
+@few_layers
+def test_a_method_of_ones_own_needs_nothing_else(case: Case, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(REGISTERED_METHODS, "test_rows", Rows)
+    torch.manual_seed(3)
+    original = case.make().double()
+    x = torch.randn(case.shape, dtype=torch.float64)
+    layer = mapsurgery.patch(copy.deepcopy(original), "*", rank=2, method="test_rows")
+    torch.testing.assert_close(layer(x), original(x))
+    assert not mapsurgery.verify(layer, x).failures
+    to_generic_point(layer)
+    y = layer(x).detach()
+    mapsurgery.save(layer, tmp_path / "a.safetensors")
+    assert torch.equal(mapsurgery.load(copy.deepcopy(original), tmp_path / "a.safetensors")(x), y)
+    mapsurgery.merge(layer)
+    torch.testing.assert_close(layer(x), y)
+    mapsurgery.unmerge(layer)
+    torch.testing.assert_close(layer.adapter.base_weight, original.weight)
 
 
 def test_a_file_of_an_unknown_family_names_it(tmp_path) -> None:

@@ -197,14 +197,14 @@ class Method:
         weight.copy_(self._computed(p, weight, norm))
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
-        """W' -> W, in place."""
+        """W' -> W, in place; to be overridden where coefficients depend on the numbers of W."""
         c = self.coefficients(p, lambda: p.matrix(weight), norm)
-        assert c.rows is None, "a method with row factors has its own way back"
         delta = p.update.delta(p)
         acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, delta.dtype))
         matrix = p.matrix(weight)
         scale = c.update if isinstance(c.update, float) else stacked_scalars(c.update.to(acc), matrix)
-        result = matrix.to(acc) - scale * delta.to(acc)
+        result = matrix.to(acc) if c.rows is None else matrix.to(acc) / c.rows.to(acc).unsqueeze(-1)
+        result = result - scale * delta.to(acc)
         if c.base is not None:
             result = result / stacked_scalars(c.base.to(acc), matrix)
         weight.copy_(result.t() if p.transposed else result.reshape(weight.shape))
