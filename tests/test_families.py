@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -457,6 +458,25 @@ def test_a_family_whose_names_are_taken_is_refused(name: str, method: str, monke
     with pytest.raises(ValueError, match=f"test_taken.*{name}.*taken"):
         mapsurgery.patch(layer, "*", method=method, update="test_taken")
     snapshot.assert_holds(layer)
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "update"), [("map", "dense"), ("lora", "lora"), ("dora", "lora")])
+def test_threads_may_compute_with_one_model(method: str, update: str) -> None:
+    torch.manual_seed(0)
+    layer = mapsurgery.patch(nn.ConvTranspose1d(16, 16, 3), "*", rank=2, method=method, update=update)
+    x = torch.randn(2, 16, 8)
+    with torch.no_grad():
+        expected = to_generic_point(layer)(x)
+
+    def work(_: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(layer(x), expected) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 # Autocast ---------------------------------------------------------------------------------------------------------
