@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ def register(table: dict[str, type[Choice]], kind: str, base: type, cls: type[Ch
     """Add a class to a table under its `name`.
 
     Raises:
-        TypeError: it is no frozen dataclass of the kind.
+        TypeError: it is no frozen dataclass of the kind, or an option has no default.
         ValueError: it has no name, or another class has it already.
     """
     if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -24,6 +26,10 @@ def register(table: dict[str, type[Choice]], kind: str, base: type, cls: type[Ch
     name = getattr(cls, "name", "")
     if not isinstance(name, str) or not name:
         raise ValueError(f'{kind} {cls.__name__} needs a name: set `name = "..."` in the class')
+    try:
+        cls()
+    except TypeError as error:
+        raise TypeError(f"{kind} {cls.__name__} needs a default for each option: {error}") from None
     other = table.get(name, cls)
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{kind} {name!r} is taken by {other.__module__}.{other.__qualname__}: choose another name")
@@ -38,13 +44,15 @@ def parse(table: Mapping[str, type[Choice]], kind: str, value: Any) -> Any:
         TypeError: `value` is of another type.
         ValueError: no class has this name, or an option is unknown or bad.
     """
-    if isinstance(value, tuple(table.values())):
+    if type(value) in table.values():  # a subclass has to be registered: a file knows it by its name
+        _refuse_unwritable(kind, value)
         return value
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise TypeError(
-            f"{kind} must be one of {', '.join(map(repr, table))} or an instance with options, got {value!r}"
+            f"{kind} must be one of {', '.join(map(repr, table))} or an instance of such a class with options, got "
+            f"{value!r}; a class of your own has to be registered first (mapsurgery.register_{kind})"
         )
     options = {**value}
     name = options.pop("name")
@@ -59,6 +67,13 @@ def parse(table: Mapping[str, type[Choice]], kind: str, value: Any) -> Any:
         raise ValueError(f"{kind} {name!r} takes no such options: {error}") from None
 
 
+def _refuse_unwritable(kind: str, value: Any) -> None:
+    try:
+        json.dumps(plain(value))
+    except TypeError as error:
+        raise TypeError(f"{kind} {value!r} has an option that a file cannot hold: {error}") from None
+
+
 def plain(value: Any) -> str | dict[str, Any]:
     """The name of a choice, with its options where they are not the defaults: for a file's metadata."""
     options = dataclasses.asdict(value)
@@ -70,7 +85,7 @@ def plain(value: Any) -> str | dict[str, Any]:
 def positive(kind: str, **values: Any) -> None:
     """Raises ValueError unless each value is a positive, finite number."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ValueError(f"{name} of {kind} must be a positive number, got {value!r}")
 
 

@@ -49,12 +49,13 @@ def save(model: nn.Module, path: Path) -> None:
     new one.
 
     Raises:
-        ValueError: a layer's weight is still on meta, an adapter holds NaN or infinity, or what `adapter_state_dict`
-            refuses.
+        ValueError: a layer's weight is still on meta, an adapter holds NaN or infinity, layers were built with
+            different methods, updates or starts, or what `adapter_state_dict` refuses.
         OSError: the file cannot be written; an existing one is left as it was.
     """
     root, memory = record.find_patched(model)
     sites = record.intact_sites(root, memory)
+    _refuse_mixed(sites, memory.config)
     holders = record.all_sites(root)
     layers = {site.path: _describe(site, holders) for site in sites}
     tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
@@ -72,6 +73,17 @@ def save(model: nn.Module, path: Path) -> None:
     if diverged:
         raise ValueError(f"what was trained holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
     write_whole({os.fspath(path): lambda temporary: save_file(tensors, temporary, metadata=metadata)})
+
+
+def _refuse_mixed(sites: list[record.Site], config: Config) -> None:
+    """Layers that were not made by one `patch` may differ in what a file says once."""
+    for site in sites:
+        own = site.adapter
+        if (own.method, own.update, own.init) != (config.method, config.update, config.init):
+            raise ValueError(
+                f"{site.path} has {own.method}, {own.update}, {own.init}, but another layer {config.method}, "
+                f"{config.update}, {config.init}: a file holds adapters of one kind"
+            )
 
 
 def _library_version() -> str:

@@ -194,12 +194,14 @@ def _gradients(adapters: dict[str, Adapter], call: Callable[[], list[Tensor]]) -
 
 @torch.no_grad()
 def _perturb(adapters: dict[str, Adapter]) -> None:
-    """Move every adapter to a generic point, where each of its parameters matters."""
+    """Move every adapter to a generic point, where each of its parameters matters and W' is of the size of W."""
     for adapter in adapters.values():
+        first = 1 / max(1.0, adapter.scaling)  # a larger W' would saturate what lies behind, which hides gradients
         for name, parameter in adapter.own_parameters().items():
             if adapter.roles[name] in _UPDATE:
                 size = parameter.square().mean().sqrt()
-                parameter.add_(torch.randn_like(parameter) * torch.where(size > 0, size, parameter.shape[-1] ** -0.5))
+                size = torch.where(size > 0, size, first * parameter.shape[-1] ** -0.5)
+                parameter.add_(torch.randn_like(parameter) * size)
             elif not parameter.any():
                 parameter.fill_(0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,8 @@ from torch.func import functional_call
 
 import mapsurgery
 from mapsurgery import updates
+from mapsurgery.methods import METHODS as REGISTERED_METHODS
+from mapsurgery.methods import Coefficients
 
 METHODS = {
     "map": "map",
@@ -322,6 +325,42 @@ def test_a_family_of_ones_own_needs_nothing_else(case: Case, method: str, tmp_pa
     torch.testing.assert_close(layer(x), y)
 
 
+@dataclass(frozen=True)
+class Rows(mapsurgery.Method):
+    """W' = diag(g) (W + ΔW)."""
+
+    name: ClassVar[str] = "test_rows"
+    roles: ClassVar = {"g": "base"}
+
+    def shapes(self, matrix) -> dict[str, tuple[int, ...]]:
+        return {"g": (*matrix.stack, matrix.m)}
+
+    def start(self, p, weight) -> None:
+        nn.init.ones_(p.g)
+
+    def coefficients(self, p, W, norm) -> Coefficients:
+        return Coefficients(None, 1.0, p.g)
+
+
+@few_layers
+def test_a_method_of_ones_own_needs_nothing_else(case: Case, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(REGISTERED_METHODS, "test_rows", Rows)
+    torch.manual_seed(3)
+    original = case.make().double()
+    x = torch.randn(case.shape, dtype=torch.float64)
+    layer = mapsurgery.patch(copy.deepcopy(original), "*", rank=2, method="test_rows")
+    torch.testing.assert_close(layer(x), original(x))
+    assert not mapsurgery.verify(layer, x).failures
+    to_generic_point(layer)
+    y = layer(x).detach()
+    mapsurgery.save(layer, tmp_path / "a.safetensors")
+    assert torch.equal(mapsurgery.load(copy.deepcopy(original), tmp_path / "a.safetensors")(x), y)
+    mapsurgery.merge(layer)
+    torch.testing.assert_close(layer(x), y)
+    mapsurgery.unmerge(layer)
+    torch.testing.assert_close(layer.adapter.base_weight, original.weight)
+
+
 def test_a_file_of_an_unknown_family_names_it(tmp_path) -> None:
     mapsurgery.register_update(Diagonal)
     layer = mapsurgery.patch(nn.Linear(4, 4), "*", update=Diagonal(first=0.5))
@@ -358,6 +397,7 @@ def test_a_bad_choice_is_named_and_changes_nothing(arguments: dict, message: str
     ("make", "message"),
     [
         (lambda: mapsurgery.Lora(alpha=0), "alpha.*0"),
+        (lambda: mapsurgery.Lora(alpha=10**400), "alpha.*number"),
         (lambda: mapsurgery.Lora(rslora="yes"), "rslora.*yes"),
         (lambda: mapsurgery.Dora(exact=1), "exact.*1"),
         (lambda: mapsurgery.Map(train_alpha=None), "train_alpha.*None"),
@@ -379,6 +419,64 @@ def test_registering_refuses_what_cannot_be_used() -> None:
     taken = dataclass(frozen=True)(type("Other", (mapsurgery.Update,), {"name": "loha"}))
     with pytest.raises(ValueError, match="'loha' is taken"):
         mapsurgery.register_update(taken)
+    required = dataclass(frozen=True)(
+        type("Required", (mapsurgery.Update,), {"name": "required", "__annotations__": {"scale": "float"}})
+    )
+    with pytest.raises(TypeError, match="Required needs a default.*scale"):
+        mapsurgery.register_update(required)
+    role = dataclass(frozen=True)(type("Role", (mapsurgery.Update,), {"name": "role", "roles": {"D": "upward"}}))
+    with pytest.raises(ValueError, match="Role has the role 'upward'"):
+        mapsurgery.register_update(role)
+    role = dataclass(frozen=True)(type("Role", (mapsurgery.Method,), {"name": "role", "roles": {"m": "up"}}))
+    with pytest.raises(ValueError, match="Role has the role 'up'"):
+        mapsurgery.register_method(role)
+    assert {"required", "role"}.isdisjoint([*updates.REGISTRY, *REGISTERED_METHODS])
+
+
+@pytest.mark.usefixtures("_diagonal")
+def test_a_class_of_ones_own_that_no_file_could_bring_back_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    snapshot = Snapshot(layer)
+    below = dataclass(frozen=True)(type("Below", (updates.LoraUpdate,), {}))
+    with pytest.raises(TypeError, match="Below.*register_update"):
+        mapsurgery.patch(layer, "*", update=below())
+    with pytest.raises(TypeError, match="cannot hold"):
+        mapsurgery.patch(layer, "*", update=Diagonal(first=torch.ones(())))
+    snapshot.assert_holds(layer)
+
+
+@pytest.mark.parametrize(("name", "method"), [("alpha", "map"), ("m", "dora"), ("weight_norm", "lora")])
+def test_a_family_whose_names_are_taken_is_refused(name: str, method: str, monkeypatch) -> None:
+    def shapes(self, matrix, rank: int) -> dict[str, tuple[int, ...]]:
+        return {name: (matrix.m, matrix.K)}
+
+    body = {"name": "test_taken", "roles": {name: "up"}, "shapes": shapes}
+    family = dataclass(frozen=True)(type("Taken", (mapsurgery.Update,), body))
+    monkeypatch.setitem(updates.REGISTRY, "test_taken", family)
+    layer = nn.Linear(4, 4)
+    snapshot = Snapshot(layer)
+    with pytest.raises(ValueError, match=f"test_taken.*{name}.*taken"):
+        mapsurgery.patch(layer, "*", method=method, update="test_taken")
+    snapshot.assert_holds(layer)
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "update"), [("map", "dense"), ("lora", "lora"), ("dora", "lora")])
+def test_threads_may_compute_with_one_model(method: str, update: str) -> None:
+    torch.manual_seed(0)
+    layer = mapsurgery.patch(nn.ConvTranspose1d(16, 16, 3), "*", rank=2, method=method, update=update)
+    x = torch.randn(2, 16, 8)
+    with torch.no_grad():
+        expected = to_generic_point(layer)(x)
+
+    def work(_: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(layer(x), expected) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 # Autocast ---------------------------------------------------------------------------------------------------------

@@ -154,6 +154,19 @@ def test_a_file_of_vera_with_other_numbers_is_refused(tmp_path, monkeypatch) -> 
         mapsurgery.load(net(), tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("update", ["lora", "vera"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_change_what_a_file_means(update: str, default: torch.dtype, tmp_path) -> None:
+    model = net()
+    torch.set_default_dtype(default)
+    try:
+        to_generic_point(mapsurgery.patch(model, "*", rank=2, update=update))
+        mapsurgery.save(model, tmp_path / "a.safetensors")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(mapsurgery.load(net(), tmp_path / "a.safetensors")(rows()), model(rows()))
+
+
 def test_files_say_names_and_options(tmp_path) -> None:
     chosen = {"method": mapsurgery.Dora(alpha=3.0, exact=True), "update": updates.LoKr(factor=2)}
     model = mapsurgery.patch(net(), "*", rank=2, **chosen)

@@ -103,6 +103,34 @@ def test_merging_never_changes_another_holder_of_the_weight(other: str, keep_bas
         assert torch.equal(model.part.weight, original[4:7])
 
 
+def test_rows_of_zeros_are_that_again_after_unmerging_dora() -> None:
+    layer = nn.Embedding(40, 6).double()
+    with torch.no_grad():
+        layer.weight[::2] = 0
+    model = to_generic_point(mapsurgery.patch(layer, "*", rank=2, method="dora"))
+    ids = torch.arange(40)
+    expected = model(ids).detach()
+    for _ in range(2):
+        mapsurgery.unmerge(mapsurgery.merge(model))
+        assert not model.adapter.base_weight[::2].any()
+        torch.testing.assert_close(model(ids), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("before", ["verify", "keep_base"])
+def test_a_length_of_zero_can_be_unmerged_whatever_was_merged_before(before: str) -> None:
+    model = to_generic_point(mapsurgery.patch(net(), "body", rank=2, method="dora"))
+    if before == "verify":  # which merges for a moment
+        mapsurgery.verify(model, image())
+    else:
+        mapsurgery.unmerge(mapsurgery.merge(model, keep_base=True))
+    adapter = model.body[0].adapter
+    with torch.no_grad():
+        adapter.m[0] = 0
+    W = adapter.base_weight.detach().clone()
+    mapsurgery.unmerge(mapsurgery.merge(model))
+    torch.testing.assert_close(adapter.base_weight.detach(), W)
+
+
 def test_merging_a_frozen_tied_weight_leaves_it_frozen() -> None:
     model = _tied().requires_grad_(False)
     mapsurgery.patch(model, "out", rank=2)

@@ -282,6 +282,17 @@ def test_patterns_of_ranks_and_alphas(rslora: bool, tmp_path: Path) -> None:
     assert len({adapter.rank for adapter in adapters.values()}) == 3
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_alpha_of_its_own_keeps_a_start_of_parts_of_the_weight(start: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=3, alpha_pattern={"k_proj": 32}, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=start
+    )
+    theirs = _to_generic_point(peft.get_peft_model(_base("llama", torch.float32), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_peft(_base("llama", torch.float32), tmp_path).eval()
+    torch.testing.assert_close(_output(theirs, _inputs()), _output(ours, _inputs()), rtol=1e-5, atol=1e-5)
+
+
 # The other families, forward ----------------------------------------------------------------------------------------
 
 

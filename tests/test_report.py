@@ -66,6 +66,20 @@ def test_the_measures_are_those_of_the_materialised_weights(case: Case, init: ma
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(-1.0, 0.0), (-1.0, 1e-9), (-0.01, 0.1), (0.0, 0.0)])
+def test_a_base_that_is_turned_round_shows(alpha: float, beta: float) -> None:
+    layer = to_generic_point(mapsurgery.patch(nn.Linear(6, 5).double(), "*", rank=2))
+    layer.adapter.alpha.data.fill_(alpha)
+    layer.adapter.beta.data.fill_(beta)
+    W, W_ = layer.adapter.base_weight.detach(), weight_of(layer)
+    found = mapsurgery.report(layer).layers[""]
+    if alpha:
+        expected = row_numbers(W, W_)
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+    else:  # W' = 0 has no direction
+        assert (found["change"], found["scaling"], found["direction_change"]) == pytest.approx((1, 1, 0))
+
+
 def test_at_the_start_nothing_has_changed() -> None:
     values = mapsurgery.report(mapsurgery.patch(net(), "*", rank=2)).layers
     assert list(values) == ["stem", "body.0", "body.2", "head"]

@@ -54,6 +54,13 @@ def test_a_loaded_model_computes_the_same_bitwise_and_trains_the_same(path: Path
     assert torch.equal(loaded(image()), model(image()))
 
 
+def test_layers_of_several_kinds_are_no_one_file(path: Path) -> None:
+    model = nn.Sequential(mapsurgery.MapLinear(4, 4, rank=1), mapsurgery.MapLinear(4, 4, rank=1, method="dora"))
+    with pytest.raises(ValueError, match="^1 has Dora.*one kind"):
+        mapsurgery.save(model, path)
+    assert not path.exists()
+
+
 def test_the_file_holds_the_adapters_the_trained_and_the_changed_and_nothing_else(path: Path) -> None:
     model = _trained()
     mapsurgery.save(model, path)

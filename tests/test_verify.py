@@ -271,3 +271,10 @@ def test_verify_leaves_rebound_buffers_inputs_and_random_states() -> None:
     mapsurgery.verify(model, x)
     assert model.count == 0 and x.grad is None
     assert states == (random.getstate(), numpy.random.get_state()[1].tolist())
+
+
+def test_a_large_scaling_saturates_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.Tanh())])
+    mapsurgery.patch(model, "*", rank=2, method=mapsurgery.Lora(alpha=256.0))
+    assert not mapsurgery.verify(model, torch.randn(1, 8)).failures

@@ -36,8 +36,12 @@ def register_method(method: type[Method]) -> type[Method]:
     """Add a method under its `name`; usable as a decorator of the class.
 
     Raises:
-        TypeError, ValueError: it is no frozen dataclass below `Method`, or its name is missing or taken.
+        TypeError, ValueError: it is no frozen dataclass below `Method` with a default for each option, its name is
+            missing or taken, or a role is unknown.
     """
+    unknown = set(getattr(method, "roles", {}).values()) - {"base", "magnitude"}
+    if unknown:
+        raise ValueError(f'method {method.__name__} has the role {unknown.pop()!r}; choose "base" or "magnitude"')
     return register(METHODS, "method", Method, method)
 
 

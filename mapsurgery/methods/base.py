@@ -154,18 +154,29 @@ class Adapter(nn.Module):
     def _create(self, place: dict[str, Any]) -> None:
         """Register the adapter's own tensors, not yet set; `place` is their device and dtype."""
         shapes = self.update.shapes(self.matrix_shape, self.rank)
+        own_shapes = self.method.shapes(self.matrix_shape)
+        self._refuse_taken([*shapes, *own_shapes])
         for name, shape in shapes.items():
             value = torch.empty(shape, **place)
             if name in self.update.frozen:
                 self.register_buffer(name, value)
             else:
                 self.register_parameter(name, nn.Parameter(value))
-        for name, shape in self.method.shapes(self.matrix_shape).items():
+        for name, shape in own_shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **place)))
         for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
             self.register_parameter(name, parameter)
         own = {**self.update.roles, **self.method.roles}
         self.roles = {name: role for name, role in own.items() if name in self._parameters}
+
+    def _refuse_taken(self, names: Sequence[str]) -> None:
+        """Raises ValueError if a tensor is called as another one or as an attribute."""
+        for i, name in enumerate(names):
+            if name in names[:i] or hasattr(self, name):
+                raise ValueError(
+                    f"update {self.update.name!r} with method {self.method.name!r}: the name {name!r} of a tensor is "
+                    "taken, choose another"
+                )
 
     @torch.no_grad()
     def _start(self, weight: Callable[[], Tensor]) -> None:
@@ -355,7 +366,7 @@ class Adapter(nn.Module):
         return self
 
     def _form(self, device: torch.device) -> Tensor:
-        return torch.tensor(list(self.form_values().values()), device=device)
+        return torch.tensor(list(self.form_values().values()), device=device, dtype=torch.float32)
 
     def form_values(self) -> dict[str, float]:
         """What `form` holds, by name."""

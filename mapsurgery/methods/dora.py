@@ -69,23 +69,25 @@ class Dora(Lora):
         return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt()), own == 0
 
     def merge_into(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
-        rows = self.coefficients(p, lambda: p.matrix(weight), norm).rows
+        matrix = p.matrix(weight)
+        rows, empty = self.coefficients(p, lambda: matrix, norm).rows, _lengths(matrix) == 0
         super().merge_into(p, weight, norm)
-        p.__dict__["_merged_rows"] = rows  # the lengths of W + s ΔW cannot be told from W'
+        p.__dict__["_merged_rows"] = rows, empty  # neither can be told from W'
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
-        rows = p.__dict__.pop("_merged_rows")
+        rows, empty = (t.to(weight.device).unsqueeze(-1) for t in p.__dict__.pop("_merged_rows"))
         matrix, delta = p.matrix(weight), p.update.delta(p)
         acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, delta.dtype))
-        result = matrix.to(acc) / rows.to(acc).to(matrix.device).unsqueeze(-1) - p.scaling * delta.to(acc)
+        result = matrix.to(acc) / rows.to(acc) - p.scaling * delta.to(acc)
+        result.masked_fill_(empty, 0)  # a rest of rounding would be a direction
         weight.copy_(result.t() if p.transposed else result.reshape(weight.shape))
 
     def recoverable(self, p: Parameters) -> bool:
-        rows = p.__dict__.get("_merged_rows")
-        if rows is None:  # before merging
-            W = p.base_weight
-            rows = p.m if W is None else self.coefficients(p, lambda: p.matrix(W), p.weight_norm).rows
-        return bool(rows.all())
+        W = p.base_weight
+        if W is None:  # merged
+            return bool(p.__dict__["_merged_rows"][0].all())
+        rows = self.coefficients(p, lambda: p.matrix(W), p.weight_norm).rows
+        return rows is not None and bool(rows.all())
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
         size = torch.linalg.vector_norm(p.m.detach(), dim=-1).reshape(-1)

@@ -74,8 +74,10 @@ def _of_rows(w: Tensor, q: Tensor, squares: Tensor, a: Tensor, d: Tensor) -> dic
     share = along**2 / _or_one(change)
     after = (a**2 * w**2 + 2 * a * d * q + d**2 * squares).clamp_min(0).sqrt()
     lengths = _or_one(after * w)
+    inner = a * w**2 + d * q  # <W'_i, W_i>
     # (||W'|| ||W||)^2 - <W', W>^2 = d^2 (||W||^2 ||ΔW||^2 - <W, ΔW>^2): no cancellation of numbers near 1.
-    turned = d**2 * (w**2 * squares - q**2).clamp_min(0) / (lengths * _or_one(lengths + a * w**2 + d * q))
+    turned = d**2 * (w**2 * squares - q**2).clamp_min(0) / (lengths * _or_one(lengths + inner))
+    turned = torch.where(inner < 0, 1 - inner / lengths, turned)  # nor near -1
     update = squares.sum(-1).sqrt()
     return {
         "update_norm": (d**2 * squares).sum(-1).sqrt() / norm,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.fx
@@ -174,8 +174,8 @@ class Method:
             return self._computed(p, W, norm).to(W.dtype)
 
         def compute(W: Tensor, *values: Tensor) -> Tensor:
-            with _replaced(p, dict(zip(tensors, values, strict=True))):
-                return self._computed(p, W, norm).to(W.dtype)
+            holding = _holding(p, dict(zip(tensors, values, strict=True)))
+            return self._computed(holding, W, norm).to(W.dtype)
 
         return ops.lazy_result(W, compute, W, *tensors.values())
 
@@ -197,14 +197,14 @@ class Method:
         weight.copy_(self._computed(p, weight, norm))
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
-        """W' -> W, in place."""
+        """W' -> W, in place; to be overridden where coefficients depend on the numbers of W."""
         c = self.coefficients(p, lambda: p.matrix(weight), norm)
-        assert c.rows is None, "a method with row factors has its own way back"
         delta = p.update.delta(p)
         acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, delta.dtype))
         matrix = p.matrix(weight)
         scale = c.update if isinstance(c.update, float) else stacked_scalars(c.update.to(acc), matrix)
-        result = matrix.to(acc) - scale * delta.to(acc)
+        result = matrix.to(acc) if c.rows is None else matrix.to(acc) / c.rows.to(acc).unsqueeze(-1)
+        result = result - scale * delta.to(acc)
         if c.base is not None:
             result = result / stacked_scalars(c.base.to(acc), matrix)
         weight.copy_(result.t() if p.transposed else result.reshape(weight.shape))
@@ -219,23 +219,16 @@ def _cast(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
-class _replaced:
-    """Within the block the adapter's parameters are other tensors: W' is computed of what autograd was given."""
+def _holding(p: Parameters, tensors: dict[str, Tensor]) -> Parameters:
+    """The adapter with other tensors for its parameters: W' is computed of what autograd was given.
 
-    def __init__(self, p: Parameters, tensors: dict[str, Tensor]) -> None:
-        self.p, self.tensors = p, tensors
-
-    def __enter__(self) -> None:
-        self.kept = dict(self.p._parameters)
-        for name in self.tensors:  # an attribute of the object itself comes before a parameter
-            del self.p._parameters[name]
-        self.p.__dict__.update(self.tensors)
-
-    def __exit__(self, *error: Any) -> None:
-        for name in self.tensors:
-            del self.p.__dict__[name]
-        self.p._parameters.clear()  # in their old order
-        self.p._parameters.update(self.kept)
+    A shallow copy: other threads may be computing with the adapter itself.
+    """
+    other = object.__new__(type(p))
+    other.__dict__.update(p.__dict__)
+    other.__dict__["_parameters"] = {name: t for name, t in p._parameters.items() if name not in tensors}
+    other.__dict__.update(tensors)
+    return other
 
 
 @torch.fx.wrap  # one node of a symbolic trace: a trace cannot see the dtypes that it depends on

@@ -194,7 +194,7 @@ class AdaptedRaw(AdaptedLayer):
         try:
             return super().forward(*args, **kwargs)
         finally:
-            del self.__dict__[_MEMO]
+            self.__dict__.pop(_MEMO, None)  # another thread may have been here too
 
 
 class FusedConv1D(FusedLinear):

@@ -61,7 +61,8 @@ def patch(
             your own that was registered, or an instance with options (`mapsurgery.updates`).
         init: the start, "soft", "zero", "random" or an `Init`; None: the method's own, for MAP "soft".
         dropout: probability of dropping an input of the update path in training.
-        dtype: of the adapter's parameters; None is float32 (float64 on float64 weights).
+        dtype: of the adapter's parameters; None is float32 (float64 on float64 weights). A half type rounds magnitudes
+            in units of W (DoRA's, MAP's with `Init(relative=False)`), and with them the start.
         train: globs of further parameters to train in full and to save (a new head, norms), matched against the names
             of parameters and of the modules that contain them. A layer whose weight is trained is not adapted.
         parameters: globs of raw parameters to adapt, by their names or those of the modules that contain them: a matrix

@@ -48,8 +48,14 @@ def register_update(family: type[Update]) -> type[Update]:
     A file that uses a family of your own can be loaded once the family is registered.
 
     Raises:
-        TypeError, ValueError: it is no frozen dataclass below `Update`, or its name is missing or taken.
+        TypeError, ValueError: it is no frozen dataclass below `Update` with a default for each option, its name is
+            missing or taken, or a role is unknown.
     """
+    unknown = set(getattr(family, "roles", {}).values()) - {"down", "up", "magnitude"}
+    if unknown:
+        raise ValueError(
+            f'update {family.__name__} has the role {unknown.pop()!r}; choose one of "down", "up", "magnitude"'
+        )
     return register(REGISTRY, "update", Update, family)
 
 

@@ -68,7 +68,7 @@ class Vera(FactoredUpdate):
 def _drawn(shape: tuple[int, int], seed: int) -> Tensor:
     """Uniform in ±1/sqrt(row length), on the CPU so that every device has the same."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator, device="cpu") * 2 - 1) * shape[-1] ** -0.5
+    return (torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1) * shape[-1] ** -0.5
 
 
 @lru_cache
