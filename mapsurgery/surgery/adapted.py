@@ -108,8 +108,8 @@ class AdaptedLayer(nn.Module):
         what = "" if self.adapted == ("weight",) else f"adapted={', '.join(self.adapted)}, "
         how = "" if adapter.method.name == "map" else f"method={adapter.method.name}, "
         how += "" if adapter.update.name == "lora" else f"update={adapter.update.name}, "
-        text = f"{super().extra_repr()}, {what}{how}rank={adapter.rank}, init={adapter.init.kind}"
-        return text.removeprefix(", ")
+        start = f", init={adapter.init.kind}" if adapter.method.name == "map" else ""  # others have one start
+        return f"{super().extra_repr()}, {what}{how}rank={adapter.rank}{start}".removeprefix(", ")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the original model calls the frozen weight by its original name."""
