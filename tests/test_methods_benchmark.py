@@ -13,13 +13,15 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
 def import_benchmarks(monkeypatch):
     """The scripts import their neighbours; random numbers stay as they were."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for folder in (ROOT / "examples", BENCHMARKS):
+        monkeypatch.syspath_prepend(str(folder))
     with torch.random.fork_rng():
         yield
 
