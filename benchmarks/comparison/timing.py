@@ -18,7 +18,7 @@ def time_methods(task: Task, methods: list[str], rounds: int) -> list[dict[str, 
     """A row per method, `adapters.REFERENCE` added where it is missing; the frozen model takes no step and has none.
 
     Raises:
-        RuntimeError: a method has a trained parameter without a gradient after three steps, or a loss that is not finite.
+        RuntimeError: after three steps a trained parameter of a method has no gradient, or a loss is not finite.
     """
     names = list(dict.fromkeys([adapters.REFERENCE, *(name for name in methods if name != adapters.FROZEN)]))
     candidates = [_candidate(task, name) for name in names]
