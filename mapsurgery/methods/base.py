@@ -148,8 +148,8 @@ class Adapter(nn.Module):
         if not self.pending:
             self.take_norm(weight_norm, weight)
             known = values or (lambda: self.matrix(weight.detach()))
-            self._start(known) if start else self._zero()
             self.method.remember(self, known)
+            self._start(known) if start else self._zero()
 
     def _create(self, place: dict[str, Any]) -> None:
         """Register the adapter's own tensors, not yet set; `place` is their device and dtype."""
@@ -330,11 +330,11 @@ class Adapter(nn.Module):
         self.take_norm()
         if not self.pending:
             self.method.norm_changed(self, before, self._held)
-        else:
+        self.method.remember(self, self._held)
+        if self.pending:
             self._materialise(device)
             self._start(self._held)
             self.pending = False
-        self.method.remember(self, self._held)
 
     def _held(self) -> Tensor:
         assert self.base_weight is not None

@@ -14,7 +14,7 @@ from ..named import flags
 from ..updates import Matrix
 from ..updates.base import Parameters
 from .lora import Lora
-from .method import Coefficients
+from .method import Coefficients, put_matrix
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Dora(Lora):
 
     @torch.no_grad()
     def start(self, p: Parameters, weight: Callable[[], Tensor]) -> None:
-        p.m.copy_(_lengths(weight()))
+        p.m.copy_(p.__dict__["_row_lengths"])
 
     def remember(self, p: Parameters, weight: Callable[[], Tensor]) -> None:
         p.__dict__["_row_lengths"] = _lengths(weight())
@@ -66,7 +66,7 @@ class Dora(Lora):
         along, squares = p.update.row_products(p, W)
         own = _lengths(W).to(along.dtype)
         square = (own.square() + 2 * p.scaling * along + p.scaling**2 * squares).clamp_min(0)
-        return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt()), own == 0
+        return ops.safe_sqrt(square), own == 0
 
     def merge_into(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
         matrix = p.matrix(weight)
@@ -75,12 +75,9 @@ class Dora(Lora):
         p.__dict__["_merged_rows"] = rows, empty  # neither can be told from W'
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
-        rows, empty = (t.to(weight.device).unsqueeze(-1) for t in p.__dict__.pop("_merged_rows"))
-        matrix, delta = p.matrix(weight), p.update.delta(p)
-        acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, delta.dtype))
-        result = matrix.to(acc) / rows.to(acc) - p.scaling * delta.to(acc)
-        result.masked_fill_(empty, 0)  # a rest of rounding would be a direction
-        weight.copy_(result.t() if p.transposed else result.reshape(weight.shape))
+        rows, empty = (t.to(weight.device) for t in p.__dict__.pop("_merged_rows"))
+        recovered = self._recovered(p, weight, Coefficients(None, p.scaling, rows))
+        put_matrix(p, weight, recovered.masked_fill_(empty.unsqueeze(-1), 0))  # a rest of rounding would be a direction
 
     def recoverable(self, p: Parameters) -> bool:
         W = p.base_weight

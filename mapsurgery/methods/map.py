@@ -79,8 +79,9 @@ class Map(Method):
         if factors is not None and not p.stacked:
             scales = ops.map_scales(*factors, *self._numbers(p, norm))[0]
             return Coefficients(scales[reference.S_W], scales[reference.S_D])
-        numbers = self._numbers(p, norm)
-        return Coefficients(*ops.magnitudes(p.update.norm(p), p.update.size(p), *numbers))
+        length = p.update.norm(p)
+        size = length if p.init.tau > 0 else p.update.size(p)  # softened, the norm is never 0
+        return Coefficients(*ops.magnitudes(length, size, *self._numbers(p, norm)))
 
     def _numbers(self, p: Parameters, norm: Tensor) -> tuple[Any, ...]:
         """The arguments that every operator shares, after the factors."""

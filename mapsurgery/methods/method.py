@@ -198,16 +198,21 @@ class Method:
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
         """W' -> W, in place; to be overridden where coefficients depend on the numbers of W."""
-        c = self.coefficients(p, lambda: p.matrix(weight), norm)
-        delta = p.update.delta(p)
+        put_matrix(p, weight, self._recovered(p, weight, self.coefficients(p, lambda: p.matrix(weight), norm)))
+
+    def _recovered(self, p: Parameters, weight: Tensor, c: Coefficients) -> Tensor:
+        """W (m, K) or (E, m, K), in float32 or wider, of a weight that holds W'."""
+        matrix, delta = p.matrix(weight), p.update.delta(p)
         acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, delta.dtype))
-        matrix = p.matrix(weight)
         scale = c.update if isinstance(c.update, float) else stacked_scalars(c.update.to(acc), matrix)
         result = matrix.to(acc) if c.rows is None else matrix.to(acc) / c.rows.to(acc).unsqueeze(-1)
         result = result - scale * delta.to(acc)
-        if c.base is not None:
-            result = result / stacked_scalars(c.base.to(acc), matrix)
-        weight.copy_(result.t() if p.transposed else result.reshape(weight.shape))
+        return result if c.base is None else result / stacked_scalars(c.base.to(acc), matrix)
+
+
+def put_matrix(p: Parameters, weight: Tensor, matrix: Tensor) -> None:
+    """Copy a matrix, or a stack, into a weight in the layer's layout."""
+    weight.copy_(matrix.t() if p.transposed else matrix.reshape(weight.shape))
 
 
 def _cheaper_on_weight(factors: tuple[Tensor, Tensor], groups: int) -> bool:

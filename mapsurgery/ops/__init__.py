@@ -28,7 +28,7 @@ from . import flops  # noqa: E402
 flops.register()
 
 from .lazy import can_wait, lazy_result, lazy_weight  # noqa: E402
-from .reference import accumulate_dtype, magnitudes  # noqa: E402
+from .reference import accumulate_dtype, magnitudes, safe_sqrt  # noqa: E402
 from .registration import full_precision  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
 
@@ -46,6 +46,7 @@ __all__ = [
     "map_linear",
     "map_scales",
     "merge_",
+    "safe_sqrt",
     "stacked_weight",
     "unmerge_",
 ]

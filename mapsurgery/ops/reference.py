@@ -52,10 +52,10 @@ def lowrank_norm(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gram_a, gram_b = A @ A.t(), B.t() @ B
     # In float64 the r x r contraction cannot overflow where the Gram matrices did not; rounding may leave it below 0.
     square = (gram_a.double() * gram_b.double()).sum().clamp_min(0)
-    return _sqrt(square).to(acc).reshape(1), gram_a, gram_b
+    return safe_sqrt(square).to(acc).reshape(1), gram_a, gram_b
 
 
-def _sqrt(square: Tensor) -> Tensor:
+def safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with gradient 0 at 0, where its slope is infinite: 0 * inf would make a NaN gradient. NaN stays NaN."""
     return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
 
@@ -72,7 +72,7 @@ def map_scales(
     norm, gram_a, gram_b = lowrank_norm(A, B)
     acc = norm.dtype
     trace = (gram_a.diagonal().double().sum() + gram_b.diagonal().double().sum()).detach()
-    p, w = softened_norm(norm.double(), _sqrt(trace), weight_norm.double(), tau)
+    p, w = softened_norm(norm.double(), safe_sqrt(trace), weight_norm.double(), tau)
     inverse = torch.where(p == 0, 0, 1 / torch.where(p == 0, 1, p))
     u_w = torch.ones_like(w) if relative else 1 / w
     ds_d = (w if relative else 1) * inverse

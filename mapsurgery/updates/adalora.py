@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import FactoredUpdate, Matrix, Parameters, uniform_, zeros_
+from .base import FactoredUpdate, Matrix, Parameters, uniform_
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AdaLora(FactoredUpdate):
         for factor in (p.P, p.Q):
             for matrix in factor if factor.dim() == 3 else [factor]:
                 _orthonormal_(matrix)
-        uniform_(p.lam) if live else zeros_(p.lam)
+        uniform_(p.lam) if live else p.lam.zero_()
 
     def factors(self, p: Parameters) -> tuple[Tensor, Tensor]:
         lam = p.lam * p.unit().reshape(-1, *[1] * (p.lam.dim() - 1)).to(p.lam.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
@@ -196,7 +196,7 @@ def svdvals(t: Tensor) -> Tensor:
 def frobenius(delta: Tensor) -> Tensor:
     """‖·‖_F of a matrix (1,) or of each of a stack (E,); gradient 0 at 0."""
     square = widened(delta).square().sum((-2, -1)).reshape(-1)
-    return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
+    return ops.safe_sqrt(square)
 
 
 def lowrank_norm(A: Tensor, B: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def lowrank_norm(A: Tensor, B: Tensor) -> Tensor:
     A, B = widened(A), widened(B)
     with ops.full_precision(A.device.type):
         square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0).reshape(-1)
-    return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
+    return ops.safe_sqrt(square)
 
 
 @torch.no_grad()
@@ -224,9 +224,3 @@ def uniform_(factor: Tensor, scale: Tensor | float | None = None) -> None:
 def stacked_scalars(scalars: Tensor, like: Tensor) -> Tensor:
     """(1,) or (E,) numbers so that they multiply a matrix or the matrices of a stack."""
     return scalars.reshape(-1, 1, 1) if like.dim() == 3 else scalars
-
-
-def zeros_(*parameters: nn.Parameter) -> None:
-    """Set parameters to 0."""
-    for parameter in parameters:
-        nn.init.zeros_(parameter)

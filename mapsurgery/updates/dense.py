@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Matrix, Parameters, Update, frobenius, stacked_scalars, uniform_, zeros_
+from .base import Matrix, Parameters, Update, frobenius, stacked_scalars, uniform_
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Dense(Update):
 
     @torch.no_grad()
     def start(self, p: Parameters, weight: Callable[[], Tensor], live: bool) -> None:
-        uniform_(p.T) if live else zeros_(p.T)
+        uniform_(p.T) if live else p.T.zero_()
 
     def _unit(self, p: Parameters) -> Tensor:
         m, K = p.T.shape[-2:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import FactoredUpdate, Matrix, Parameters, uniform_, zeros_
+from .base import FactoredUpdate, Matrix, Parameters, uniform_
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Flora(FactoredUpdate):
     def start(self, p: Parameters, weight: Callable[[], Tensor], live: bool) -> None:
         uniform_(p.U, p.U.shape[-1] ** -0.5)
         uniform_(p.V, p.entry_size())
-        uniform_(p.G) if live else zeros_(p.G)
+        uniform_(p.G) if live else p.G.zero_()
 
     def factors(self, p: Parameters) -> tuple[Tensor, Tensor]:
         """LoRA's factors U and A = G ×₂ V (r, channels · taps): only the core is contracted, nothing of size (m, K)."""

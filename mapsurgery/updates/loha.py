@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import Matrix, Parameters, Update, frobenius, lowrank_norm, uniform_, zeros_
+from .base import Matrix, Parameters, Update, frobenius, lowrank_norm, uniform_
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LoHa(Update):
         uniform_(p.A1, size)
         uniform_(p.B1, size)
         uniform_(p.A2, p.entry_size())
-        uniform_(p.B2) if live else zeros_(p.B2)
+        uniform_(p.B2) if live else p.B2.zero_()
 
     def delta(self, p: Parameters) -> Tensor:
         with ops.full_precision(p.A1.device.type):

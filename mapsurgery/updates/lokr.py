@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from .base import Matrix, Parameters, Update, frobenius, lowrank_norm, svdvals, uniform_, widened, zeros_
+from .base import Matrix, Parameters, Update, frobenius, lowrank_norm, svdvals, uniform_, widened
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LoKr(Update):
         else:
             uniform_(p.C, 1.0)
             uniform_(p.D_a, size)
-        uniform_(zero) if live else zeros_(zero)
+        uniform_(zero) if live else zero.zero_()
 
     def _right(self, p: Parameters) -> Tensor:
         if "D" in p.roles:

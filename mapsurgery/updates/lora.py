@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FactoredUpdate, Matrix, Parameters, uniform_, zeros_
+from .base import FactoredUpdate, Matrix, Parameters, uniform_
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LoraUpdate(FactoredUpdate):
     @torch.no_grad()
     def start(self, p: Parameters, weight: Callable[[], Tensor], live: bool) -> None:
         uniform_(p.A, p.entry_size())
-        uniform_(p.B) if live else zeros_(p.B)
+        uniform_(p.B) if live else p.B.zero_()
 
     def factors(self, p: Parameters) -> tuple[Tensor, Tensor]:
         return p.A, p.B

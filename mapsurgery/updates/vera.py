@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .base import FactoredUpdate, Matrix, Parameters, uniform_, zeros_
+from .base import FactoredUpdate, Matrix, Parameters, uniform_
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Vera(FactoredUpdate):
         size = p.entry_size()
         d = 0.1 if size is None else 3 * size.reshape(-1, *[1] * (p.d.dim() - 1)) * p.A.shape[-1] ** 0.5
         p.d.fill_(1).mul_(d)
-        uniform_(p.b) if live else zeros_(p.b)
+        uniform_(p.b) if live else p.b.zero_()
 
     def factors(self, p: Parameters) -> tuple[Tensor, Tensor]:
         return p.d.unsqueeze(-1) * p.A, p.b.unsqueeze(-1) * p.B
