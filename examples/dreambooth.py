@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 import adapting
 import torch
+from command import exit_code
 from dreambooth_task import Scores, Task, ceiling, encode, example_inputs, generate, scores_of, train
-from finetune_timm import Runtime
 from image_features import load_features
 from image_grid import save_grid
-from packaged import MissingPackageError
 from PIL import Image
+from runtime import Runtime, add_runtime_options
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
@@ -128,11 +128,7 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    group.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, and frozen weights"
-    )
-    group.add_argument("--threads", type=adapting.positive, help="CPU threads; torch's own choice if left out")
+    add_runtime_options(group)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -373,16 +369,7 @@ def run(task: Task, args: argparse.Namespace) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line. Returns the exit code: 1 for a failed proof or verification, 2 for a wrong option."""
     args = parse_args(argv)
-    try:
-        task = prepare(args)
-    except (MissingPackageError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        return 0 if run(task, args) else 1
-    except mapsurgery.VerificationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: prepare(args), lambda prepared: run(prepared, args))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusion_loss import Noised, prior_preservation_loss
-from finetune_timm import Runtime, learning_rate_schedule
 from image_features import Features, similarity, similarity_within
+from runtime import Runtime
 from torch import Tensor, nn
 from tqdm import tqdm
+from training import learning_rate_schedule
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to it, as in diffusers' scripts."""

@@ -27,10 +27,10 @@ import packaged
 import torch
 import torch.nn.functional as F
 import training
+from command import exit_code
 from glue_data import TASKS, GlueTask, Split, load_splits
 from linear_probe import fit_linear_probe
 from metrics import METRICS
-from packaged import MissingPackageError
 from proving import prove
 from runtime import Runtime
 from torch import Tensor, nn
@@ -408,16 +408,7 @@ def table(task: Task, before: dict[str, dict[str, float]], after: dict[str, dict
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line. Returns the exit code: 1 for a failed proof or verification, 2 for a wrong option."""
     args = parse_args(argv)
-    try:
-        prepared = prepare(args)
-    except (ImportError, MissingPackageError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        return 0 if run(prepared, args) else 1
-    except (mapsurgery.VerificationError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: prepare(args), lambda prepared: run(prepared, args))
 
 
 if __name__ == "__main__":

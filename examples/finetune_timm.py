@@ -27,11 +27,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from adapting import positive
+from command import exit_code
 from image_data import PACKAGED_SETS, ImageDataset, ImageSplits, Samples, load_splits
 from linear_probe import fit_linear_probe
-from packaged import VISION_MODELS, MissingPackageError
+from packaged import VISION_MODELS
 from proving import prove
-from runtime import Runtime
+from runtime import Runtime, add_runtime_options
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -103,14 +104,7 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weight-decay", type=float, default=0.05)
     group.add_argument("--batch-size", type=positive, default=32)
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    group.add_argument(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="mixed precision; auto is bf16 where the hardware multiplies in it (CUDA, CPUs with AMX or AVX512-BF16)",
-    )
-    group.add_argument("--threads", type=positive, help="CPU threads; torch's own choice if left out")
+    add_runtime_options(group)
     group.add_argument("--compile", action="store_true", help="train through torch.compile")
 
 
@@ -340,16 +334,7 @@ def run(task: Task, args: argparse.Namespace) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line. Returns the exit code: 1 for a failed proof or verification, 2 for a wrong option."""
     args = parse_args(argv)
-    try:
-        task = prepare(args)
-    except (MissingPackageError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        return 0 if run(task, args) else 1
-    except mapsurgery.VerificationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: prepare(args), lambda prepared: run(prepared, args))
 
 
 if __name__ == "__main__":

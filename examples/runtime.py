@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from adapting import positive
 from torch import nn
+
+
+def add_runtime_options(parser: argparse._ActionsContainer) -> None:
+    """Add ``--device``, ``--amp`` and ``--threads`` to a parser or to one of its groups."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    parser.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="mixed precision; auto is bf16 where the hardware multiplies in it (CUDA, CPUs with AMX or AVX512-BF16)",
+    )
+    parser.add_argument("--threads", type=positive, help="CPU threads; torch's own choice if left out")
 
 
 @dataclass(frozen=True)

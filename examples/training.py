@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from adapting import positive
-from runtime import Runtime
+from runtime import Runtime, add_runtime_options
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,14 +25,7 @@ def add_options(parser: argparse._ActionsContainer, *, epochs: int, batch_size: 
     parser.add_argument("--batch-size", type=positive, default=batch_size)
     parser.add_argument("--warmup", type=float, default=WARMUP, help="share of the steps in which the lr rises")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    parser.add_argument(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="mixed precision; auto is bf16 where the hardware multiplies in it (CUDA, CPUs with AMX or AVX512-BF16)",
-    )
-    parser.add_argument("--threads", type=positive, help="CPU threads; torch's own choice if left out")
+    add_runtime_options(parser)
     parser.add_argument("--output", type=Path, default=Path(output), help="file for the adapter")
 
 
