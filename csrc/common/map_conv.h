@@ -279,28 +279,40 @@ std::tuple<Tensor, Tensor> down_backward(const Tensor& GB, const Tensor& x, cons
   return {GBA, dA};
 }
 
+// <x, G W> in units of alpha, where needed, of a pointwise convolution; GW becomes s_w GW + s_d A^T GB where needed.
+template <class Device>
+Tensor finish_pointwise_input_gradient(Tensor& GW, const Tensor& GB, const Tensor& x, const Tensor& A,
+                                       const Tensor& scales, const ConvArgs& conv, bool need_x, bool need_alpha) {
+  const Tensor read = positions(GW, conv), sum = as_activation(read);  // G W is 0 elsewhere
+  Tensor dalpha;
+  if (need_alpha && need_x && sum.numel() > 0) {
+    const Tensor X = in_layout_of(positions(x, conv), sum), H = ordered_like(GB, sum);
+    const Activation in(H), out(sum);
+    Tensor matrices = out.channels(sum);
+    dalpha = Device::dot_and_accumulate_bmm_(out.channels(X), matrices, for_samples(transposed(A), out.N, 0, out.C),
+                                             in.channels(H), scales, DS_W)
+                 .scaled;
+  } else if (need_alpha) {
+    dalpha = Device::dot(in_layout_of(positions(x, conv), sum), sum, scales, DS_W).scaled;
+  } else {
+    accumulate_pointwise_<Device>(sum, transposed(A), GB, 1, scales, S_W);
+  }
+  if (need_x && sum.numel() != GW.numel()) TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(read.get(), sum.get(), 0));
+  return dalpha;
+}
+
 // GW becomes s_w GW + s_d GBA, the gradient of x, where that is needed; returns that of alpha, <x, G W>.
 // GBA is what `down_backward` returned.
 template <class Device>
 Tensor finish_input_gradient(Tensor& GW, const Tensor& GB, const Tensor& GBA, const Tensor& x, const Tensor& weight,
                              const Tensor& A, const Tensor& scales, const ConvArgs& conv, bool need_x,
                              bool need_alpha) {
-  Tensor dalpha;
-  if (need_x && !is_pointwise(weight, conv)) {
-    const Dot dot = Device::dot_and_combine_(in_layout_of(x, GW), GW, in_layout_of(GBA, GW), scales, DS_W);
-    return need_alpha ? dot.scaled : dalpha;
+  if (is_pointwise(weight, conv)) {
+    return finish_pointwise_input_gradient<Device>(GW, GB, x, A, scales, conv, need_x, need_alpha);
   }
-  const Tensor read = is_pointwise(weight, conv) ? positions(GW, conv) : GW;  // G W is 0 in the others
-  const Tensor sum = as_activation(read);
-  if (need_alpha) {
-    const Tensor X = is_pointwise(weight, conv) ? positions(x, conv) : x;
-    dalpha = Device::dot(in_layout_of(X, sum), sum, scales, DS_W).scaled;
-  }
-  if (need_x) {
-    accumulate_pointwise_<Device>(sum, transposed(A), GB, 1, scales, S_W);
-    if (sum.numel() != GW.numel()) TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(read.get(), sum.get(), 0));
-  }
-  return dalpha;
+  if (!need_x) return Device::dot(in_layout_of(x, GW), GW, scales, DS_W).scaled;
+  const Dot dot = Device::dot_and_combine_(in_layout_of(x, GW), GW, in_layout_of(GBA, GW), scales, DS_W);
+  return need_alpha ? dot.scaled : Tensor();
 }
 
 template <class Device>

@@ -29,7 +29,7 @@ Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   const ScalarType dtype = x.scalar_type();
   auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
   const Tensor X = as_rows(x);
-  Tensor h = Device::mm(X, transposed(cast(A, dtype)));
+  Tensor h = Device::down(X, cast(A, dtype));
   Tensor y = Device::affine(X, transposed(cast(weight, dtype)), h, transposed(cast(B, dtype)),
                             bias ? std::optional(cast(*bias, dtype)) : std::nullopt, scales);
   if (x.dim() != 2) {
@@ -75,24 +75,19 @@ Grads map_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
   const Tensor G = gemm_ready(as_rows(grad)), X = as_rows(x), H = as_rows(h);
   check_size("grad", G, 0, X.size(0), "the rows of x");
   check_size("h", H, 0, X.size(0), "the rows of x");
-  Tensor dx, dweight, dbias, dalpha, GB;
+  Tensor dx, dweight, dbias, dalpha, dA, dB, GB, GW;
   FactorGrads factors;
-  if (need_x || need_factors) GB = Device::mm(G, cast(B, dtype));
-  if (need_x || need_alpha) {
-    Tensor GW = Device::mm(G, cast(weight, dtype));
-    if (need_alpha) dalpha = Device::dot(in_layout_of(X, GW), GW, scales, DS_W).scaled;
-    if (need_x) {
-      Device::accumulate_mm_(GW, GB, cast(A, dtype), scales);
-      dx = reshaped(GW, sizes_of(x));
-    }
-  }
+  if (need_x || need_factors) std::tie(GB, dB) = Device::up_backward(G, cast(B, dtype), H, need_factors);
+  if (need_x || need_alpha) GW = Device::mm(G, cast(weight, dtype));
+  std::tie(dalpha, dA) = Device::down_backward_(X, GW, GB, cast(A, dtype), scales, need_x, need_factors, need_alpha);
+  if (need_x) dx = reshaped(GW, sizes_of(x));
   if (need_weight) {
     dweight = cast(Device::scaled_mm(transposed(G), X, {scales, S_W}), weight.scalar_type());
   }
   if (need_bias) dbias = sum_over(G, {0});
   if (need_factors) {
-    factors = factor_grads<Device>(Device::mm(transposed(GB), X), Device::mm(transposed(G), H),
-                                   Device::dot(GB, in_layout_of(H, GB), scales, DS_D), A, B, scales, gram_a, gram_b);
+    factors =
+        factor_grads<Device>(dA, dB, Device::dot(GB, in_layout_of(H, GB), scales, DS_D), A, B, scales, gram_a, gram_b);
   }
   return or_nothing({dx, dweight, dbias, factors.A, factors.B, dalpha, factors.beta}, x, A, B, scales);
 }

@@ -7,7 +7,9 @@
 #include "common/aten.h"
 #include "common/effective_weight.h"
 #include "common/factor_grads.h"
+#include "common/low_rank.h"
 #include "common/tensor.h"
+#include "cpu/thin.h"
 
 namespace mapsurgery {
 
@@ -25,12 +27,37 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // elementwise.cpp; all tensors dense, those of one call in the same layout.
   static double read(Scale scale);
   static double squared_norm(const Tensor& t);
+  static Dot as_dot(double value, const Tensor& scales, ScaleIndex index);
   static Dot dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index);
   // The same, and b = s_w b + s_d other on the way.
   static Dot dot_and_combine_(const Tensor& a, Tensor& b, const Tensor& other, const Tensor& scales, ScaleIndex index);
   static void scale_(Tensor& t, Scale scale);
   // t = scale t + bias[channel], for channels `channel_stride` apart.
   static void scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& bias, int64_t channel_stride);
+
+  // x A^T
+  static Tensor down(const Tensor& x, const Tensor& A) {
+    if (!thin::handles(x, A.size(0))) return mm(x, transposed(A));
+    Tensor h = empty({x.size(0), A.size(0)}, x.scalar_type(), x);
+    thin::project(x, A, h);
+    return h;
+  }
+
+  // As in low_rank.h, with one pass over G, and one over X and GW.
+  static std::tuple<Tensor, Tensor> up_backward(const Tensor& G, const Tensor& B, const Tensor& H, bool need_B) {
+    if (!need_B || !thin::handles(G, B.size(1))) return up_backward_by_gemm<Cpu>(G, B, H, need_B);
+    Tensor GB = empty({G.size(0), B.size(1)}, G.scalar_type(), G);
+    const Tensor dB = thin::project_and_gather(G, transposed(B), GB, H);
+    return {GB, transposed(dB)};
+  }
+  static std::tuple<Tensor, Tensor> down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& A,
+                                                   const Tensor& scales, bool need_x, bool need_A, bool need_alpha) {
+    if (!need_x || !need_A || !thin::handles(X, A.size(0))) {
+      return down_backward_by_gemm_<Cpu>(X, GW, GB, A, scales, need_x, need_A, need_alpha);
+    }
+    const auto [dot, dA] = thin::gather_and_expand_(X, GW, read({scales, S_W}), GB, read({scales, S_D}), A);
+    return {need_alpha ? as_dot(dot, scales, DS_W).scaled : Tensor(), dA};
+  }
 
   // scale a b
   static Tensor scaled_mm(const Tensor& a, const Tensor& b, Scale scale) {
@@ -44,7 +71,11 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
                        const std::optional<Tensor>& bias, const Tensor& scales) {
     Tensor y = empty({x.size(0), W.size(1)}, x.scalar_type(), x);
     addmm(y, bias ? *bias : y, x, W, bias ? 1 : 0, read({scales, S_W}));
-    addmm(y, y, h, B, 1, read({scales, S_D}));
+    if (thin::handles(y, h.size(1))) {
+      thin::expand_(y, 1, h, read({scales, S_D}), B);
+    } else {
+      addmm(y, y, h, B, 1, read({scales, S_D}));
+    }
     return y;
   }
 
@@ -53,9 +84,49 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     addmm(out, out, a, b, read({scales, S_W}), read({scales, S_D}));
   }
 
-  // out = keep out + s_d a b, matrix by matrix
+  // Products of 1x1 convolutions, channels first (N, C, L) or, of one matrix, channels last: as in aten.h, but for thin
+  // matrices in one pass over the large one. `a` is the same matrix N times.
+  static void bmm(Tensor& out, const Tensor& a, const Tensor& b) {
+    if (thin::handles_each(b, a.size(1)) && out.stride(2) == 1) {
+      thin::multiply_each(b, matrix_of(a, 0), out);
+    } else if (is_one_of_rows(b) && thin::handles(rows_of_one(b), a.size(1)) && out.stride(1) == 1) {
+      thin::project(rows_of_one(b), matrix_of(a, 0), rows_of_one(out));
+    } else {
+      Aten::bmm(out, a, b);
+    }
+  }
+
+  // out = keep out + s_d a b
   static void accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep) {
-    baddbmm_(out, a, b, read({scales, keep}), read({scales, S_D}));
+    const double keep_factor = read({scales, keep}), s_d = read({scales, S_D});
+    if (thin::handles_each(out, a.size(2))) {
+      thin::expand_each_(std::nullopt, out, keep_factor, matrix_of(a, 0), s_d, b);
+    } else if (is_one_of_rows(out) && thin::handles(rows_of_one(out), a.size(2))) {
+      thin::expand_(rows_of_one(out), keep_factor, rows_of_one(b), s_d, transposed(matrix_of(a, 0)));
+    } else {
+      baddbmm_(out, a, b, keep_factor, s_d);
+    }
+  }
+
+  // <x, out>, and out = s_w out + s_d a b
+  static Dot dot_and_accumulate_bmm_(const Tensor& x, Tensor& out, const Tensor& a, const Tensor& b,
+                                     const Tensor& scales, ScaleIndex index) {
+    if (thin::handles_each(out, a.size(2)) && x.stride(2) == 1) {
+      const double dot = thin::expand_each_(x, out, read({scales, S_W}), matrix_of(a, 0), read({scales, S_D}), b);
+      return as_dot(dot, scales, index);
+    }
+    const Dot result = dot(x, out, scales, index);
+    accumulate_bmm_(out, a, b, scales, S_W);
+    return result;
+  }
+
+  static Tensor sum_of_products(const Tensor& a, const Tensor& b) {
+    if (a.size(1) < b.size(1)) return transposed(sum_of_products(b, a));
+    if (thin::handles_each(a, b.size(1))) return thin::project_all(a, b);
+    if (is_one_of_rows(a) && thin::handles(rows_of_one(a), b.size(1))) {
+      return transposed(thin::gather(rows_of_one(a), rows_of_one(b)));
+    }
+    return Aten::sum_of_products(a, b);
   }
 
   // s_d grad - c RADIAL left right, rounded to dtype.
@@ -70,6 +141,11 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // effective_weight.cpp
   static void combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,
                       const Tensor& out);
+
+ private:
+  // A batch (1, C, L) that is (L, C) in memory: channels last.
+  static bool is_one_of_rows(const Tensor& t) { return t.size(0) == 1 && t.stride(1) == 1; }
+  static Tensor rows_of_one(const Tensor& t) { return transposed(matrix_of(t, 0)); }
 };
 
 }  // namespace mapsurgery

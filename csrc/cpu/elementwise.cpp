@@ -66,10 +66,12 @@ double sum_pieces(int64_t n, const F& f) {
   return sum;
 }
 
-Dot as_dot(double value, const Tensor& scales, ScaleIndex index) {
+}  // namespace
+
+Dot Cpu::as_dot(double value, const Tensor& scales, ScaleIndex index) {
   const ScalarType acc = scales.scalar_type();
   Dot result{empty({1}, acc, scales), empty({1}, acc, scales)};
-  const double scaled = value * Cpu::read({scales, index});
+  const double scaled = value * read({scales, index});
   dispatch_accumulate(acc, [&](auto type) {
     using acc_t = typename decltype(type)::type;
     *static_cast<acc_t*>(result.value.data_ptr()) = static_cast<acc_t>(value);
@@ -77,8 +79,6 @@ Dot as_dot(double value, const Tensor& scales, ScaleIndex index) {
   });
   return result;
 }
-
-}  // namespace
 
 double Cpu::read(Scale scale) {
   return dispatch_accumulate(scale.scales.scalar_type(), [&](auto type) -> double {

@@ -7,12 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-// One binary, the widest vectors of the machine it runs on: GCC compiles each loop three times and picks at load time.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define MAPSURGERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MAPSURGERY_SIMD
-#endif
+#include "cpu/simd.h"
 
 namespace mapsurgery {
 namespace {

@@ -8,6 +8,7 @@
 #include "common/aten.h"
 #include "common/effective_weight.h"
 #include "common/factor_grads.h"
+#include "common/low_rank.h"
 #include "common/tensor.h"
 
 namespace mapsurgery {
@@ -44,6 +45,14 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
   // out = keep out + s_d a b, matrix by matrix
   static void accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep);
 
+  // <x, out>, and out = s_w out + s_d a b
+  static Dot dot_and_accumulate_bmm_(const Tensor& x, Tensor& out, const Tensor& a, const Tensor& b,
+                                     const Tensor& scales, ScaleIndex index) {
+    const Dot result = dot(x, out, scales, index);
+    accumulate_bmm_(out, a, b, scales, S_W);
+    return result;
+  }
+
   // scale a b
   static Tensor scaled_mm(const Tensor& a, const Tensor& b, Scale scale) {
     Tensor out = mm(a, b);
@@ -70,6 +79,18 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
   // out = s_w out + s_d a b
   static void accumulate_mm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales) {
     gemm_(out, a, b, scales, S_W, S_D);
+  }
+
+  // x A^T
+  static Tensor down(const Tensor& x, const Tensor& A) { return mm(x, transposed(A)); }
+
+  // low_rank.h
+  static std::tuple<Tensor, Tensor> up_backward(const Tensor& G, const Tensor& B, const Tensor& H, bool need_B) {
+    return up_backward_by_gemm<Cuda>(G, B, H, need_B);
+  }
+  static std::tuple<Tensor, Tensor> down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& A,
+                                                   const Tensor& scales, bool need_x, bool need_A, bool need_alpha) {
+    return down_backward_by_gemm_<Cuda>(X, GW, GB, A, scales, need_x, need_A, need_alpha);
   }
 
   // effective_weight.cu
