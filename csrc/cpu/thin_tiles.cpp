@@ -46,35 +46,36 @@ MAPSURGERY_INLINE void project_rows(Rows<const T> x, Rows<const T> p, Strided<T>
   }
 }
 
-// d[j] += sum_t h[t, j] x[t] for J rows and C vectors of d.
-template <class V, int J, int C, class T>
-MAPSURGERY_INLINE void gather_block(Rows<const T> x, Strided<const T> h, Rows<T> d, int64_t rows) {
-  typename V::Vector sums[J][C];
-  for (int j = 0; j < J; ++j) {
-    for (int c = 0; c < C; ++c) V::load(sums[j][c], d.at(j, c * V::kLanes));
+// d[j] += sum_t h[t, j] x[t] for R rows of x and C vectors of each row, which stay in registers.
+template <class V, int R, int C, class T>
+MAPSURGERY_INLINE void gather_block(Rows<const T> x, Strided<const T> h, Rows<T> d, int64_t rank) {
+  typename V::Vector rows[R][C];
+  for (int t = 0; t < R; ++t) {
+    for (int c = 0; c < C; ++c) V::load(rows[t][c], x.at(t, c * V::kLanes));
   }
-  for (int64_t t = 0; t < rows; ++t) {
-    typename V::Vector row[C];
-    for (int c = 0; c < C; ++c) V::load(row[c], x.at(t, c * V::kLanes));
-    for (int j = 0; j < J; ++j) {
+  for (int64_t j = 0; j < rank; ++j) {
+    typename V::Vector sums[C];
+    for (int c = 0; c < C; ++c) V::load(sums[c], d.at(j, c * V::kLanes));
+    for (int t = 0; t < R; ++t) {
       const T factor = *h.at(t, j);
-      for (int c = 0; c < C; ++c) sums[j][c] += factor * row[c];
+      for (int c = 0; c < C; ++c) sums[c] += factor * rows[t][c];
     }
-  }
-  for (int j = 0; j < J; ++j) {
-    for (int c = 0; c < C; ++c) V::store(d.at(j, c * V::kLanes), sums[j][c]);
+    for (int c = 0; c < C; ++c) V::store(d.at(j, c * V::kLanes), sums[c]);
   }
 }
 
-template <class V, int C, class T>
-MAPSURGERY_INLINE void gather_columns(Rows<const T> x, Strided<const T> h, Rows<T> d, const Extent& extent) {
-  int64_t j = 0;
-  for (; j + 4 <= extent.rank; j += 4) {
-    gather_block<V, 4, C>(x, h.from(0, j), d.from(j), extent.rows);
+// Along R rows of x, which the processor fetches ahead as it does whatever is read in order.
+template <int R, class T>
+MAPSURGERY_INLINE void gather_rows(Rows<const T> x, Strided<const T> h, Rows<T> d, const Extent& extent) {
+  constexpr int64_t kLanes = Simd<T>::kLanes;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= extent.columns; i += 2 * kLanes) {
+    gather_block<Simd<T>, R, 2>(x.from(0, i), h, d.from(0, i), extent.rank);
   }
-  for (; j < extent.rank; ++j) {
-    gather_block<V, 1, C>(x, h.from(0, j), d.from(j), extent.rows);
+  for (; i + kLanes <= extent.columns; i += kLanes) {
+    gather_block<Simd<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
   }
+  for (; i < extent.columns; ++i) gather_block<Scalar<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
 }
 
 // y[t] = keep y[t] + scale sum_j h[t, j] p[j] for R rows and C vectors; dot += x * (the old y) where kDot.
@@ -104,36 +105,37 @@ MAPSURGERY_INLINE void expand_block(Rows<const T> x, Rows<T> y, T keep, Strided<
   }
 }
 
-template <class V, int C, bool kDot, class T>
-MAPSURGERY_INLINE double expand_columns(Rows<const T> x, Rows<T> y, T keep, Strided<const T> h, T scale,
-                                        Rows<const T> p, const Extent& extent) {
-  typename V::Vector products = {};
-  int64_t t = 0;
-  for (; t + 2 <= extent.rows; t += 2) {
-    expand_block<V, 2, C, kDot>(x.from(t), y.from(t), keep, h.from(t, 0), scale, p, extent.rank, products);
-  }
-  for (; t < extent.rows; ++t) {
-    expand_block<V, 1, C, kDot>(x.from(t), y.from(t), keep, h.from(t, 0), scale, p, extent.rank, products);
-  }
+// Along R rows of y.
+template <int R, bool kDot, class T>
+MAPSURGERY_INLINE double expand_rows(Rows<const T> x, Rows<T> y, T keep, Strided<const T> h, T scale, Rows<const T> p,
+                                     const Extent& extent) {
+  constexpr int64_t kLanes = Simd<T>::kLanes;
+  typename Simd<T>::Vector products = {};
   T sum = 0;
-  if constexpr (kDot) V::add_lanes(sum, products);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= extent.columns; i += 4 * kLanes) {
+    expand_block<Simd<T>, R, 4, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, products);
+  }
+  for (; i + kLanes <= extent.columns; i += kLanes) {
+    expand_block<Simd<T>, R, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, products);
+  }
+  for (; i < extent.columns; ++i) {
+    expand_block<Scalar<T>, R, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, sum);
+  }
+  if constexpr (kDot) Simd<T>::add_lanes(sum, products);
   return sum;
 }
 
 template <bool kDot, class T>
 MAPSURGERY_INLINE double expand(Rows<const T> x, Rows<T> y, T keep, Strided<const T> h, T scale, Rows<const T> p,
                                 const Extent& extent) {
-  constexpr int64_t kLanes = Simd<T>::kLanes;
   double dot = 0;
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= extent.columns; i += 4 * kLanes) {
-    dot += expand_columns<Simd<T>, 4, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent);
+  int64_t t = 0;
+  for (; t + 2 <= extent.rows; t += 2) {
+    dot += expand_rows<2, kDot>(x.from(t), y.from(t), keep, h.from(t, 0), scale, p, extent);
   }
-  for (; i + kLanes <= extent.columns; i += kLanes) {
-    dot += expand_columns<Simd<T>, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent);
-  }
-  for (; i < extent.columns; ++i) {
-    dot += expand_columns<Scalar<T>, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent);
+  for (; t < extent.rows; ++t) {
+    dot += expand_rows<1, kDot>(x.from(t), y.from(t), keep, h.from(t, 0), scale, p, extent);
   }
   return dot;
 }
@@ -153,17 +155,9 @@ MAPSURGERY_SIMD void project_tile(Rows<const T> x, Rows<const T> p, Strided<T> h
 
 template <class T>
 MAPSURGERY_SIMD void gather_tile(Rows<const T> x, Strided<const T> h, Rows<T> d, Extent extent) {
-  constexpr int64_t kLanes = Simd<T>::kLanes;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= extent.columns; i += 2 * kLanes) {
-    gather_columns<Simd<T>, 2>(x.from(0, i), h, d.from(0, i), extent);
-  }
-  for (; i + kLanes <= extent.columns; i += kLanes) {
-    gather_columns<Simd<T>, 1>(x.from(0, i), h, d.from(0, i), extent);
-  }
-  for (; i < extent.columns; ++i) {
-    gather_columns<Scalar<T>, 1>(x.from(0, i), h, d.from(0, i), extent);
-  }
+  int64_t t = 0;
+  for (; t + 4 <= extent.rows; t += 4) gather_rows<4>(x.from(t), h.from(t, 0), d, extent);
+  for (; t < extent.rows; ++t) gather_rows<1>(x.from(t), h.from(t, 0), d, extent);
 }
 
 template <class T>
