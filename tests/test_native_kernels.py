@@ -223,6 +223,53 @@ def test_map_linear_takes_any_strides(device, layout, dtype):
     check_linear(torch.randn(96, device=device).to(dtype).expand(5, 96), weight, bias, (A, B, *rest))
 
 
+# Sizes around those of the CPU's blocks: of rows (2, 4, 32, 128), of columns (a vector, a tile), of the rank (2, 16).
+THIN = [(8, 33, 65, 1), (45, 70, 9, 3), (131, 1030, 519, 16), (700, 40, 1, 5), (4500, 17, 24, 8), (40, 65, 33, 17)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("T, K, m, rank", THIN)
+@pytest.mark.parametrize("sliced", [False, True])
+def test_products_with_thin_matrices(device, dtype, T, K, m, rank, sliced):
+    weight = torch.randn(m, K, dtype=dtype, device=device)
+    x = torch.randn(T, K + 3, dtype=dtype, device=device)[:, 3 if sliced else 0 :][:, :K]
+    x = x if sliced else x.contiguous()
+    check_linear(x, weight, None, adapter(m, K, rank, weight, dtype, tau=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [5, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_products_with_thin_matrices_in_convolutions(device, dtype, rank, stride, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(3, 40, 30, 31, dtype=dtype, device=device).contiguous(memory_format=layout)
+    weight = torch.randn(37, 40, 1, 1, dtype=dtype, device=device)
+    args = adapter(37, 40, rank, weight, dtype, tau=0.1)
+    check_conv(x, weight, None, args, ([stride] * 2, [0] * 2, [1] * 2, 1, False))
+
+
+@native
+@pytest.mark.parametrize("T", [40, 700, 4500])
+def test_the_number_of_threads_does_not_change_a_sum(T):
+    """Of the low-rank half; products with the frozen weight are BLAS's."""
+    weight, x, grad = torch.randn(300, 520), torch.randn(T, 520), torch.randn(T, 300)
+    args = adapter(300, 520, 8, weight, torch.float32)
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        _, h, *saved = ops.map_linear(x, weight, None, *args)
+        _, _, _, dA, dB, *_ = ops.map_linear_backward(grad, x, h, weight, *args[:2], *saved, *ALL_NEEDED)
+        return h, dA, dB
+
+    before = torch.get_num_threads()
+    try:
+        one, three = run(1), run(3)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
 def test_map_linear_casts_the_weight_to_the_input(device):
     weight = torch.randn(80, 96, device=device)
     x = torch.randn(5, 96, device=device, dtype=torch.bfloat16)

@@ -1,6 +1,7 @@
 #include "cpu/thin.h"
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 
 #include "cpu/rows.h"
@@ -10,12 +11,13 @@ namespace mapsurgery {
 namespace thin {
 namespace {
 
-constexpr int64_t kMostRank = 32;    // above, BLAS packs its operands at little cost
-constexpr int64_t kFewestRows = 8;   // below, copying a thin factor costs as much as the product
-constexpr int64_t kRows = 32;        // rows of a tile: what one loop has read, the next finds in the second-level cache
-constexpr int64_t kThinTile = 4096;  // numbers of a thin factor's tile, which stays in the first-level cache
-constexpr int64_t kMostColumns = 512;
+constexpr int64_t kMostRank = 16;         // above, BLAS packs its operands at little cost
+constexpr int64_t kFewestRows = 8;        // below, copying a thin factor costs as much as the product
 constexpr int64_t kFewestPositions = 16;  // below, most of a row is left to loops over single numbers
+constexpr int64_t kRows = 32;             // rows of a tile: what one loop has read, the next finds in the cache
+constexpr int64_t kTileBytes = 1 << 14;   // of a thin factor's tile, which stays in the first-level cache
+constexpr int64_t kMostColumns = 512;
+constexpr int64_t kGrain = 1 << 15;  // numbers that are worth a thread
 
 template <class T>
 Rows<T> rows_of(const Tensor& t) {
@@ -40,35 +42,37 @@ Rows<T> matrix_rows(const Tensor& t, int64_t n) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows are dealt out in chunks that depend on the shape alone, and so does every sum.
+// Rows are dealt out in chunks that depend on the shape alone, and so does every sum. Each chunk may have a thin sum of
+// its own: there are few enough for these to be a fraction of the large matrix.
 struct Chunks {
-  int64_t rows, size, count;
+  int64_t rows, size, count, grain;
 
-  // `gathers`: each chunk has a sum (rank, columns) of its own, which are not to take more than an eighth of the
-  // matrix.
-  Chunks(int64_t rows, int64_t rank, bool gathers)
+  explicit Chunks(const Tensor& x) : Chunks(x.size(0), x.size(1)) {}
+  Chunks(int64_t rows, int64_t columns)
       : rows(rows),
-        size(kRows *
-             ceil_div(std::max({gathers ? 4 * kRows : kRows, gathers ? 8 * rank : 0, ceil_div(rows, 64)}), kRows)),
-        count(ceil_div(rows, size)) {}
+        size(kRows * ceil_div(std::max({kRows, std::min(4 * kRows, rows / 4), ceil_div(rows, 64)}), kRows)),
+        count(ceil_div(rows, size)),
+        grain(std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size * columns))) {}
 
   template <class F>
   void parallel(const F& f) const {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) f(i, i * size, std::min(rows, (i + 1) * size));
     });
   }
 };
 
 // Columns that a tile of a thin factor of this rank has.
+template <class T>
 int64_t tile_width(int64_t rank) {
-  return std::clamp<int64_t>(kThinTile / std::max<int64_t>(1, rank) / kRows * kRows, 2 * kRows, kMostColumns);
+  const int64_t numbers = kTileBytes / static_cast<int64_t>(sizeof(T));
+  return std::clamp<int64_t>(numbers / std::max<int64_t>(1, rank) / kRows * kRows, kRows, kMostColumns);
 }
 
 // f(first, count) tile by tile.
-template <class F>
+template <class T, class F>
 void for_columns(int64_t columns, int64_t rank, const F& f) {
-  const int64_t width = tile_width(rank);
+  const int64_t width = tile_width<T>(rank);
   for (int64_t first = 0; first < columns; first += width) f(first, std::min(width, columns - first));
 }
 
@@ -78,13 +82,17 @@ void for_rows(int64_t begin, int64_t end, const F& f) {
   for (int64_t row = begin; row < end; row += kRows) f(row, std::min(kRows, end - row));
 }
 
-int64_t tiles_of(const Tensor& x, int64_t rank) { return x.size(0) * ceil_div(x.size(2), tile_width(rank)); }
+template <class T>
+int64_t tiles_of(const Tensor& x, int64_t rank) {
+  return x.size(0) * ceil_div(x.size(2), tile_width<T>(rank));
+}
 
 // f(n, index of the tile, first, count) for the tiles of each matrix of x (N, C, L), in parallel.
-template <class F>
+template <class T, class F>
 void for_each_tile(const Tensor& x, int64_t rank, const F& f) {
-  const int64_t width = tile_width(rank), per_matrix = ceil_div(x.size(2), width);
-  torch::stable::parallel_for(0, tiles_of(x, rank), 1, [&](int64_t begin, int64_t end) {
+  const int64_t width = tile_width<T>(rank), per_matrix = ceil_div(x.size(2), width);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, x.size(1) * std::min(width, x.size(2))));
+  torch::stable::parallel_for(0, tiles_of<T>(x, rank), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % per_matrix * width;
       f(i / per_matrix, i, first, std::min(width, x.size(2) - first));
@@ -97,7 +105,7 @@ void for_each_tile(const Tensor& x, int64_t rank, const F& f) {
 template <class T>
 class Tile {
  public:
-  explicit Tile(int64_t rank) : rank_(rank), numbers_(std::max(kThinTile, 2 * kRows * rank)) {}
+  explicit Tile(int64_t rank) : rank_(rank), numbers_(new T[rank * tile_width<T>(rank)]) {}
 
   void load(Strided<const T> p, int64_t first, int64_t count) {
     count_ = count;
@@ -105,17 +113,17 @@ class Tile {
   }
   void clear(int64_t count) {
     count_ = count;
-    std::fill_n(numbers_.begin(), rank_ * count, T(0));
+    std::fill_n(numbers_.get(), rank_ * count, T(0));
   }
   void store(Rows<T> to) {
     for (int64_t j = 0; j < rank_; ++j) std::copy_n(rows().at(j), count_, to.at(j));
   }
-  Rows<T> rows() { return {numbers_.data(), count_}; }
-  Rows<const T> read() const { return {numbers_.data(), count_}; }
+  Rows<T> rows() { return {numbers_.get(), count_}; }
+  Rows<const T> read() const { return {numbers_.get(), count_}; }
 
  private:
   int64_t rank_, count_ = 0;
-  std::vector<T> numbers_;
+  std::unique_ptr<T[]> numbers_;
 };
 
 // The sums (rank, columns) of the chunks, added up in order.
@@ -160,10 +168,10 @@ void project(const Tensor& x, const Tensor& p, const Tensor& h) {
   dispatch_accumulate(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Strided<T> out = strided<T>(h);
-    Chunks(x.size(0), rank, false).parallel([&](int64_t, int64_t begin, int64_t end) {
+    Chunks(x).parallel([&](int64_t, int64_t begin, int64_t end) {
       Tile<T> tile(rank);
       std::fill(out.at(begin, 0), out.at(end, 0), T(0));
-      for_columns(x.size(1), rank, [&](int64_t first, int64_t count) {
+      for_columns<T>(x.size(1), rank, [&](int64_t first, int64_t count) {
         tile.load(strided<const T>(p), first, count);
         for_rows(begin, end, [&](int64_t row, int64_t rows) {
           project_tile(rows_of<const T>(x).from(row, first), tile.read(), out.from(row, 0), {rows, rank, count});
@@ -177,11 +185,11 @@ Tensor gather(const Tensor& x, const Tensor& h) {
   const int64_t rank = h.size(1);
   return dispatch_accumulate(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Chunks chunks(x.size(0), rank, true);
+    const Chunks chunks(x);
     const Gathered<T> sums(x, chunks, rank, x.size(1));
     chunks.parallel([&](int64_t chunk, int64_t begin, int64_t end) {
       Tile<T> sum(rank);
-      for_columns(x.size(1), rank, [&](int64_t first, int64_t count) {
+      for_columns<T>(x.size(1), rank, [&](int64_t first, int64_t count) {
         sum.clear(count);
         for_rows(begin, end, [&](int64_t row, int64_t rows) {
           gather_tile(rows_of<const T>(x).from(row, first), strided<const T>(h).from(row, 0), sum.rows(),
@@ -198,9 +206,9 @@ void expand_(const Tensor& y, double keep, const Tensor& h, double scale, const 
   const int64_t rank = p.size(0);
   dispatch_accumulate(y.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    Chunks(y.size(0), rank, false).parallel([&](int64_t, int64_t begin, int64_t end) {
+    Chunks(y).parallel([&](int64_t, int64_t begin, int64_t end) {
       Tile<T> tile(rank);
-      for_columns(y.size(1), rank, [&](int64_t first, int64_t count) {
+      for_columns<T>(y.size(1), rank, [&](int64_t first, int64_t count) {
         tile.load(strided<const T>(p), first, count);
         for_rows(begin, end, [&](int64_t row, int64_t rows) {
           expand_tile(rows_of<T>(y).from(row, first), static_cast<T>(keep), strided<const T>(h).from(row, 0),
@@ -215,13 +223,13 @@ Tensor project_and_gather(const Tensor& x, const Tensor& p, const Tensor& h, con
   const int64_t rank = p.size(0);
   return dispatch_accumulate(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Chunks chunks(x.size(0), rank, true);
+    const Chunks chunks(x);
     const Gathered<T> sums(x, chunks, rank, x.size(1));
     const Strided<T> out = strided<T>(h);
     chunks.parallel([&](int64_t chunk, int64_t begin, int64_t end) {
       Tile<T> tile(rank), sum(rank);
       std::fill(out.at(begin, 0), out.at(end, 0), T(0));
-      for_columns(x.size(1), rank, [&](int64_t first, int64_t count) {
+      for_columns<T>(x.size(1), rank, [&](int64_t first, int64_t count) {
         tile.load(strided<const T>(p), first, count);
         sum.clear(count);
         for_rows(begin, end, [&](int64_t row, int64_t rows) {
@@ -242,12 +250,12 @@ std::tuple<double, Tensor> gather_and_expand_(const Tensor& x, const Tensor& y, 
   double dot = 0;
   const Tensor gathered = dispatch_accumulate(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Chunks chunks(x.size(0), rank, true);
+    const Chunks chunks(x);
     const Gathered<T> sums(x, chunks, rank, x.size(1));
     std::vector<double> dots(chunks.count);
     chunks.parallel([&](int64_t chunk, int64_t begin, int64_t end) {
       Tile<T> tile(rank), sum(rank);
-      for_columns(x.size(1), rank, [&](int64_t first, int64_t count) {
+      for_columns<T>(x.size(1), rank, [&](int64_t first, int64_t count) {
         tile.load(strided<const T>(p), first, count);
         sum.clear(count);
         for_rows(begin, end, [&](int64_t row, int64_t rows) {
@@ -276,7 +284,7 @@ void multiply_each(const Tensor& x, const Tensor& f, const Tensor& out) {
   dispatch_accumulate(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Strided<const T> by_channel = strided<const T>(f).transposed();
-    for_each_tile(x, rank, [&](int64_t n, int64_t, int64_t first, int64_t count) {
+    for_each_tile<T>(x, rank, [&](int64_t n, int64_t, int64_t first, int64_t count) {
       Tile<T> sum(rank);
       sum.clear(count);
       for_rows(0, x.size(1), [&](int64_t row, int64_t rows) {
@@ -291,10 +299,10 @@ void multiply_each(const Tensor& x, const Tensor& f, const Tensor& out) {
 double expand_each_(const std::optional<Tensor>& x, const Tensor& y, double keep, const Tensor& f, double scale,
                     const Tensor& h) {
   const int64_t rank = f.size(1);
-  std::vector<double> dots(tiles_of(y, rank));
-  dispatch_accumulate(y.scalar_type(), [&](auto type) {
+  return dispatch_accumulate(y.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    for_each_tile(y, rank, [&](int64_t n, int64_t index, int64_t first, int64_t count) {
+    std::vector<double> dots(tiles_of<T>(y, rank));
+    for_each_tile<T>(y, rank, [&](int64_t n, int64_t index, int64_t first, int64_t count) {
       Tile<T> tile(rank);
       tile.load(matrix<const T>(h, n), first, count);
       for_rows(0, y.size(1), [&](int64_t row, int64_t rows) {
@@ -309,8 +317,8 @@ double expand_each_(const std::optional<Tensor>& x, const Tensor& y, double keep
         }
       });
     });
+    return std::accumulate(dots.begin(), dots.end(), 0.0);
   });
-  return std::accumulate(dots.begin(), dots.end(), 0.0);
 }
 
 Tensor project_all(const Tensor& x, const Tensor& h) {
@@ -319,11 +327,11 @@ Tensor project_all(const Tensor& x, const Tensor& h) {
   dispatch_accumulate(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Strided<T> out = strided<T>(result);
-    Chunks(channels, rank, false).parallel([&](int64_t, int64_t begin, int64_t end) {
+    Chunks(channels, x.size(0) * x.size(2)).parallel([&](int64_t, int64_t begin, int64_t end) {
       Tile<T> tile(rank);
       std::fill(out.at(begin, 0), out.at(end, 0), T(0));
       for (int64_t n = 0; n < x.size(0); ++n) {
-        for_columns(x.size(2), rank, [&](int64_t first, int64_t count) {
+        for_columns<T>(x.size(2), rank, [&](int64_t first, int64_t count) {
           tile.load(matrix<const T>(h, n), first, count);
           for_rows(begin, end, [&](int64_t row, int64_t rows) {
             project_tile(matrix_rows<const T>(x, n).from(row, first), tile.read(), out.from(row, 0),

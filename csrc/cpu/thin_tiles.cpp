@@ -38,8 +38,8 @@ MAPSURGERY_INLINE void project_whole(Rows<const T> x, Rows<const T> p, Strided<T
 template <int R, class T>
 MAPSURGERY_INLINE void project_rows(Rows<const T> x, Rows<const T> p, Strided<T> h, const Extent& extent) {
   int64_t j = 0;
-  for (; j + 4 <= extent.rank; j += 4) {
-    project_whole<R, 4>(x, p.from(j), h.from(0, j), extent.columns);
+  for (; j + 2 <= extent.rank; j += 2) {
+    project_whole<R, 2>(x, p.from(j), h.from(0, j), extent.columns);
   }
   for (; j < extent.rank; ++j) {
     project_whole<R, 1>(x, p.from(j), h.from(0, j), extent.columns);
@@ -113,8 +113,8 @@ MAPSURGERY_INLINE double expand_rows(Rows<const T> x, Rows<T> y, T keep, Strided
   typename Simd<T>::Vector products = {};
   T sum = 0;
   int64_t i = 0;
-  for (; i + 4 * kLanes <= extent.columns; i += 4 * kLanes) {
-    expand_block<Simd<T>, R, 4, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, products);
+  for (; i + 2 * kLanes <= extent.columns; i += 2 * kLanes) {
+    expand_block<Simd<T>, R, 2, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, products);
   }
   for (; i + kLanes <= extent.columns; i += kLanes) {
     expand_block<Simd<T>, R, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, products);
@@ -131,8 +131,8 @@ MAPSURGERY_INLINE double expand(Rows<const T> x, Rows<T> y, T keep, Strided<cons
                                 const Extent& extent) {
   double dot = 0;
   int64_t t = 0;
-  for (; t + 2 <= extent.rows; t += 2) {
-    dot += expand_rows<2, kDot>(x.from(t), y.from(t), keep, h.from(t, 0), scale, p, extent);
+  for (; t + 4 <= extent.rows; t += 4) {
+    dot += expand_rows<4, kDot>(x.from(t), y.from(t), keep, h.from(t, 0), scale, p, extent);
   }
   for (; t < extent.rows; ++t) {
     dot += expand_rows<1, kDot>(x.from(t), y.from(t), keep, h.from(t, 0), scale, p, extent);
@@ -145,8 +145,8 @@ MAPSURGERY_INLINE double expand(Rows<const T> x, Rows<T> y, T keep, Strided<cons
 template <class T>
 MAPSURGERY_SIMD void project_tile(Rows<const T> x, Rows<const T> p, Strided<T> h, Extent extent) {
   int64_t t = 0;
-  for (; t + 2 <= extent.rows; t += 2) {
-    project_rows<2>(x.from(t), p, h.from(t, 0), extent);
+  for (; t + 4 <= extent.rows; t += 4) {
+    project_rows<4>(x.from(t), p, h.from(t, 0), extent);
   }
   for (; t < extent.rows; ++t) {
     project_rows<1>(x.from(t), p, h.from(t, 0), extent);
