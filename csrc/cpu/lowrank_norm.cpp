@@ -20,6 +20,10 @@ struct Grams {
 Grams grams(const Tensor& A, const Tensor& B) {
   const ScalarType acc = accumulate_dtype(A.scalar_type());
   const Tensor wide_A = cast(A, acc), wide_B = cast(B, acc);
+  const int64_t rank = A.size(0);
+  if (thin::has_small_gram(wide_A, rank) && thin::has_small_gram(wide_B, rank)) {
+    return {thin::gram_of_rows(wide_A), thin::gram_of_columns(wide_B)};
+  }
   return {Cpu::mm(wide_A, transposed(wide_A)), Cpu::mm(transposed(wide_B), wide_B)};
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <type_traits>
 
 #include "cpu/rows.h"
 #include "cpu/thin_tiles.h"
@@ -156,6 +157,24 @@ class Gathered {
   Tensor total_, parts_;
 };
 
+// The sum of f(part, first, count), which add to a Gram matrix `part` what a piece of a long dimension gives.
+template <class F>
+Tensor sum_of_grams(const Tensor& x, int64_t rank, int64_t length, const F& f) {
+  const Tensor result = empty({rank, rank}, x.scalar_type(), x);
+  dispatch_accumulate(x.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    T part[kMostRank * kMostRank];
+    double sum[kMostRank * kMostRank] = {};
+    for (int64_t first = 0; first < length; first += kMostColumns) {
+      std::fill_n(part, rank * rank, T(0));
+      f(Rows<T>{part, rank}, first, std::min(kMostColumns, length - first));
+      for (int64_t i = 0; i < rank * rank; ++i) sum[i] += part[i];
+    }
+    std::copy_n(sum, rank * rank, static_cast<T*>(result.data_ptr()));
+  });
+  return result;
+}
+
 }  // namespace
 
 bool handles(const Tensor& x, int64_t rank) {
@@ -272,6 +291,26 @@ std::tuple<double, Tensor> gather_and_expand_(const Tensor& x, const Tensor& y, 
     return sums.total();
   });
   return {dot, gathered};
+}
+
+bool has_small_gram(const Tensor& x, int64_t rank) {
+  return rank <= kMostRank && x.stride(1) == 1 && x.scalar_type() == accumulate_dtype(x.scalar_type());
+}
+
+Tensor gram_of_rows(const Tensor& x) {
+  return sum_of_grams(x, x.size(0), x.size(1), [&](auto part, int64_t first, int64_t count) {
+    using T = std::remove_pointer_t<decltype(part.data)>;
+    const Rows<const T> tile = rows_of<const T>(x).from(0, first);
+    project_tile(tile, tile, Strided<T>{part.data, part.stride, 1}, {x.size(0), x.size(0), count});
+  });
+}
+
+Tensor gram_of_columns(const Tensor& x) {
+  return sum_of_grams(x, x.size(1), x.size(0), [&](auto part, int64_t first, int64_t count) {
+    using T = std::remove_pointer_t<decltype(part.data)>;
+    gather_tile(rows_of<const T>(x).from(first), strided<const T>(x).from(first, 0), part,
+                {count, x.size(1), x.size(1)});
+  });
 }
 
 bool handles_each(const Tensor& x, int64_t rank) {

@@ -31,6 +31,12 @@ Tensor project_and_gather(const Tensor& x, const Tensor& p, const Tensor& h, con
 std::tuple<double, Tensor> gather_and_expand_(const Tensor& x, const Tensor& y, double keep, const Tensor& h,
                                               double scale, const Tensor& p);
 
+// The Gram matrices x x^T and x^T x of a thin matrix (r, n) or (n, r) itself, whose rows are contiguous. Added up in
+// double, as x may be long.
+bool has_small_gram(const Tensor& x, int64_t rank);
+Tensor gram_of_rows(const Tensor& x);
+Tensor gram_of_columns(const Tensor& x);
+
 // The same for a batch of matrices (N, C, L) with contiguous rows: activations of 1x1 convolutions, channels first.
 bool handles_each(const Tensor& x, int64_t rank);
 

@@ -293,9 +293,10 @@ class Adapter(nn.Module):
         if self.pending:
             self.weight_arrived()
         self.tell_watch()
-        if weight is None or weight is self.base_weight:
-            assert self.base_weight is not None
-            return self.base_weight, self.weight_norm
+        held = self.base_weight
+        if held is not None and (weight is None or weight is held):
+            return held, self.weight_norm
+        assert weight is not None
         # The model may have been cast since: a norm may be taken in a wider dtype only.
         dtype = torch.promote_types(self.weight_norm.dtype, weight.dtype)
         return weight, torch.linalg.vector_norm(weight.detach(), dtype=dtype).reshape(1)
