@@ -30,6 +30,7 @@ class Map(Method):
 
     name: ClassVar[str] = "map"
     roles: ClassVar = {"alpha": "base", "beta": "magnitude"}
+    init_options: ClassVar = ("kind", "beta", "gain", "relative", "a_scale")
     train_alpha: bool = True
     train_beta: bool = True
 

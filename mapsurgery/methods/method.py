@@ -45,6 +45,8 @@ class Method:
 
     name: ClassVar[str] = ""
     roles: ClassVar[Mapping[str, str]] = {}
+    init_options: ClassVar[tuple[str, ...]] = ("a_scale",)
+    """The options of `Init` that the method reads; update families read a_scale."""
 
     # What a subclass defines ------------------------------------------------------------------------------------
 
@@ -97,6 +99,24 @@ class Method:
         return {}
 
     # What follows -----------------------------------------------------------------------------------------------
+
+    def init_of(self, value: str | Init | None) -> Init:
+        """The start that `patch(init=value)` asks for.
+
+        Raises:
+            TypeError, ValueError: it is no start, one that the method cannot have, or sets an option that does nothing.
+        """
+        if value is None:
+            return self.default_init()
+        init = Init.parse(value)
+        self.refuse(init)
+        for name, option in init.to_dict().items():
+            if name not in self.init_options and option != getattr(Init, name):
+                raise ValueError(
+                    f"init {name}={option!r} does nothing with method {self.name!r}, which reads of Init only "
+                    f"{', '.join(self.init_options)}: leave {name} out, or use a method that reads it, such as 'map'"
+                )
+        return init
 
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
         """x W'^T + bias."""
