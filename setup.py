@@ -57,7 +57,8 @@ class CMakeBuild(build_ext):
         package = Path(self.build_lib) / "mapsurgery"
         for library in package.glob("*.so"):
             library.unlink()
-        shutil.rmtree(package / "share", ignore_errors=True)
+        if (package / "share").exists():
+            shutil.rmtree(package / "share")
 
     def _missing_tool(self):
         if find_tool("cmake") is None:

@@ -108,3 +108,11 @@ def test_the_way_is_known_of_layers_without_values(update: str) -> None:
         (fake,) = mapsurgery.plan(nn.Linear(24, 20), "*", rank=2, update=update).layers
         assert fake.path_kind == on_meta.path_kind
     assert on_meta.path_kind in ("fused", "beside")
+
+
+def test_a_subclass_of_linear_with_groups_of_its_own_is_no_convolution() -> None:
+    class Grouped(nn.Linear):
+        groups = 4
+
+    (planned,) = mapsurgery.plan(Grouped(24, 20), "*", rank=2, update="dense").layers
+    assert planned.path_kind == "beside"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -463,7 +464,7 @@ def planned_layer(
     trainable = sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed())
     shape = tuple(weight.shape)
     replaced = _is_replaced(module, name, layer_type)
-    groups = getattr(module, "groups", None) if replaced else None
+    groups = module.groups if replaced and isinstance(module, _ConvNd) else None
     own = (layer_type, shape, matrix, stacked, rank, asked, pattern, config, replaced, groups, trainable)
     return PlannedLayer(module, name, sites, *own)
 
