@@ -35,6 +35,8 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs into the package; CMake and ninja redo only what has changed."""
 
     def run(self):
+        if not self._in_place:
+            self._remove_earlier_build()
         native = os.environ.get("MAPSURGERY_NATIVE", "1")
         if native == "0":
             return
@@ -46,6 +48,18 @@ class CMakeBuild(build_ext):
         else:
             self.warn(f"mapsurgery: {missing}: no native code is built, the library will run in pure torch")
 
+    @property
+    def _in_place(self):
+        return self.editable_mode or self.inplace
+
+    def _remove_earlier_build(self):
+        """setuptools uses its build folder again: what this build does not make must not be in it."""
+        package = Path(self.build_lib) / "mapsurgery"
+        for library in package.glob("*.so"):
+            library.unlink()
+        if (package / "share").exists():
+            shutil.rmtree(package / "share")
+
     def _missing_tool(self):
         if find_tool("cmake") is None:
             return "CMake was not found"
@@ -54,7 +68,7 @@ class CMakeBuild(build_ext):
         return None
 
     def _build(self):
-        target = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
+        target = ROOT if self._in_place else Path(self.build_lib).resolve()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
         # One build folder per Python and generator: what is cached in one does not fit another.

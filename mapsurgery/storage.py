@@ -217,7 +217,11 @@ def _config(path: str, value: dict[str, Any]) -> Config:
     try:
         dtype = value["dtype"]
         torch_dtype = None if dtype is None else getattr(torch, dtype)
-        return Config.checked(**{**value, "init": Init(**value["init"]), "dtype": torch_dtype})
+        config = Config.checked(**{**value, "init": None, "dtype": torch_dtype})
+        init = Init(**value["init"])  # files of older versions may hold options of it that their method does not read
+        config.method.refuse(init)
+        config.update.refuse(init.kind == "random")
+        return replace(config, init=init)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
 

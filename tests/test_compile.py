@@ -451,3 +451,26 @@ def test_a_compiled_model_and_its_copy_share_no_state() -> None:
     again = torch.compile(other, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(again(image()), other(image()))
     assert isinstance(other, Net) and not torch.allclose(again(image()), compiled(image()))
+
+
+# An operator of any library: its name stays, what it returns changes from one version to the next.
+_VERSION = """
+import sys, torch
+size = int(sys.argv[1])
+library = torch.library.Library("versions", "DEF")
+library.define("f(Tensor x) -> Tensor")
+library.impl("f", lambda x: x.new_ones(size), "CPU")
+torch.library.register_fake("versions::f", lambda x: x.new_empty(size), lib=library)
+print("of size", torch.compile(lambda x: torch.ops.versions.f(x) * 2)(torch.randn(3)).numel())
+"""
+
+
+@pytest.mark.slow
+def test_a_tag_keeps_code_for_an_older_form_of_an_operator_out(tmp_path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for size, tag in (("6", ""), ("7", "7")):
+        environment["TORCH_COMPILE_CACHE_KEY_TAG"] = tag
+        result = subprocess.run(
+            [sys.executable, "-c", _VERSION, size], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert f"of size {size}" in result.stdout, result.stderr

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from definition import STARTS, image, net, start_name, weight_of
+from definition import STARTS, Snapshot, image, net, start_name, to_generic_point, weight_of
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import mapsurgery
@@ -151,3 +155,61 @@ def test_a_constructed_layer_has_no_more_rank_than_it_allows() -> None:
 def test_a_constructed_layer_checks_its_dropout() -> None:
     with pytest.raises(ValueError, match="dropout"):
         mapsurgery.MapLinear(8, 8, dropout=1.5)
+
+
+# Methods that have one start ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("zero", "kind='zero'"),
+        (Init("zero"), "kind='zero'"),
+        (Init(beta=0.3), "beta=0.3"),
+        (Init(gain=8.0), "gain=8.0"),
+        (Init(relative=False), "relative=False"),
+    ],
+    ids=str,
+)
+def test_an_option_that_does_nothing_is_refused_and_changes_nothing(
+    method: str, init: str | Init, message: str
+) -> None:
+    model = net()
+    snapshot = Snapshot(model)
+    expected = f"init {message} does nothing with method '{method}'.*a_scale: leave"
+    for refuse in (mapsurgery.plan, mapsurgery.patch):
+        with pytest.raises(ValueError, match=expected):
+            refuse(model, "*", method=method, init=init)
+    with pytest.raises(ValueError, match=expected):
+        mapsurgery.MapLinear(4, 4, rank=2, method=method, init=init)
+    snapshot.assert_holds(model)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("init", [None, "soft", Init(), Init(a_scale="kaiming")], ids=str)
+def test_what_other_methods_read_of_a_start_is_accepted(method: str, init: str | Init | None) -> None:
+    weight = torch.randn(64, 256)
+    layer = nn.Linear(256, 64)
+    layer.weight.data.copy_(weight)
+    mapsurgery.patch(layer, "*", method=method, init=init)
+    kaiming = init is None or (isinstance(init, Init) and init.a_scale == "kaiming")
+    size = (3 * 256) ** -0.5 if kaiming else weight.square().mean().sqrt().item()
+    assert layer.adapter.A.detach().square().mean().sqrt().item() == pytest.approx(size, rel=0.1)
+
+
+def test_a_method_may_read_more_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapsurgery.Lora, "init_options", ("beta",))
+    assert mapsurgery.plan(net(), "*", method="lora", init=Init(beta=0.3)).config.init.beta == 0.3
+
+
+def test_a_file_of_an_older_version_with_an_option_that_does_nothing_loads(tmp_path: Path) -> None:
+    x, base = image(), net()
+    model = to_generic_point(mapsurgery.patch(copy.deepcopy(base), "*", rank=2, method="lora"))
+    mapsurgery.save(model, tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"init": Init("zero", 0.3).to_dict()})
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    loaded = mapsurgery.load(copy.deepcopy(base), tmp_path / "old.safetensors")
+    assert torch.equal(loaded(x), model(x))

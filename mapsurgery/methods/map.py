@@ -16,7 +16,7 @@ from ..ops import reference
 from ..updates import Matrix
 from ..updates.base import Parameters
 from .init import Init
-from .method import Coefficients, Method, Settings, combined_rows
+from .method import Coefficients, Method, Settings, combined_rows, drops
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Map(Method):
 
     name: ClassVar[str] = "map"
     roles: ClassVar = {"alpha": "base", "beta": "magnitude"}
+    init_options: ClassVar = ("kind", "beta", "gain", "relative", "a_scale")
     train_alpha: bool = True
     train_beta: bool = True
 
@@ -87,8 +88,15 @@ class Map(Method):
         """The arguments that every operator shares, after the factors."""
         return p.alpha, p.beta, norm, p.init.tau, p.init.relative
 
+    def way(self, p: Parameters, groups: int | None = None) -> str:
+        return super().way(p, groups) if self._fused_factors(p) is None else "fused"
+
+    def _fused_factors(self, p: Parameters) -> tuple[Tensor, Tensor] | None:
+        """The factors that the operators take, which know no dropout."""
+        return None if drops(p) else p.update.factors(p)
+
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
-        factors = None if p.training and p.dropout > 0 else p.update.factors(p)
+        factors = self._fused_factors(p)
         if factors is None:
             return super().linear(p, x, bias, W, norm)
         return ops.map_linear(x, p.matrix(W), bias, *factors, *self._numbers(p, norm))
@@ -96,7 +104,7 @@ class Map(Method):
     def conv(
         self, p: Parameters, x: Tensor, bias: Tensor | None, settings: Settings, W: Tensor, norm: Tensor
     ) -> Tensor:
-        factors = None if p.training and p.dropout > 0 else p.update.factors(p)
+        factors = self._fused_factors(p)
         if factors is None:
             return super().conv(p, x, bias, settings, W, norm)
         return ops.map_conv(x, W, bias, *factors, *self._numbers(p, norm), *settings)  # type: ignore[call-arg]

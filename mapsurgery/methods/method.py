@@ -45,6 +45,8 @@ class Method:
 
     name: ClassVar[str] = ""
     roles: ClassVar[Mapping[str, str]] = {}
+    init_options: ClassVar[tuple[str, ...]] = ("a_scale",)
+    """The options of `Init` that the method reads; update families read a_scale."""
 
     # What a subclass defines ------------------------------------------------------------------------------------
 
@@ -98,6 +100,35 @@ class Method:
 
     # What follows -----------------------------------------------------------------------------------------------
 
+    def init_of(self, value: str | Init | None) -> Init:
+        """The start that `patch(init=value)` asks for.
+
+        Raises:
+            TypeError, ValueError: it is no start, one that the method cannot have, or sets an option that does nothing.
+        """
+        if value is None:
+            return self.default_init()
+        init = Init.parse(value)
+        self.refuse(init)
+        for name, option in init.to_dict().items():
+            if name not in self.init_options and option != getattr(Init, name):
+                raise ValueError(
+                    f"init {name}={option!r} does nothing with method {self.name!r}, which reads of Init only "
+                    f"{', '.join(self.init_options)}: leave {name} out, or use a method that reads it, such as 'map'"
+                )
+        return init
+
+    def way(self, p: Parameters, groups: int | None = None) -> str:
+        """How `linear`, or with `groups` a `conv` of as many, computes in p's mode.
+
+        Returns:
+            "fused": on the operators of `mapsurgery.ops`, with thin factors of ΔW; "beside": W and ΔW (or its factors)
+            each have products of their own, in plain torch; "weight": on W'.
+        """
+        if groups is None or drops(p):
+            return "beside"
+        return "weight" if _on_weight(p.update.factors(p), groups) else "beside"
+
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
         """x W'^T + bias."""
         c = self.coefficients(p, lambda: p.matrix(W), norm)
@@ -115,9 +146,8 @@ class Method:
     ) -> Tensor:
         """Convolution with W', in activation space where that is cheaper."""
         conv = _CONV[len(settings[0])]
-        drops = p.training and p.dropout > 0
         factors = p.update.factors(p)
-        if not drops and (factors is None or _cheaper_on_weight(factors, settings[3])):
+        if not drops(p) and _on_weight(factors, settings[3]):
             return conv(x, self._computed(p, W, norm).to(W.dtype), bias, *settings)
         c = self.coefficients(p, lambda: p.matrix(W), norm)
         scaled = x if c.base is None else x * c.base.to(x.dtype)
@@ -215,7 +245,15 @@ def put_matrix(p: Parameters, weight: Tensor, matrix: Tensor) -> None:
     weight.copy_(matrix.t() if p.transposed else matrix.reshape(weight.shape))
 
 
-def _cheaper_on_weight(factors: tuple[Tensor, Tensor], groups: int) -> bool:
+def drops(p: Parameters) -> bool:
+    """Whether inputs of the update path are dropped now."""
+    return p.training and p.dropout > 0
+
+
+def _on_weight(factors: tuple[Tensor, Tensor] | None, groups: int) -> bool:
+    """Whether a convolution runs on W': without thin factors, or where that is cheaper than they are."""
+    if factors is None:
+        return True
     A, B = factors
     return reference.conv_weight_space(B.shape[0], A.shape[1], A.shape[0], groups)
 

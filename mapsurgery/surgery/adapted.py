@@ -247,8 +247,7 @@ class _Constructed:
         check_rank(rank, limit=min(weight.shape[0], weight.numel() // weight.shape[0]))
         dtype = adapter_dtype or default_dtype(weight.dtype)
         how, what = find_method(method), find_update(update)
-        start = how.default_init() if init is None else Init.parse(init)
-        how.refuse(start)
+        start = how.init_of(init)
         what.refuse(start.kind == "random")
         adapter = Adapter(weight, method=how, update=what, rank=rank, init=start, dropout=dropout, dtype=dtype)
         for name in ("base_weight", *how.fixed()):

@@ -71,8 +71,7 @@ class Config:
         if tied not in TIES:
             raise ValueError(f"tied must be one of {', '.join(map(repr, TIES))}, got {tied!r}")
         how, what = find_method(method), find_update(update)
-        start = how.default_init() if init is None else Init.parse(init)
-        how.refuse(start)
+        start = how.init_of(init)
         what.refuse(start.kind == "random")
         return cls(
             targets=patterns,

@@ -59,7 +59,8 @@ def patch(
             (`mapsurgery.Map`, `Lora`, `Dora`).
         update: what ΔW is: "lora" (BA), "pissa", "olora", "adalora", "vera", "loha", "lokr", "flora", "dense", one of
             your own that was registered, or an instance with options (`mapsurgery.updates`).
-        init: the start, "soft", "zero", "random" or an `Init`; None: the method's own, for MAP "soft".
+        init: the start, "soft", "zero", "random" or an `Init`; None: the method's own, for MAP "soft". Other methods
+            have one start, and read `a_scale` alone: another option is an error.
         dropout: probability of dropping an input of the update path in training.
         dtype: of the adapter's parameters; None is float32 (float64 on float64 weights). A half type rounds magnitudes
             in units of W (DoRA's, MAP's with `Init(relative=False)`), and with them the start.

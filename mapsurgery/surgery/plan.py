@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -42,7 +43,11 @@ class PlannedLayer:
         rank: after the limit of the update family, in most min(m, K); requested_rank before.
         trainable: number of parameters that the adapter trains; 0 where the adapter is another layer's.
         pattern: the first pattern that took it.
-        path_kind: "fused"; "weight" where the layer's own forward runs on W'; "base" where it runs on quantised W.
+        config: the arguments of the plan.
+        replaced: the layer's forward is to be one of ours; else its own runs on W', or on a quantised W.
+        groups: of a convolution whose forward is replaced.
+        path_kind: how it trains: "fused", on the operators; "beside", with products of W and ΔW in plain torch;
+            "weight", on W'; "base", where the layer's own forward runs on a quantised W.
         shares: the name under which the adapter of a tied parameter is built already.
         weight_norm, dtype: ||W||_F and the adapter's dtype where a file gives them; else measured and by `Config`.
     """
@@ -57,6 +62,9 @@ class PlannedLayer:
     rank: int
     requested_rank: int
     pattern: str
+    config: Config = field(repr=False, compare=False)
+    replaced: bool
+    groups: int | None
     trainable: int = 0
     notes: tuple[str, ...] = ()
     shares: str | None = None
@@ -82,16 +90,35 @@ class PlannedLayer:
 
     @property
     def path_kind(self) -> str:
-        if self.quantisation is not None:
-            return "base"
-        mixin = mixin_of(type(self.module), (self.parameter,))
-        fused = self.layer_type is not None and mixin is self.layer_type.fused
-        return "fused" if fused and not getattr(self.module, "scale_grad_by_freq", False) else "weight"
+        return self._way(training=True)
+
+    @property
+    def path_kind_in_eval(self) -> str:
+        """As `path_kind`, in eval mode: without dropout."""
+        return self._way(training=False)
+
+    def _way(self, training: bool) -> str:
+        if not self.replaced:
+            return "weight" if self.quantisation is None else "base"
+        if isinstance(self.module, nn.Embedding):  # rows of W and of ΔW: no operator computes these
+            return "beside"
+        c = self.config
+        stand_in = Adapter(
+            torch.empty(self.shape, device="meta"),
+            method=c.method,
+            update=c.update,
+            rank=self.rank,
+            init=c.init,
+            dropout=c.dropout,
+            transposed=self.transposed,
+        )
+        stand_in.train(training and self.drops)
+        return c.method.way(stand_in, self.groups)
 
     @property
     def drops(self) -> bool:
-        """Whether dropout applies: where the update has an input of numbers, and the forward is ours."""
-        return self.path_kind != "weight" and not isinstance(self.module, nn.Embedding)
+        """Whether dropout applies: where the update has an input of numbers, and the forward is not the layer's."""
+        return (self.replaced or self.quantisation is not None) and not isinstance(self.module, nn.Embedding)
 
     @property
     def matrices(self) -> int:
@@ -199,7 +226,8 @@ def _grouped(layers: tuple[PlannedLayer, ...], full: bool) -> list[list[PlannedL
     groups: dict[Any, list[PlannedLayer]] = {}
     for i, layer in enumerate(layers):
         alike = (_family(layer.path), layer.type_name, layer.shape, layer.rank, layer.pattern, len(layer.paths))
-        key = i if full else (*alike, layer.shares is None, tuple(_family(note) for note in layer.notes))
+        notes = (layer.shares is None, layer.groups, tuple(_family(note) for note in layer.notes))
+        key = i if full else (*alike, *notes)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
 
@@ -212,11 +240,12 @@ def _row(group: list[PlannedLayer]) -> list[object]:
     notes = "; ".join([*also, *first.notes])
     shape = "x".join(map(str, first.shape))
     trainable = sum(layer.trainable for layer in group)
-    kind = [name + aliases, len(group), first.type_name, shape, _WAYS[first.path_kind]]
-    return [*kind, first.rank, trainable, first.pattern, notes]
+    way, in_eval = _WAYS[first.path_kind], _WAYS[first.path_kind_in_eval]
+    way = way if way == in_eval else f"{way}, in eval mode {in_eval}"
+    return [name + aliases, len(group), first.type_name, shape, way, first.rank, trainable, first.pattern, notes]
 
 
-_WAYS = {"fused": "fused", "weight": "on W'", "base": "own kernel"}
+_WAYS = {"fused": "fused", "beside": "beside W", "weight": "on W'", "base": "own kernel"}
 """How a layer is computed, as docs/layers.md calls it."""
 
 
@@ -434,7 +463,18 @@ def planned_layer(
     shapes = parameter_shapes(config, matrix, rank)
     trainable = sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed())
     shape = tuple(weight.shape)
-    return PlannedLayer(module, name, sites, layer_type, shape, matrix, stacked, rank, asked, pattern, trainable)
+    replaced = _is_replaced(module, name, layer_type)
+    groups = module.groups if replaced and isinstance(module, _ConvNd) else None
+    own = (layer_type, shape, matrix, stacked, rank, asked, pattern, config, replaced, groups, trainable)
+    return PlannedLayer(module, name, sites, *own)
+
+
+def _is_replaced(module: nn.Module, name: str, layer_type: LayerType | None) -> bool:
+    """Whether the forward of a layer is to be one of ours."""
+    if layer_type is None or (name == "weight" and quantisation.kind_of(module) is not None):
+        return False
+    fused = mixin_of(type(module), (name,)) is layer_type.fused
+    return fused and not getattr(module, "scale_grad_by_freq", False)
 
 
 def parameter_shapes(config: Config, matrix: Matrix, rank: int, frozen: bool = False) -> dict[str, tuple[int, ...]]:
@@ -454,7 +494,7 @@ def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
         notes.append(f"{layer.matrices} matrices, adapted one by one")
     if layer.quantisation is not None:
         return (*notes, f"quantised ({layer.quantisation.name}): runs on its own kernel")
-    if layer.path_kind == "weight":
+    if not layer.replaced:
         notes.append("own forward, runs on W'")
     if config.dropout and not layer.drops:
         notes.append("no dropout")
