@@ -35,7 +35,10 @@ from train_step import METHODS
 SHAPES: dict[str, list[tuple[int, int, int]]] = {  # (tokens, in_features, out_features)
     "test": [(16, 32, 48)],
     "vit_small": [(1576, 384, 1152), (1576, 384, 384), (1576, 384, 1536), (1576, 1536, 384)],
+    "vit_base": [(1576, 768, 2304), (1576, 768, 768), (1576, 768, 3072), (1576, 3072, 768)],
+    "vit_large": [(1576, 1024, 3072), (1576, 1024, 1024), (1576, 1024, 4096), (1576, 4096, 1024)],
     "llama_tiny": [(1024, 256, 256), (1024, 256, 688), (1024, 688, 256)],
+    "llama_8b_short": [(512, 4096, 4096), (512, 4096, 14336), (512, 14336, 4096)],
     "llama_8b": [(1, 4096, 4096), (64, 4096, 4096), (64, 4096, 14336), (8192, 4096, 4096), (8192, 4096, 14336)],
 }
 
@@ -63,16 +66,33 @@ def lora_work(T: int, K: int, m: int, rank: int) -> Work:
     return Work(base.flops + 6 * T * rank * (K + m), base.elements + T * (6 * K + 10 * m))
 
 
+MOST_RANK_IN_ONE_PASS = 16  # `kMostRank` of csrc/cpu/thin.cpp
+
+
 def map_work(T: int, K: int, m: int, rank: int) -> Work:
-    """Beyond the frozen layer, here: h = x A^T: K; y += s_d h B^T in place: 2 m; G B: m; G^T h: m; <x, G W>: 2 K;
-    G W = s_w G W + s_d (G B) A in place: 2 K; (G B)^T x: K; and the two Gram matrices, twice.
+    """Beyond the frozen layer, here, by matrix products: h = x A^T: K; y += s_d h B^T in place: 2 m; G B: m; G^T h: m;
+    <x, G W>: 2 K; G W = s_w G W + s_d (G B) A in place: 2 K; (G B)^T x: K; and the two Gram matrices, twice.
     """
     base = frozen_work(T, K, m, rank)
     gram = 4 * rank * rank * (K + m)
     return Work(base.flops + 6 * T * rank * (K + m) + gram, base.elements + T * (6 * K + 4 * m))
 
 
+def one_pass_map_work(T: int, K: int, m: int, rank: int) -> Work:
+    """The same where each large matrix is read once, as on the CPU in float32: G for G B and G^T h; x and G W, which is
+    written, for the rest of backward.
+    """
+    by_products = map_work(T, K, m, rank)
+    return Work(by_products.flops, by_products.elements - T * (2 * K + m))
+
+
 WORK: dict[str, Callable[[int, int, int, int], Work]] = {"frozen": frozen_work, "lora": lora_work, "map": map_work}
+
+
+def works(rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[int, int, int, int], Work]]:
+    """What each method must compute and move on this device."""
+    one_pass = device.type == "cpu" and dtype == torch.float32 and rank <= MOST_RANK_IN_ONE_PASS
+    return WORK | ({"map": one_pass_map_work} if one_pass else {})
 
 
 def predicted_ms(work: Work, dtype: torch.dtype, ceilings: Ceilings) -> float:
@@ -125,7 +145,8 @@ def measure_shape(
     for _ in range(rounds):
         for method, model in models.items():
             times[method] += timed_step(model, x, grad, device).milliseconds()
-    predictions = {method: predicted_ms(work(T, K, m, rank), dtype, ceilings) for method, work in WORK.items()}
+    work_of = works(rank, dtype, device)
+    predictions = {method: predicted_ms(work(T, K, m, rank), dtype, ceilings) for method, work in work_of.items()}
     return [
         {
             "tokens": T,
@@ -143,7 +164,7 @@ def measure_shape(
             "predicted_to_lora": predictions[method] / predictions["lora"],
             "to_lora": paired_ratio(times[method], times["lora"]),
         }
-        for method, work in WORK.items()
+        for method, work in work_of.items()
     ]
 
 

@@ -238,7 +238,7 @@ def test_products_with_thin_matrices(device, dtype, T, K, m, rank, sliced):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("rank", [5, 16])
+@pytest.mark.parametrize("rank", [1, 5, 16, 17])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_products_with_thin_matrices_in_convolutions(device, dtype, rank, stride, channels_last):

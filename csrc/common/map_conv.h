@@ -66,8 +66,12 @@ struct Activation {
   int64_t N, C, L;
   bool channels_last;
 
-  explicit Activation(const Tensor& t)
-      : N(t.size(0)), C(t.size(1)), L(product(sizes_of(t), 2, t.dim())), channels_last(!t.is_contiguous()) {
+  explicit Activation(const Tensor& t) : Activation(t, !t.is_contiguous()) {}
+  // As `other` is seen: with a single channel, t lies in both orders.
+  Activation(const Tensor& t, const Activation& other) : Activation(t, other.channels_last) {}
+
+  Activation(const Tensor& t, bool channels_last)
+      : N(t.size(0)), C(t.size(1)), L(product(sizes_of(t), 2, t.dim())), channels_last(channels_last) {
     if (channels_last) {
       L *= N;
       N = 1;
@@ -139,7 +143,7 @@ inline Tensor for_samples(const Tensor& factor, int64_t N, int64_t first, int64_
 template <class Device>
 Tensor pointwise(const Tensor& factor, const Tensor& t) {
   Tensor out = empty_activation(t, factor.size(0));
-  const Activation from(t), into(out);
+  const Activation from(t), into(out, from);
   Tensor matrices = into.channels(out);
   if (out.numel() > 0) {
     Device::bmm(matrices, for_samples(factor, from.N, 0, factor.size(0)), from.channels(t));
@@ -172,7 +176,7 @@ void accumulate_pointwise_(const Tensor& y, const Tensor& factor, const Tensor& 
                            ScaleIndex keep) {
   if (y.numel() == 0) return;
   const Tensor H = ordered_like(h, y);
-  const Activation in(H), out(y);
+  const Activation out(y), in(H, out);
   const int64_t rows = factor.size(0) / groups, rank = factor.size(1);
   for (int64_t g = 0; g < groups; ++g) {
     Tensor rows_of_y = out.channels(y, g * rows, rows);
@@ -255,7 +259,8 @@ std::tuple<Tensor, Tensor> up_backward(const Tensor& grad, const Tensor& h, cons
   Tensor dB;
   if (need_B) {
     const Tensor H = ordered_like(as_activation(h), G);
-    dB = Device::sum_of_products(Activation(G).channels(G), Activation(H).channels(H));
+    const Activation wide(G);
+    dB = Device::sum_of_products(wide.channels(G), Activation(H, wide).channels(H));
   }
   return {pointwise<Device>(transposed(B), G), dB};
 }
@@ -268,7 +273,8 @@ std::tuple<Tensor, Tensor> down_backward(const Tensor& GB, const Tensor& x, cons
   if (is_pointwise(weight, conv)) {
     if (!need_A) return {};
     const Tensor X = as_activation(positions(x, conv)), ordered = ordered_like(GB, X);
-    return {Tensor(), Device::sum_of_products(Activation(ordered).channels(ordered), Activation(X).channels(X))};
+    const Activation wide(X);
+    return {Tensor(), Device::sum_of_products(Activation(ordered, wide).channels(ordered), wide.channels(X))};
   }
   auto [GBA, dA] = Device::convolution_backward(GB, x, down_kernel(A, weight, conv.groups), conv, need_x, need_A);
   if (need_A) {
@@ -287,7 +293,7 @@ Tensor finish_pointwise_input_gradient(Tensor& GW, const Tensor& GB, const Tenso
   Tensor dalpha;
   if (need_alpha && need_x && sum.numel() > 0) {
     const Tensor X = in_layout_of(positions(x, conv), sum), H = ordered_like(GB, sum);
-    const Activation in(H), out(sum);
+    const Activation out(sum), in(H, out);
     Tensor matrices = out.channels(sum);
     dalpha = Device::dot_and_accumulate_bmm_(out.channels(X), matrices, for_samples(transposed(A), out.N, 0, out.C),
                                              in.channels(H), scales, DS_W)
