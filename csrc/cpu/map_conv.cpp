@@ -20,6 +20,17 @@ Forward forward(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   return {cast(y, dtype), cast(h, dtype), scales, gram_a, gram_b};
 }
 
+Given forward_given(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                    const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                    bool relative, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                    bool weight_space, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b) {
+  const ScalarType dtype = x.scalar_type();
+  const auto [y, h] = map_conv_given<Cpu>(is_emulated(dtype) ? cast(x, ScalarType::Float) : x, weight, bias, A, B,
+                                          alpha, beta, weight_norm, tau, relative, stride, padding, dilation, groups,
+                                          weight_space, scales, gram_a, gram_b);
+  return {cast(y, dtype), cast(h, dtype)};
+}
+
 Grads backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weight, const Tensor& A,
                const Tensor& B, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b, const Sizes& stride,
                const Sizes& padding, const Sizes& dilation, int64_t groups, bool weight_space, bool need_x,
@@ -39,5 +50,6 @@ Grads backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
   m.impl("map_conv", TORCH_BOX(&mapsurgery::forward));
+  m.impl("map_conv_given", TORCH_BOX(&mapsurgery::forward_given));
   m.impl("map_conv_backward", TORCH_BOX(&mapsurgery::backward));
 }

@@ -8,17 +8,27 @@
 namespace mapsurgery {
 namespace {
 
+// Whether a call is computed in float32: its dtype is emulated here, and it has rows enough to pay for casts.
+bool is_widened(const Tensor& x) {
+  return x.dim() > 0 && x.numel() > kFewRows * x.size(-1) && is_emulated(x.scalar_type());
+}
+
 Forward forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
                 const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
                 bool relative) {
   const ScalarType dtype = x.scalar_type();
-  const bool many_rows = x.dim() > 0 && x.numel() > kFewRows * x.size(-1);
-  if (!many_rows || !is_emulated(dtype)) {
-    return map_linear<Cpu>(x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative);
-  }
-  const auto [y, h, scales, gram_a, gram_b] =
-      map_linear<Cpu>(cast(x, ScalarType::Float), weight, bias, A, B, alpha, beta, weight_norm, tau, relative);
+  const auto [y, h, scales, gram_a, gram_b] = map_linear<Cpu>(is_widened(x) ? cast(x, ScalarType::Float) : x, weight,
+                                                              bias, A, B, alpha, beta, weight_norm, tau, relative);
   return {cast(y, dtype), cast(h, dtype), scales, gram_a, gram_b};
+}
+
+Given forward_given(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                    const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                    bool relative, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b) {
+  const ScalarType dtype = x.scalar_type();
+  const auto [y, h] = map_linear_given<Cpu>(is_widened(x) ? cast(x, ScalarType::Float) : x, weight, bias, A, B, alpha,
+                                            beta, weight_norm, tau, relative, scales, gram_a, gram_b);
+  return {cast(y, dtype), cast(h, dtype)};
 }
 
 Grads backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weight, const Tensor& A,
@@ -39,5 +49,6 @@ Grads backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
   m.impl("map_linear", TORCH_BOX(&mapsurgery::forward));
+  m.impl("map_linear_given", TORCH_BOX(&mapsurgery::forward_given));
   m.impl("map_linear_backward", TORCH_BOX(&mapsurgery::backward));
 }
