@@ -75,14 +75,12 @@ Given = tuple[Tensor, Tensor, Tensor]
 """What `map_scales` returns, without a gradient: scales (7,), A A^T and B^T B (r, r)."""
 
 
-def _keeps_given(x: Tensor) -> bool:
-    """Whether given scalars may be used: a trace would hold them for ever, derivatives of any order pass them by."""
+def _takes_given() -> bool:
+    """Whether given scalars may be used: a trace would hold them for ever, torch.func's derivatives pass them by."""
+    if torch.compiler.is_compiling():  # their tensors are inputs of the graph
+        return not torch.compiler.is_exporting()
     return (
-        isinstance(x, Tensor)  # no proxy of torch.fx
-        and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        not torch.jit.is_tracing() and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
     )
 
 
@@ -129,7 +127,7 @@ def map_linear(
     _same_dtype(x, weight)
     x = registration.autocast(x)
     args = (x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative)
-    if given is not None and _keeps_given(x):
+    if given is not None and _takes_given():
         return _call(autograd.MapLinearGivenFunction, "map_linear_given", (*args, *given))
     return _call(autograd.MapLinearFunction, "map_linear", args)
 
@@ -187,7 +185,7 @@ def map_conv(
     weight_space = reference.conv_weight_space(weight.shape[0], A.shape[1], A.shape[0], groups)
     settings = (list(stride), list(padding), list(dilation), groups, weight_space)
     args = (x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative, *settings)
-    if given is not None and _keeps_given(x):
+    if given is not None and _takes_given():
         return _call(autograd.MapConvGivenFunction, "map_conv_given", (*args, *given))
     return _call(autograd.MapConvFunction, "map_conv", args)
 

@@ -60,7 +60,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.inputs = len(inputs)
 
 
-def _save_given(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_given(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """The same tensors, in the same order, where scales and Gram matrices are the last inputs and not outputs."""
     y, h = output
     ctx.mark_non_differentiable(h)

@@ -1,0 +1,159 @@
+"""One norm for many calls: `reuse_norms`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from . import ops
+from .methods import Adapter
+from .methods.given import GivenScales, is_plain, tensors_of
+from .surgery import record
+from .surgery.adapted import FusedConv, FusedLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+_Held = list[tuple[Adapter, GivenScales]]
+
+_LOCK = threading.Lock()  # of all that opening and closing blocks changes; calls only read it
+
+
+@contextmanager
+def reuse_norms(model: Model, *, check: bool | None = None) -> Iterator[Model]:
+    """Within the block MAP computes ||BA||_F of each layer once, not in every call: parameters may not change there.
+
+        for batch in loader:
+            with mapsurgery.reuse_norms(model):  # one step of the optimiser: micro-batches, recomputed activations
+                for micro in batch:
+                    loss(model(micro)).backward()
+            optimizer.step()
+
+    The norm depends on the parameters alone, and takes longer the larger the rank: all norms are computed on entry, by
+    one operator. Outputs and gradients are those outside of the block. It concerns layers that run on the fused
+    operators, Linear and Conv with method "map" and an update that has factors, without dropout; all others, and
+    readers of ``layer.weight``, compute as ever. It is a switch of the model, not of the thread. Blocks may be nested:
+    the inner ones reuse the outer one's norms. Nothing of it is copied, pickled, exported or in a state_dict.
+
+    A step of an optimiser is refused. That no parameter changed is checked at each call and at the end, by torch's
+    counters of writes (compiled code: at the end only). They do not see writes through ``parameter.data`` or by a
+    replayed CUDA graph: `check` does.
+
+    Args:
+        check: at the end, compute the norms again and compare. None: on the CPU only, since a GPU would have to be
+            waited for. False saves the second computation where nothing writes past torch's counters.
+
+    Raises:
+        RuntimeError: a parameter of an adapter was changed inside the block; it names the layer.
+        ValueError: the model has no adapted layers.
+    """
+    if check is not None and not isinstance(check, bool):
+        raise TypeError(f"check must be True, False or None, got {check!r} ({type(check).__name__})")
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "mapsurgery.reuse_norms inside of what torch.compile compiles: open the block around the call"
+        )
+    held = _enter(_reusing(model))
+    hook = register_optimizer_step_pre_hook(_refusing_steps(held))
+    try:
+        yield model
+    finally:
+        hook.remove()
+        ended = _leave(held)
+    _refuse_changed(held)
+    _compare(ended, check)
+
+
+def _reusing(model: nn.Module) -> dict[Adapter, tuple[Any, ...]]:
+    """The adapters whose layers' calls take given scales, with the arguments of `ops.map_scales`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    adapters = {m.adapter_of("weight"): None for m in model.modules() if isinstance(m, FusedLinear | FusedConv)}
+    if not adapters:
+        record.all_sites(model)  # raises where nothing is adapted
+    inputs = {adapter: _inputs(adapter) for adapter in adapters}
+    return {adapter: found for adapter, found in inputs.items() if found is not None}
+
+
+@torch.no_grad()
+def _inputs(adapter: Adapter) -> tuple[Any, ...] | None:
+    """The arguments of `ops.map_scales`; None where a call computes its own."""
+    if adapter.pending or adapter.base_weight is None or not all(map(is_plain, tensors_of(adapter).values())):
+        return None
+    inputs = adapter.method.scale_inputs(adapter)
+    # FSDP1 keeps flat pieces outside of a forward.
+    return inputs if inputs is not None and inputs[0].dim() == inputs[1].dim() == 2 else None
+
+
+def _enter(adapters: dict[Adapter, tuple[Any, ...]]) -> _Held:
+    with _LOCK:
+        open_ones = [adapter.given for adapter in adapters if adapter.given is not None]
+        for given in open_ones:
+            given.refuse_changed()
+        missing = [adapter for adapter in adapters if adapter.given is None]
+        values = ops.map_scales_many([adapters[adapter] for adapter in missing])
+        for adapter, value in zip(missing, values, strict=True):
+            adapter.given = GivenScales(adapter, value)
+        held = [(adapter, adapter.given) for adapter in adapters if adapter.given is not None]
+        for _, given in held:
+            given.users += 1
+    return held
+
+
+def _leave(held: _Held) -> _Held:
+    """Close a block; returns what no other block uses, and is forgotten."""
+    with _LOCK:
+        for _, given in held:
+            given.users -= 1
+        ended = [(adapter, given) for adapter, given in held if given.users == 0]
+        for adapter, given in ended:
+            if adapter.given is given:
+                adapter.given = None
+    return ended
+
+
+def _refusing_steps(held: _Held) -> Callable[..., None]:
+    """A hook that runs before the step of any optimiser: fused ones write past torch's counters."""
+    owners = {tensor: (given, name) for _, given in held for name, tensor in given.tensors.items()}
+
+    def refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in owners:
+                    given, name = owners[parameter]
+                    raise given.error(name, f"is to be changed by {type(optimizer).__name__}.step")
+
+    return refuse
+
+
+def _refuse_changed(held: _Held) -> None:
+    for adapter, given in held:
+        name = given.replaced(adapter)
+        if name is not None:
+            raise given.error(name, "was replaced")
+        given.refuse_changed()
+
+
+def _compare(held: _Held, check: bool | None) -> None:
+    """Compute the values again where `check` says so, and raise RuntimeError if they are others."""
+    chosen = [(a, given) for a, given in held if check or (check is None and given.values[0].is_cpu)]
+    inputs = [_inputs(adapter) for adapter, _ in chosen]
+    known = [(given, found) for (_, given), found in zip(chosen, inputs, strict=True) if found is not None]
+    again = ops.map_scales_many([found for _, found in known])
+    for (given, _), values in zip(known, again, strict=True):
+        if not _same(given.values, values):
+            raise given.error("a parameter", "was changed, unseen by torch's counters (a write through .data),")
+
+
+def _same(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Whether scales and Gram matrices are equal up to rounding, in whose order libraries are free."""
+    scales, *grams = zip(before, now, strict=True)
+    tolerance = 64 * torch.finfo(before[0].dtype).eps
+    return torch.allclose(*scales, rtol=tolerance, atol=0, equal_nan=True) and all(
+        torch.allclose(a, b, rtol=tolerance, atol=tolerance * a.abs().max().item(), equal_nan=True) for a, b in grams
+    )
