@@ -413,10 +413,11 @@ def test_copies_pickles_and_state_dicts_carry_nothing() -> None:
         assert not torch.equal(other(x), model(x))
 
 
-def test_exported_and_traced_graphs_hold_no_norm() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_and_traced_graphs_hold_no_norm(strict: bool) -> None:
     model, x = layers(torch.float32), image(2)
     with reuse_norms(model):
-        program = torch.export.export(model, (x,)).module()
+        program = torch.export.export(model, (x,), strict=strict).module()
         traced = torch.fx.symbolic_trace(model[4])
         assert torch.equal(program(x), model(x))
         assert "given = None" in traced.code

@@ -78,7 +78,7 @@ Given = tuple[Tensor, Tensor, Tensor]
 def _takes_given() -> bool:
     """Whether given scalars may be used: a trace would hold them for ever, torch.func's derivatives pass them by."""
     if torch.compiler.is_compiling():  # their tensors are inputs of the graph
-        return not torch.compiler.is_exporting()
+        return not torch.compiler._is_exporting_flag  # is_exporting() is always true where torch 2.11 compiles
     return (
         not torch.jit.is_tracing() and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
     )
