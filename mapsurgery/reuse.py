@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -45,8 +45,8 @@ def reuse_norms(model: Model, *, check: bool | None = None) -> Iterator[Model]:
     replayed CUDA graph: `check` does.
 
     Args:
-        check: at the end, compute the norms again and compare. None: on the CPU only, since a GPU would have to be
-            waited for. False saves the second computation where nothing writes past torch's counters.
+        check: keep a copy of the adapters, and compare at the end. None: of those on the CPU only, since a GPU would
+            have to be waited for. False saves copy and comparison where nothing writes past torch's counters.
 
     Raises:
         RuntimeError: a parameter of an adapter was changed inside the block; it names the layer.
@@ -59,14 +59,15 @@ def reuse_norms(model: Model, *, check: bool | None = None) -> Iterator[Model]:
             "mapsurgery.reuse_norms inside of what torch.compile compiles: open the block around the call"
         )
     held = _enter(_reusing(model))
+    copies = _copies(held, check)
     hook = register_optimizer_step_pre_hook(_refusing_steps(held))
     try:
         yield model
     finally:
         hook.remove()
-        ended = _leave(held)
+        _leave(held)
     _refuse_changed(held)
-    _compare(ended, check)
+    _compare(held, copies)
 
 
 def _reusing(model: nn.Module) -> dict[Adapter, tuple[Any, ...]]:
@@ -76,11 +77,11 @@ def _reusing(model: nn.Module) -> dict[Adapter, tuple[Any, ...]]:
     adapters = {m.adapter_of("weight"): None for m in model.modules() if isinstance(m, FusedLinear | FusedConv)}
     if not adapters:
         record.all_sites(model)  # raises where nothing is adapted
-    inputs = {adapter: _inputs(adapter) for adapter in adapters}
+    with torch.no_grad():
+        inputs = {adapter: _inputs(adapter) for adapter in adapters}
     return {adapter: found for adapter, found in inputs.items() if found is not None}
 
 
-@torch.no_grad()
 def _inputs(adapter: Adapter) -> tuple[Any, ...] | None:
     """The arguments of `ops.map_scales`; None where a call computes its own."""
     if adapter.pending or adapter.base_weight is None or not all(map(is_plain, tensors_of(adapter).values())):
@@ -105,16 +106,13 @@ def _enter(adapters: dict[Adapter, tuple[Any, ...]]) -> _Held:
     return held
 
 
-def _leave(held: _Held) -> _Held:
-    """Close a block; returns what no other block uses, and is forgotten."""
+def _leave(held: _Held) -> None:
+    """Close a block; what no other block uses is forgotten."""
     with _LOCK:
-        for _, given in held:
+        for adapter, given in held:
             given.users -= 1
-        ended = [(adapter, given) for adapter, given in held if given.users == 0]
-        for adapter, given in ended:
-            if adapter.given is given:
+            if given.users == 0 and adapter.given is given:
                 adapter.given = None
-    return ended
 
 
 def _refusing_steps(held: _Held) -> Callable[..., None]:
@@ -139,23 +137,20 @@ def _refuse_changed(held: _Held) -> None:
         given.refuse_changed()
 
 
-def _compare(held: _Held, check: bool | None) -> None:
-    """Compute the values again where `check` says so, and raise RuntimeError if they are others."""
-    chosen = [(a, given) for a, given in held if check or (check is None and given.values[0].is_cpu)]
-    inputs = [_inputs(adapter) for adapter, _ in chosen]
-    known = [(given, found) for (_, given), found in zip(chosen, inputs, strict=True) if found is not None]
-    again = ops.map_scales_many([found for _, found in known])
-    for (given, _), values in zip(known, again, strict=True):
-        if not _same(given.values, values):
-            raise given.error("a parameter", "was changed, unseen by torch's counters (a write through .data),")
+@torch.no_grad()
+def _copies(held: _Held, check: bool | None) -> dict[Tensor, Tensor]:
+    """Each tensor that is to be compared at the end, once however many adapters share it, with a copy."""
+    tensors = dict.fromkeys(tensor for _, given in held for tensor in given.tensors.values())
+    return {t: t.clone() for t in tensors if check or (check is None and t.is_cpu)}
 
 
-def _same(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
-    """Whether scales and Gram matrices are equal up to rounding, in whose order libraries are free."""
-    tolerance = 64 * torch.finfo(before[0].dtype).eps
-    for a, b in zip(before, now, strict=True):
-        # The entries of a Gram matrix are sums that may cancel; each of the scales counts for itself.
-        size = a.nan_to_num(0, 0, 0).abs().max().item() if a.dim() == 2 else 0
-        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True):
-            return False
-    return True
+def _compare(held: _Held, copies: dict[Tensor, Tensor]) -> None:
+    for _, given in held:
+        for name, tensor in given.tensors.items():
+            if tensor in copies and not torch.equal(_bits(tensor), _bits(copies[tensor])):
+                raise given.error(name, "was changed, unseen by torch's counters (a write through .data),")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A floating tensor as integers, of which NaN is equal to itself."""
+    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
