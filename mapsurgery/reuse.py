@@ -58,13 +58,14 @@ def reuse_norms(model: Model, *, check: bool | None = None) -> Iterator[Model]:
         raise RuntimeError(
             "mapsurgery.reuse_norms inside of what torch.compile compiles: open the block around the call"
         )
-    held = _enter(_reusing(model))
-    copies = _copies(held, check)
-    hook = register_optimizer_step_pre_hook(_refusing_steps(held))
+    adapters = _reusing(model)
+    held: _Held = []
     try:
-        yield model
+        _enter(adapters, held)
+        copies = _copies(held, check)
+        with register_optimizer_step_pre_hook(_refusing_steps(held)):
+            yield model
     finally:
-        hook.remove()
         _leave(held)
     _refuse_changed(held)
     _compare(held, copies)
@@ -91,19 +92,20 @@ def _inputs(adapter: Adapter) -> tuple[Any, ...] | None:
     return inputs if inputs is not None and inputs[0].dim() == inputs[1].dim() == 2 else None
 
 
-def _enter(adapters: dict[Adapter, tuple[Any, ...]]) -> _Held:
+def _enter(adapters: dict[Adapter, tuple[Any, ...]], held: _Held) -> None:
+    """Give each adapter its scales, or take those of a block that is open; `held` is what has to be left again."""
     with _LOCK:
-        open_ones = [adapter.given for adapter in adapters if adapter.given is not None]
-        for given in open_ones:
-            given.refuse_changed()
+        for adapter in adapters:
+            if adapter.given is not None:
+                adapter.given.refuse_changed()
         missing = [adapter for adapter in adapters if adapter.given is None]
         values = ops.map_scales_many([adapters[adapter] for adapter in missing])
-        for adapter, value in zip(missing, values, strict=True):
-            adapter.given = GivenScales(adapter, value)
-        held = [(adapter, adapter.given) for adapter in adapters if adapter.given is not None]
-        for _, given in held:
+        made = {adapter: GivenScales(adapter, value) for adapter, value in zip(missing, values, strict=True)}
+        for adapter in adapters:
+            given = adapter.given or made[adapter]
+            held.append((adapter, given))
             given.users += 1
-    return held
+            adapter.given = given
 
 
 def _leave(held: _Held) -> None:
@@ -147,10 +149,11 @@ def _copies(held: _Held, check: bool | None) -> dict[Tensor, Tensor]:
 def _compare(held: _Held, copies: dict[Tensor, Tensor]) -> None:
     for _, given in held:
         for name, tensor in given.tensors.items():
-            if tensor in copies and not torch.equal(_bits(tensor), _bits(copies[tensor])):
+            if tensor in copies and not _same(tensor, copies[tensor]):
                 raise given.error(name, "was changed, unseen by torch's counters (a write through .data),")
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """A floating tensor as integers, of which NaN is equal to itself."""
-    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+def _same(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether two tensors are equal, NaN to itself."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return torch.equal(tensor, copy) or torch.equal(tensor.detach().view(bits), copy.view(bits))
