@@ -99,7 +99,8 @@ class Map(Method):
         factors = self._fused_factors(p)
         if factors is None:
             return super().linear(p, x, bias, W, norm)
-        return ops.map_linear(x, p.matrix(W), bias, *factors, *self._numbers(p, norm), given=_given(p, x, norm))
+        numbers = (*self._numbers(p, norm), _given(p, x, norm))
+        return ops.map_linear(x, p.matrix(W), bias, *factors, *numbers)
 
     def conv(
         self, p: Parameters, x: Tensor, bias: Tensor | None, settings: Settings, W: Tensor, norm: Tensor
