@@ -382,6 +382,30 @@ def test_under_autocast_x_is_cast_and_the_norms_are_not(dtype: torch.dtype) -> N
     assert (y.double() - expected).norm() < 0.03 * expected.norm()
 
 
+def test_with_given_scales_autocast_casts_as_without() -> None:
+    x, weight, bias, *rest = linear_inputs(torch.float32)
+    (image, *others), conv = conv_inputs("2d", torch.float32)
+    given = [ops.map_scales_many([(*t, 0.1, True)])[0] for t in (rest, others[2:])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.ops.mapsurgery.map_linear_given(x, weight, bias, *rest, 0.1, True, *given[0])[0]
+        z = torch.ops.mapsurgery.map_conv_given(image, *others, 0.1, True, *conv, False, *given[1])[0]
+        assert torch.equal(y, ops.map_linear(x, weight, bias, *rest, 0.1, True))
+        assert torch.equal(z, torch.ops.mapsurgery.map_conv(image, *others, 0.1, True, *conv, False)[0])
+    assert y.dtype == z.dtype == torch.bfloat16
+
+
+def test_functional_transforms_pass_given_scales_by() -> None:
+    x, weight, bias, A, B, *rest = linear_inputs()
+    given = ops.map_scales_many([(A, B, *rest, 0.1, True)])[0]
+
+    def loss(A: Tensor, given: ops.Given | None) -> Tensor:
+        return ops.map_linear(x, weight, bias, A, B, *rest, 0.1, True, given).pow(2).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(A, given), torch.func.grad(loss)(A, None))
+    found, expected = (torch.func.jvp(lambda A, g=g: loss(A, g), (A,), (A,))[1] for g in (given, None))
+    torch.testing.assert_close(found, expected)
+
+
 def test_conv_under_autocast_is_cast(device: torch.device) -> None:
     (x, *rest), conv = conv_inputs("2d", torch.float32, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
