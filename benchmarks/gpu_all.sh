@@ -4,8 +4,8 @@
 #   benchmarks/gpu_all.sh                         # the default stages, within twelve minutes
 #   benchmarks/gpu_all.sh install info ops train  # only these, in this order (or STAGES="install info ops train")
 #
-# Stages: install, info, cuda_tests, memcheck, racecheck, ops, train, all_tests; by name only: scaling, surgery,
-# ops_compiled, train_compiled, train_checkpoint. Each has a time limit. One that fails or runs out of time does not stop the next,
+# Stages: install, info, cuda_tests, memcheck, racecheck, ops, train, all_tests; by name only: scaling, reuse,
+# surgery, ops_compiled, train_compiled, train_checkpoint. Each has a time limit. One that fails or runs out of time does not stop the next,
 # but makes the exit code 1. Output goes to log.txt, the outcomes to summary.txt (printed last), results beside them:
 # 8 files for the default stages.
 #
@@ -105,6 +105,12 @@ scaling() {
     "$PYTHON" benchmarks/scaling.py --device "$DEVICE" --out "$OUT" --plots "$OUT" "${shapes[@]}"
 }
 
+reuse() {
+    local -a shapes=(--widths 1024 4096 --tokens 256 --layers 32)
+    [[ $DEVICE == cpu ]] && shapes=(--widths 16 --ranks 2 --tokens 2 --layers 1 --repeats 2 --min-ms 0)
+    "$PYTHON" benchmarks/reuse_norms.py --device "$DEVICE" --out "$OUT" "${shapes[@]}"
+}
+
 surgery() {
     local size=8b
     [[ $DEVICE == cpu ]] && size=small
@@ -124,7 +130,7 @@ limit_of() {
         surgery) echo "${!name:-120}" ;;
         ops | train) echo "${!name:-100}" ;;
         all_tests) echo "${!name:-30}" ;;
-        scaling | ops_compiled | train_compiled | train_checkpoint) echo "${!name:-250}" ;;
+        scaling | reuse | ops_compiled | train_compiled | train_checkpoint) echo "${!name:-250}" ;;
         *) return 1 ;;
     esac
 }

@@ -15,6 +15,7 @@ from .methods import Dora, Init, Lora, Map, Method, register_method
 from .native import cmake_prefix_path, native_info
 from .optim import param_groups
 from .report import Report, report
+from .reuse import reuse_norms
 from .state import adapter_state_dict, load_adapter_state_dict
 from .storage import load, save
 from .surgery import (
@@ -82,6 +83,7 @@ __all__ = [
     "register_method",
     "register_update",
     "report",
+    "reuse_norms",
     "save",
     "track",
     "unmerge",

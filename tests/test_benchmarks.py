@@ -128,6 +128,20 @@ def test_a_failing_method_is_reported(tmp_path, monkeypatch, capsys):
     assert errors == {"map": None, "dora": "RuntimeError: broken on purpose"}
 
 
+def test_reuse_norms(tmp_path):
+    pytest.importorskip("peft")
+    import reuse_norms
+
+    shape = ["--widths", "8", "--ranks", "2", "16", "--layers", "2", "--tokens", "3", "--micro-batches", "1", "2"]
+    options = [*shape, "--tokens-of-a-loop", "2", "--repeats", "2", "--min-ms", "0"]
+    assert reuse_norms.main([*options, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = results(tmp_path)
+    assert {row["rank"] for row in rows} == {2}
+    assert [row["quantity"] for row in rows[:: len(reuse_norms.METHODS)]] == ["step of 1", "step of 2", "decode"]
+    assert all(math.isfinite(row["ms"]) and row["rounds"] == 2 for row in rows)
+    assert all(row["to_lora"] == 1 for row in rows if row["method"] == "lora")
+
+
 @pytest.mark.parametrize("dtype, operators", [("fp32", None), ("bf16", ["map_linear"])])
 def test_ops(tmp_path, dtype, operators):
     import ops

@@ -70,6 +70,23 @@ def test_every_operator_of_a_graph_has_a_decomposition() -> None:
     assert set(decompositions.DECOMPOSITIONS) == {name for name in SCHEMAS if not name.endswith("_")}
 
 
+@pytest.mark.parametrize("weight_space", [False, True])
+def test_the_forms_with_given_scales_are_the_reference(weight_space: bool) -> None:
+    A, B, weight, x = torch.randn(2, 18), torch.randn(6, 2), torch.randn(6, 2, 3, 3), torch.randn(2, 4, 5, 6)
+    factors = (A, B, torch.ones(1), torch.full((1,), 0.3), weight.norm().reshape(1), 0.1, True)
+    given = reference.map_scales(*factors)
+    conv = ([1, 2], [1, 0], [1, 1], 2, weight_space)
+    for name, args in {
+        "map_linear_given": (torch.randn(3, 18), weight.flatten(1), torch.randn(6), *factors, *given),
+        "map_conv_given": (x, weight, torch.randn(6), *factors, *conv, *given),
+    }.items():
+        expected = getattr(reference, name)(*args)
+        for found, want in zip(getattr(decompositions, name)(*args), expected, strict=True):
+            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    for found, want in zip(decompositions.map_scales_many(*([v, v] for v in factors)), given, strict=True):
+        torch.testing.assert_close(found[1], want)
+
+
 @few_layers
 def test_a_layer_becomes_core_aten_in_its_own_dtype(case: Case) -> None:
     _, adapted, x = patched_case(case)

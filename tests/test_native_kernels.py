@@ -161,6 +161,59 @@ def test_scales(device, tau, relative, case):
     assert_all_close(ops.map_scales(A, B, *scalars), reference.map_scales(*map(exact, (A, B, *scalars))), 2e-6)
 
 
+MANY = [(40, 150, 3), (300, 20, 40), (7, 9, 1), (33, 130, 65), (0, 5, 2), (20, 30, 0), (64, 4096, 8), *[(5, 6, 2)] * 12]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scales_of_many_layers_are_those_of_each_bit_for_bit(device, dtype):
+    layers = []
+    for i, (m, K, rank) in enumerate(MANY):
+        A, B = torch.randn(rank, K, device=device).to(dtype), torch.randn(m, rank, device=device).to(dtype)
+        A = A.t().contiguous().t() if i % 2 else A
+        layers.append((A, B, *torch.rand(3, 1, device=device), 0.1 * (i % 3), i % 4 > 0))
+    results = ops.map_scales_many(*map(list, zip(*layers, strict=True)))
+    for layer, *got in zip(layers, *results, strict=True):
+        for g, w in zip(got, ops.map_scales(*layer), strict=True):
+            assert g.dtype == w.dtype and torch.equal(g, w)
+        assert_all_close(got, reference.map_scales(*map(exact, layer)), 1e-11 if dtype == torch.float64 else 5e-6)
+
+
+@native
+def test_the_scales_of_many_layers_refuse_lists_that_do_not_fit(device):
+    A, B, one = torch.randn(2, 5, device=device), torch.randn(4, 2, device=device), torch.ones(1, device=device)
+    with pytest.raises(RuntimeError, match="beta has 1 entries, but A has 2"):
+        ops.map_scales_many([A, A], [B, B], [one, one], [one], [one, one], [0.0, 0.0], [True, True])
+    with pytest.raises(RuntimeError, match="the dtype of the first A"):
+        ops.map_scales_many([A, A.double()], [B, B.double()], *[[one, one]] * 3, [0.0, 0.0], [True, True])
+
+
+# ---- with given scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 17])
+def test_given_scales_leave_the_bits_of_map_linear(device, dtype, rows):
+    weight = torch.randn(80, 96, device=device).to(dtype)
+    x, bias = torch.randn(rows, 96, device=device).to(dtype), torch.randn(80, device=device).to(dtype)
+    args = adapter(80, 96, 8, weight, factor_dtype(dtype), tau=0.1)
+    y, h, *given = ops.map_linear(x, weight, bias, *args)
+    got = ops.map_linear_given(x, weight, bias, *args, *given)
+    assert torch.equal(got[0], y) and torch.equal(got[1], h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_space", [True, False])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_given_scales_leave_the_bits_of_map_conv(device, dtype, weight_space, kernel):
+    weight = torch.randn(8, 6, kernel, kernel, device=device).to(dtype)
+    x, bias = torch.randn(2, 6, 9, 8, device=device).to(dtype), torch.randn(8, device=device).to(dtype)
+    args = adapter(8, 6 * kernel**2, 3, weight, factor_dtype(dtype), tau=0.1)
+    conv = ([1, 1], [0, 0], [1, 1], 1, weight_space)
+    y, h, *given = ops.map_conv(x, weight, bias, *args, *conv)
+    got = ops.map_conv_given(x, weight, bias, *args, *conv, *given)
+    assert torch.equal(got[0], y) and torch.equal(got[1], h)
+
+
 # ---- map_linear
 
 

@@ -209,6 +209,24 @@ def test_conv_gradcheck_and_gradgradcheck(name: str, weight_space: bool, tau: fl
 
 
 @settings
+def test_linear_and_conv_with_given_scales_have_the_same_derivatives(tau: float, relative: bool) -> None:
+    tensors, conv = conv_inputs("2d_grouped")
+
+    def given(t: tuple[Tensor, ...]) -> ops.Given:
+        return ops.map_scales_many([(*(u.detach() for u in t[3:]), tau, relative)])[0]
+
+    def linear(*t: Tensor) -> Tensor:
+        return ops.map_linear(*t, tau, relative, given(t))
+
+    def convolution(*t: Tensor) -> Tensor:
+        return ops.map_conv(*t, tau, relative, *conv, given(t))
+
+    for call, inputs in ((linear, requiring(linear_inputs())), (convolution, requiring(tensors))):
+        assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@settings
 def test_effective_weight_gradcheck_and_gradgradcheck(tau: float, relative: bool) -> None:
     _, weight, _, *rest = linear_inputs()
     inputs = requiring([weight, *rest], but=(5,))
@@ -276,6 +294,24 @@ def test_opcheck_conv(name: str, weight_space: bool) -> None:
     opcheck(torch.ops.mapsurgery.map_conv.default, (*requiring(tensors), 0.1, True, *conv, weight_space))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_with_given_scales() -> None:
+    x, weight, bias, *rest = requiring(linear_inputs())
+    given = ops.map_scales_many([(*rest, 0.1, True)])[0]
+    opcheck(torch.ops.mapsurgery.map_linear_given.default, (x, weight, bias, *rest, 0.1, True, *given))
+    opcheck(torch.ops.mapsurgery.map_linear_given.default, (x, weight, None, *rest, 0.1, True, *given))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["1d", "2d_grouped"])
+@spaces
+def test_opcheck_conv_with_given_scales(name: str, weight_space: bool) -> None:
+    tensors, conv = conv_inputs(name)
+    given = ops.map_scales_many([(*tensors[3:], 0.1, True)])[0]
+    args = (*requiring(tensors), 0.1, True, *conv, weight_space, *given)
+    opcheck(torch.ops.mapsurgery.map_conv_given.default, args)
+
+
 def _linear_backward_args(needs: tuple[bool, ...]) -> tuple:
     x, weight, bias, *rest = linear_inputs()
     y, h, scales, ga, gb = torch.ops.mapsurgery.map_linear(x, weight, bias, *rest, 0.1, True)
@@ -312,6 +348,8 @@ def test_opcheck_the_rest() -> None:
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.mapsurgery.lowrank_norm.default, (A, B), test_utils=utils)
     torch.library.opcheck(torch.ops.mapsurgery.map_scales.default, (A, B, *rest, 0.1, True), test_utils=utils)
+    many = ([A, A[:2]], [B, B[:, :2]], *([scalar] * 2 for scalar in rest), [0.1, 0.0], [True, False])
+    torch.library.opcheck(torch.ops.mapsurgery.map_scales_many.default, many, test_utils=utils)
     for op in (torch.ops.mapsurgery.merge_.default, torch.ops.mapsurgery.unmerge_.default):
         torch.library.opcheck(op, (weight.clone(), A, B, *rest, 0.1, True), test_utils=utils)
 
@@ -342,6 +380,30 @@ def test_under_autocast_x_is_cast_and_the_norms_are_not(dtype: torch.dtype) -> N
     assert [t.grad.dtype for t in inputs[:7]] == [torch.float32] * 7
     expected = F.linear(x.double(), defined_weight(weight, *rest[:4], 0.1), bias.double())
     assert (y.double() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_with_given_scales_autocast_casts_as_without() -> None:
+    x, weight, bias, *rest = linear_inputs(torch.float32)
+    (image, *others), conv = conv_inputs("2d", torch.float32)
+    given = [ops.map_scales_many([(*t, 0.1, True)])[0] for t in (rest, others[2:])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.ops.mapsurgery.map_linear_given(x, weight, bias, *rest, 0.1, True, *given[0])[0]
+        z = torch.ops.mapsurgery.map_conv_given(image, *others, 0.1, True, *conv, False, *given[1])[0]
+        assert torch.equal(y, ops.map_linear(x, weight, bias, *rest, 0.1, True))
+        assert torch.equal(z, torch.ops.mapsurgery.map_conv(image, *others, 0.1, True, *conv, False)[0])
+    assert y.dtype == z.dtype == torch.bfloat16
+
+
+def test_functional_transforms_pass_given_scales_by() -> None:
+    x, weight, bias, A, B, *rest = linear_inputs()
+    given = ops.map_scales_many([(A, B, *rest, 0.1, True)])[0]
+
+    def loss(A: Tensor, given: ops.Given | None) -> Tensor:
+        return ops.map_linear(x, weight, bias, A, B, *rest, 0.1, True, given).pow(2).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(A, given), torch.func.grad(loss)(A, None))
+    found, expected = (torch.func.jvp(lambda A, g=g: loss(A, g), (A,), (A,))[1] for g in (given, None))
+    torch.testing.assert_close(found, expected)
 
 
 def test_conv_under_autocast_is_cast(device: torch.device) -> None:

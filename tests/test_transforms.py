@@ -324,6 +324,7 @@ def test_the_other_operators_are_counted_as_their_reference() -> None:
     for name, args in {
         "lowrank_norm": factors[:2],
         "map_scales": factors,
+        "map_scales_many": tuple([value] * 2 for value in factors),
         "merge_": (weight, *factors),
         "unmerge_": (weight, *factors),
     }.items():

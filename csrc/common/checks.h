@@ -94,7 +94,8 @@ inline void check_saved(const Tensor& A, const Tensor& B, const Tensor& scales, 
   check_dtype("gram_a", gram_a, acc, of);
   check_dtype("gram_b", gram_b, acc, of);
   STD_TORCH_CHECK(scales.dim() == 1 && scales.size(0) == NUM_SCALES && scales.is_contiguous(),
-                  "mapsurgery: scales must be a contiguous tensor of shape (6,), got shape ", shape(scales));
+                  "mapsurgery: scales must be a contiguous tensor of shape (", NUM_SCALES, ",), got shape ",
+                  shape(scales));
   for (auto [name, gram] : {std::pair{"gram_a", &gram_a}, std::pair{"gram_b", &gram_b}}) {
     check_dim(name, *gram, 2);
     check_size(name, *gram, 0, A.size(0), "the rank");

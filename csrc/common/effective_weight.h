@@ -10,6 +10,15 @@ namespace mapsurgery {
 // What `combine` writes: s_w W + s_d BA, or the inverse (W - s_d BA) / s_w.
 enum class Combine { kMerge, kUnmerge };
 
+// s_w W + s_d BA, in the weight's own order of dimensions, as element-wise operations of torch would leave it.
+template <class Device>
+Tensor combined(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, ScalarType dtype) {
+  const int64_t m = weight.size(0), K = weight.size(1);
+  Tensor out = is_column_major(weight) ? empty_strided({m, K}, {1, m}, dtype, weight) : empty({m, K}, dtype, weight);
+  Device::combine(weight, A, B, scales, Combine::kMerge, out);
+  return out;
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> effective_weight(const Tensor& weight, const Tensor& A, const Tensor& B,
                                                             const Tensor& alpha, const Tensor& beta,
@@ -22,12 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> effective_weight(const Tensor& weight
   auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
   const ScalarType out_dtype = dtype.value_or(weight.scalar_type());
   STD_TORCH_CHECK(is_floating(out_dtype), "mapsurgery: dtype must be floating, got ", toString(out_dtype));
-  // In the weight's own order of dimensions, as element-wise operations of torch would leave it.
-  const int64_t m = weight.size(0), K = weight.size(1);
-  Tensor out =
-      is_column_major(weight) ? empty_strided({m, K}, {1, m}, out_dtype, weight) : empty({m, K}, out_dtype, weight);
-  Device::combine(weight, A, B, scales, Combine::kMerge, out);
-  return {out, scales, gram_a, gram_b};
+  return {combined<Device>(weight, A, B, scales, out_dtype), scales, gram_a, gram_b};
 }
 
 template <class Device>

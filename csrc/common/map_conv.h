@@ -190,34 +190,59 @@ Tensor convolution(const Tensor& x, const Tensor& kernel, const ConvArgs& conv) 
   return as_activation(Device::convolution(x, kernel, conv));
 }
 
-template <class Device>
-Forward map_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
-                 const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
-                 bool relative, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-                 bool weight_space) {
-  const ConvArgs conv{stride, padding, dilation, groups};
+inline void check_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                          const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm,
+                          const ConvArgs& conv) {
   check_factors(A, B);
   check_scalars(alpha, beta, weight_norm, A);
   check_conv(x, weight, A, B, conv);
   check_bias(bias, weight.size(0), A);
-  typename Device::Guard guard(x);
+}
 
+// y and h, with the scalars of the layer.
+template <class Device>
+Given conv_with(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                const Tensor& B, const Tensor& scales, const ConvArgs& conv, bool weight_space) {
+  const int64_t groups = conv.groups;
   const ScalarType dtype = x.scalar_type();
   const auto bias_ = bias ? std::optional(as_contiguous(cast(*bias, dtype))) : std::nullopt;
   if (weight_space) {
-    auto [W, scales, gram_a, gram_b] =
-        effective_weight<Device>(as_columns(weight), A, B, alpha, beta, weight_norm, tau, relative, dtype);
-    Tensor y = Device::convolution(x, reshaped(W, sizes_of(weight)), conv, bias_);
-    return {y, nothing(dtype, x), scales, gram_a, gram_b};
+    const Tensor W = combined<Device>(as_columns(weight), A, B, scales, dtype);
+    return {Device::convolution(x, reshaped(W, sizes_of(weight)), conv, bias_), nothing(dtype, x)};
   }
-  auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
   const Tensor down = cast(A, dtype);
   Tensor h = is_pointwise(weight, conv) ? pointwise<Device>(down, as_activation(positions(x, conv)))
                                         : convolution<Device>(x, down_kernel(down, weight, groups), conv);
   Tensor y = convolution<Device>(x, cast(weight, dtype), conv);
   if (bias_) Device::scale_and_bias_(y, {scales, S_W}, bias_, Activation(y).channel_stride());
   accumulate_pointwise_<Device>(y, cast(B, dtype), h, groups, scales, bias_ ? ONE : S_W);
+  return {y, h};
+}
+
+template <class Device>
+Forward map_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                 const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                 bool relative, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                 bool weight_space) {
+  const ConvArgs conv{stride, padding, dilation, groups};
+  check_forward(x, weight, bias, A, B, alpha, beta, weight_norm, conv);
+  typename Device::Guard guard(x);
+  const auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
+  const auto [y, h] = conv_with<Device>(x, weight, bias, A, B, scales, conv, weight_space);
   return {y, h, scales, gram_a, gram_b};
+}
+
+// As map_linear_given.
+template <class Device>
+Given map_conv_given(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                     const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double, bool,
+                     const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                     bool weight_space, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b) {
+  const ConvArgs conv{stride, padding, dilation, groups};
+  check_forward(x, weight, bias, A, B, alpha, beta, weight_norm, conv);
+  check_saved(A, B, scales, gram_a, gram_b);
+  typename Device::Guard guard(x);
+  return conv_with<Device>(x, weight, bias, A, B, scales, conv, weight_space);
 }
 
 template <class Device>

@@ -12,22 +12,24 @@
 namespace mapsurgery {
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Given = std::tuple<Tensor, Tensor>;
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class Device>
-Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
-                   const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
-                   bool relative) {
+inline void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                         const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm) {
   check_factors(A, B);
   check_scalars(alpha, beta, weight_norm, A);
   check_matrix(weight, A, B);
   check_input(x, A);
   check_size("x", x, -1, weight.size(1), "the weight's columns");
   check_bias(bias, weight.size(0), A);
-  typename Device::Guard guard(x);
+}
 
+// y and h, with the scalars of the layer.
+template <class Device>
+Given linear_with(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                  const Tensor& B, const Tensor& scales) {
   const ScalarType dtype = x.scalar_type();
-  auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
   const Tensor X = as_rows(x);
   Tensor h = Device::down(X, cast(A, dtype));
   Tensor y = Device::affine(X, transposed(cast(weight, dtype)), h, transposed(cast(B, dtype)),
@@ -36,7 +38,29 @@ Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
     y = reshaped(y, with_last(sizes_of(x), weight.size(0)));
     h = reshaped(h, with_last(sizes_of(x), A.size(0)));
   }
+  return {y, h};
+}
+
+template <class Device>
+Forward map_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                   const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                   bool relative) {
+  check_linear(x, weight, bias, A, B, alpha, beta, weight_norm);
+  typename Device::Guard guard(x);
+  const auto [scales, gram_a, gram_b] = Device::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
+  const auto [y, h] = linear_with<Device>(x, weight, bias, A, B, scales);
   return {y, h, scales, gram_a, gram_b};
+}
+
+// The same where the scalars and Gram matrices are there already; the numbers they came of are for autograd.
+template <class Device>
+Given map_linear_given(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                       const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double,
+                       bool, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b) {
+  check_linear(x, weight, bias, A, B, alpha, beta, weight_norm);
+  check_saved(A, B, scales, gram_a, gram_b);
+  typename Device::Guard guard(x);
+  return linear_with<Device>(x, weight, bias, A, B, scales);
 }
 
 // What was not asked for is an empty tensor.

@@ -1,12 +1,12 @@
-// squared_norm, lowrank_norm and map_scales: the Gram matrices are GEMMs of torch's, the r x r contraction is in
-// double.
+// squared_norm, lowrank_norm and map_scales, of one layer or many: the Gram matrices are GEMMs of torch's, the r x r
+// contraction is in double.
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <numeric>
 
-#include "common/checks.h"
+#include "common/many.h"
 #include "cpu/device.h"
 
 namespace mapsurgery {
@@ -86,6 +86,18 @@ std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, 
   return Cpu::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
 }
 
+// One after the other: the products of each are threaded by themselves, and have to be those of map_scales bit for bit.
+Many map_scales_many(const std::vector<Tensor>& A, const std::vector<Tensor>& B, const std::vector<Tensor>& alpha,
+                     const std::vector<Tensor>& beta, const std::vector<Tensor>& weight_norm,
+                     const std::vector<double>& tau, const std::vector<bool>& relative) {
+  check_many(A, B, alpha, beta, weight_norm, tau, relative);
+  Many results;
+  for (size_t i = 0; i < A.size(); ++i) {
+    append(results, Cpu::map_scales(A[i], B[i], alpha[i], beta[i], weight_norm[i], tau[i], relative[i]));
+  }
+  return results;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> Cpu::map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
@@ -107,4 +119,5 @@ STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
   m.impl("squared_norm", TORCH_BOX(&mapsurgery::squared_norm));
   m.impl("lowrank_norm", TORCH_BOX(&mapsurgery::lowrank_norm));
   m.impl("map_scales", TORCH_BOX(&mapsurgery::map_scales));
+  m.impl("map_scales_many", TORCH_BOX(&mapsurgery::map_scales_many));
 }

@@ -12,26 +12,32 @@ Forward forward(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                 const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
                 bool relative, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
                 bool weight_space) {
-  const ScalarType dtype = x.scalar_type();
-  const bool wide = is_emulated(dtype);
+  const Widening call{x.scalar_type(), is_emulated(x.scalar_type())};
   const auto [y, h, scales, gram_a, gram_b] =
-      map_conv<Cpu>(wide ? cast(x, ScalarType::Float) : x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative,
-                    stride, padding, dilation, groups, weight_space);
-  return {cast(y, dtype), cast(h, dtype), scales, gram_a, gram_b};
+      map_conv<Cpu>(call.in(x), weight, bias, A, B, alpha, beta, weight_norm, tau, relative, stride, padding, dilation,
+                    groups, weight_space);
+  return {call.out(y), call.out(h), scales, gram_a, gram_b};
+}
+
+Given forward_given(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
+                    const Tensor& B, const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                    bool relative, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                    bool weight_space, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b) {
+  const Widening call{x.scalar_type(), is_emulated(x.scalar_type())};
+  const auto [y, h] = map_conv_given<Cpu>(call.in(x), weight, bias, A, B, alpha, beta, weight_norm, tau, relative,
+                                          stride, padding, dilation, groups, weight_space, scales, gram_a, gram_b);
+  return {call.out(y), call.out(h)};
 }
 
 Grads backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weight, const Tensor& A,
                const Tensor& B, const Tensor& scales, const Tensor& gram_a, const Tensor& gram_b, const Sizes& stride,
                const Sizes& padding, const Sizes& dilation, int64_t groups, bool weight_space, bool need_x,
                bool need_weight, bool need_bias, bool need_factors, bool need_alpha) {
-  const ScalarType dtype = x.scalar_type();
-  const bool wide = is_emulated(dtype) && grad.scalar_type() == dtype && h.scalar_type() == dtype;
-  const auto widened = [&](const Tensor& t) { return wide ? cast(t, ScalarType::Float) : t; };
+  const Widening call = widening_of(grad, x, h);
   auto [dx, dweight, dbias, dA, dB, dalpha, dbeta] = map_conv_backward<Cpu>(
-      widened(grad), widened(x), widened(h), weight, A, B, scales, gram_a, gram_b, stride, padding, dilation, groups,
+      call.in(grad), call.in(x), call.in(h), weight, A, B, scales, gram_a, gram_b, stride, padding, dilation, groups,
       weight_space, need_x, need_weight, need_bias, need_factors, need_alpha);
-  const auto narrowed = [&](const Tensor& t) { return wide ? cast(t, dtype) : t; };
-  return {narrowed(dx), need_weight ? dweight : narrowed(dweight), narrowed(dbias), dA, dB, dalpha, dbeta};
+  return {call.out(dx), need_weight ? dweight : call.out(dweight), call.out(dbias), dA, dB, dalpha, dbeta};
 }
 
 }  // namespace
@@ -39,5 +45,6 @@ Grads backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
   m.impl("map_conv", TORCH_BOX(&mapsurgery::forward));
+  m.impl("map_conv_given", TORCH_BOX(&mapsurgery::forward_given));
   m.impl("map_conv_backward", TORCH_BOX(&mapsurgery::backward));
 }

@@ -41,9 +41,10 @@ inline Kind kind_of(ScalarType dtype) {
 
 // Memory of a floating dtype known at run time. All threads take the same branch.
 struct Numbers {
-  void* data;
-  Kind kind;
+  void* data = nullptr;
+  Kind kind = Kind::kFloat;
 
+  Numbers() = default;
   explicit Numbers(const Tensor& t) : data(t.data_ptr()), kind(kind_of(t.scalar_type())) {}
 
   template <class acc_t>

@@ -1,11 +1,12 @@
-// lowrank_norm and map_scales. Two launches up to rank 32, three above, no atomics, and the same bits every time:
+// lowrank_norm and map_scales, of one layer or many. Two launches up to rank 32, three above, no atomics, and the same
+// bits every time, however many layers share a launch:
 //   gram_kernel    each block multiplies one tile of one Gram matrix over one slice of the long dimension;
 //   reduce_kernel  sums the slices in order, and contracts the two Gram matrices;
 //   finish_kernel  adds up what several blocks of reduce_kernel contracted (one block does it itself).
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/checks.h"
+#include "common/many.h"
 #include "cuda/device.h"
 #include "cuda/kernels.cuh"
 
@@ -28,6 +29,44 @@ struct Factor {
   acc_t* partial;
 };
 
+// What becomes of the contraction: the norm alone, or the scales of the layer.
+template <class acc_t>
+struct Outcome {
+  acc_t* norm;  // null: the scales
+  acc_t* scales;
+  Numbers alpha, beta, weight_norm;
+  double tau;
+  bool relative;
+
+  __device__ void write(GramSums sums) const {
+    if (norm != nullptr) {
+      *norm = norm_of<acc_t>(sums.square);
+    } else {
+      compute_scales(sums, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative,
+                     scales);
+    }
+  }
+};
+
+template <class T, class acc_t>
+struct Layer {
+  Factor<T, acc_t> A, B;
+  int64_t rank;
+  acc_t *gram_a, *gram_b;
+  GramSums* block_sums;  // one for each block of reduce_kernel
+  int lanes, blocks;     // of reduce_kernel
+  Outcome<acc_t> outcome;
+};
+
+// Travels as a kernel's parameter, so that the host waits for nothing and a CUDA graph can hold it.
+template <class T, class acc_t, int kLayers>
+struct Layers {
+  Layer<T, acc_t> layer[kLayers];
+};
+
+constexpr int kLayersOfALaunch = 16;  // what fits into the 4 KB of a kernel's parameters
+static_assert(sizeof(Layers<float, float, kLayersOfALaunch>) <= 4096);
+
 template <class T, class acc_t>
 __device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, acc_t>& f, int64_t first_row,
                            int64_t rank, int64_t start, int64_t end) {
@@ -41,14 +80,17 @@ __device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, ac
   }
 }
 
-// Grid: (pairs of tiles on or above the diagonal, slices, factors).
-template <class T, class acc_t>
-__global__ void __launch_bounds__(kThreads) gram_kernel(Factor<T, acc_t> A, Factor<T, acc_t> B, int64_t rank) {
+// Grid: (pairs of tiles on or above the diagonal, slices, two factors of each layer).
+template <class T, class acc_t, int kLayers>
+__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
   __shared__ acc_t left[kTile][kChunk + 1], right[kTile][kChunk + 1];  // + 1: no bank conflicts
-  const Factor<T, acc_t> f = blockIdx.z == 0 ? A : B;
-  if (blockIdx.y >= f.slices) return;  // the whole block: no barrier waits for it
-
+  const Layer<T, acc_t>& layer = layers.layer[blockIdx.z / 2];
+  const Factor<T, acc_t>& f = blockIdx.z % 2 == 0 ? layer.A : layer.B;
+  const int64_t rank = layer.rank;
   const int tiles = static_cast<int>((rank + kTile - 1) / kTile);
+  // The grid is as large as the largest layer needs. The whole block: no barrier waits for it.
+  if (blockIdx.y >= f.slices || static_cast<int>(blockIdx.x) >= tiles * (tiles + 1) / 2) return;
+
   int tile_i = 0, tile_j = blockIdx.x;
   while (tile_j >= tiles - tile_i) tile_j -= tiles - tile_i++;
   tile_j += tile_i;
@@ -80,42 +122,25 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Factor<T, acc_t> A, Fact
   }
 }
 
-// What becomes of the contraction: the norm alone, or the scales of the layer.
-template <class acc_t>
-struct Outcome {
-  acc_t* norm;  // null: the scales
-  acc_t* scales;
-  Numbers alpha, beta, weight_norm;
-  double tau;
-  bool relative;
-
-  __device__ void write(GramSums sums) const {
-    if (norm != nullptr) {
-      *norm = norm_of<acc_t>(sums.square);
-    } else {
-      compute_scales(sums, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative,
-                     scales);
-    }
-  }
-};
-
 // Sums the slices of both Gram matrices and contracts them. With few elements, several threads (`parts`) share the
-// slices of one; then there is one block.
-template <class acc_t>
-__global__ void __launch_bounds__(kThreads)
-    reduce_kernel(const acc_t* partial_a, int64_t slices_a, const acc_t* partial_b, int64_t slices_b, int64_t rank,
-                  int lanes, acc_t* gram_a, acc_t* gram_b, GramSums* block_sums, Outcome<acc_t> outcome) {
+// slices of one; then there is one block. Grid: (blocks, layers).
+template <class T, class acc_t, int kLayers>
+__global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
   __shared__ acc_t shares_a[kThreads], shares_b[kThreads];
-  const int64_t elements = rank * rank;
+  const Layer<T, acc_t>& layer = layers.layer[blockIdx.y];
+  if (static_cast<int>(blockIdx.x) >= layer.blocks) return;  // the whole block
+  const acc_t *partial_a = layer.A.partial, *partial_b = layer.B.partial;
+  const int64_t rank = layer.rank, elements = rank * rank;
+  const int lanes = layer.lanes;
   const int lane = threadIdx.x % lanes, part = threadIdx.x / lanes, parts = kThreads / lanes;
   double square = 0, trace = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * lanes; first < elements;
-       first += static_cast<int64_t>(gridDim.x) * lanes) {
+       first += static_cast<int64_t>(layer.blocks) * lanes) {
     const int64_t e = first + lane;
     acc_t a = 0, b = 0;
     if (e < elements) {
-      for (int64_t s = part; s < slices_a; s += parts) a += partial_a[s * elements + e];
-      for (int64_t s = part; s < slices_b; s += parts) b += partial_b[s * elements + e];
+      for (int64_t s = part; s < layer.A.slices; s += parts) a += partial_a[s * elements + e];
+      for (int64_t s = part; s < layer.B.slices; s += parts) b += partial_b[s * elements + e];
     }
     shares_a[threadIdx.x] = a;
     shares_b[threadIdx.x] = b;
@@ -125,8 +150,8 @@ __global__ void __launch_bounds__(kThreads)
         a += shares_a[k * lanes + lane];
         b += shares_b[k * lanes + lane];
       }
-      gram_a[e] = a;
-      gram_b[e] = b;
+      layer.gram_a[e] = a;
+      layer.gram_b[e] = b;
       square += static_cast<double>(a) * static_cast<double>(b);
       if (e / rank == e % rank) trace += static_cast<double>(a) + static_cast<double>(b);
     }
@@ -135,21 +160,22 @@ __global__ void __launch_bounds__(kThreads)
   const double square_sum = block_sum(square);
   const double trace_sum = block_sum(trace);
   if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) {
-    outcome.write({square_sum, trace_sum});
+  if (layer.blocks == 1) {
+    layer.outcome.write({square_sum, trace_sum});
   } else {
-    block_sums[blockIdx.x] = {square_sum, trace_sum};
+    layer.block_sums[blockIdx.x] = {square_sum, trace_sum};
   }
 }
 
-// One block.
-template <class acc_t>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const GramSums* block_sums, int count, Outcome<acc_t> outcome) {
-  const bool inside = threadIdx.x < count;
-  const double square = block_sum(inside ? block_sums[threadIdx.x].square : 0);
-  const double trace = block_sum(inside ? block_sums[threadIdx.x].trace : 0);
-  if (threadIdx.x == 0) outcome.write({square, trace});
+// One block for each layer.
+template <class T, class acc_t, int kLayers>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
+  const Layer<T, acc_t>& layer = layers.layer[blockIdx.x];
+  if (layer.blocks == 1) return;  // reduce_kernel has written the outcome
+  const bool inside = static_cast<int>(threadIdx.x) < layer.blocks;
+  const double square = block_sum(inside ? layer.block_sums[threadIdx.x].square : 0);
+  const double trace = block_sum(inside ? layer.block_sums[threadIdx.x].trace : 0);
+  if (threadIdx.x == 0) layer.outcome.write({square, trace});
 }
 
 template <class acc_t>
@@ -169,45 +195,94 @@ struct Slices {
   }
 };
 
-// Writes both Gram matrices and the outcome.
+int64_t pairs_of_tiles(int64_t rank) {
+  const int64_t tiles = (rank + kTile - 1) / kTile;
+  return tiles * (tiles + 1) / 2;
+}
+
+// A layer as the kernels take it, and the memory that they work in.
 template <class T>
-void launch(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor& gram_b,
-            const Outcome<accumulate_t<T>>& outcome) {
+struct Job {
   using acc_t = accumulate_t<T>;
-  const cudaStream_t stream = current_stream(A);
-  const int64_t rank = A.size(0), elements = rank * rank, tiles = (rank + kTile - 1) / kTile;
-  const int64_t pairs = tiles * (tiles + 1) / 2;
-  const Slices slices_a(A.size(1), pairs), slices_b(B.size(0), pairs);
-  const Tensor partial_a = empty({slices_a.count * elements}, gram_a.scalar_type(), A);
-  const Tensor partial_b = empty({slices_b.count * elements}, gram_b.scalar_type(), A);
-  const int64_t most_slices = std::max(slices_a.count, slices_b.count);
-  if (pairs > 0 && most_slices > 0) {
-    const Factor<T, acc_t> a{
-        data_of<const T>(A),      A.size(1), A.stride(0), A.stride(1), slices_a.size, slices_a.count,
-        data_of<acc_t>(partial_a)};
-    const Factor<T, acc_t> b{
-        data_of<const T>(B),      B.size(0), B.stride(1), B.stride(0), slices_b.size, slices_b.count,
-        data_of<acc_t>(partial_b)};
-    gram_kernel<<<dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(most_slices), 2), kThreads, 0, stream>>>(
-        a, b, rank);
+
+  Layer<T, acc_t> layer;
+  Tensor partial_a, partial_b, block_sums;
+
+  Job(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor& gram_b, const Outcome<acc_t>& outcome) {
+    const int64_t rank = A.size(0), elements = rank * rank, pairs = pairs_of_tiles(rank);
+    const Slices slices_a(A.size(1), pairs), slices_b(B.size(0), pairs);
+    partial_a = empty({slices_a.count * elements}, gram_a.scalar_type(), A);
+    partial_b = empty({slices_b.count * elements}, gram_b.scalar_type(), A);
+    int lanes = 1;
+    while (lanes < kThreads && lanes < elements) lanes *= 2;
+    // Up to rank 32 one block is as quick as several and a further launch.
+    const unsigned blocks = elements <= 4 * kThreads ? 1 : blocks_for(elements, kThreads, kMostReduceBlocks);
+    block_sums = empty({blocks * 2}, ScalarType::Double, A);
+    layer = {{data_of<const T>(A), A.size(1), A.stride(0), A.stride(1), slices_a.size, slices_a.count,
+              data_of<acc_t>(partial_a)},
+             {data_of<const T>(B), B.size(0), B.stride(1), B.stride(0), slices_b.size, slices_b.count,
+              data_of<acc_t>(partial_b)},
+             rank,
+             data_of<acc_t>(gram_a),
+             data_of<acc_t>(gram_b),
+             static_cast<GramSums*>(block_sums.data_ptr()),
+             lanes,
+             static_cast<int>(blocks),
+             outcome};
+  }
+};
+
+// Writes the Gram matrices and outcomes of up to kLayers layers.
+template <int kLayers, class T>
+void launch(const Job<T>* jobs, unsigned count, cudaStream_t stream) {
+  using acc_t = accumulate_t<T>;
+  Layers<T, acc_t, kLayers> layers{};
+  unsigned pairs = 0, slices = 0, blocks = 1;
+  for (unsigned i = 0; i < count; ++i) {
+    const Layer<T, acc_t>& layer = layers.layer[i] = jobs[i].layer;
+    pairs = std::max(pairs, static_cast<unsigned>(pairs_of_tiles(layer.rank)));
+    slices = std::max(slices, static_cast<unsigned>(std::max(layer.A.slices, layer.B.slices)));
+    blocks = std::max(blocks, static_cast<unsigned>(layer.blocks));
+  }
+  if (pairs > 0 && slices > 0) {
+    gram_kernel<<<dim3(pairs, slices, 2 * count), kThreads, 0, stream>>>(layers);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-
-  int lanes = 1;
-  while (lanes < kThreads && lanes < elements) lanes *= 2;
-  // Up to rank 32 one block is as quick as several and a further launch.
-  const unsigned blocks = elements <= 4 * kThreads ? 1 : blocks_for(elements, kThreads, kMostReduceBlocks);
-  const Tensor sums = empty({blocks * 2}, ScalarType::Double, A);
-  GramSums* block_sums = static_cast<GramSums*>(sums.data_ptr());
-  reduce_kernel<<<blocks, kThreads, 0, stream>>>(data_of<const acc_t>(partial_a), slices_a.count,
-                                                 data_of<const acc_t>(partial_b), slices_b.count, rank, lanes,
-                                                 data_of<acc_t>(gram_a), data_of<acc_t>(gram_b), block_sums, outcome);
+  reduce_kernel<<<dim3(blocks, count), kThreads, 0, stream>>>(layers);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (blocks > 1) {
-    finish_kernel<<<1, kThreads, 0, stream>>>(block_sums, static_cast<int>(blocks), outcome);
+    finish_kernel<<<count, kThreads, 0, stream>>>(layers);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
+
+template <class T>
+void launch_one(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor& gram_b,
+                const Outcome<accumulate_t<T>>& outcome) {
+  const Job<T> job(A, B, gram_a, gram_b, outcome);
+  launch<1>(&job, 1, current_stream(A));
+}
+
+// Results of map_scales, to be written.
+struct Scales {
+  Tensor scales, gram_a, gram_b;
+
+  explicit Scales(const Tensor& A) {
+    const ScalarType acc = accumulate_dtype(A.scalar_type());
+    const int64_t rank = A.size(0);
+    scales = empty({NUM_SCALES}, acc, A);
+    gram_a = empty({rank, rank}, acc, A);
+    gram_b = empty({rank, rank}, acc, A);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> tuple() const { return {scales, gram_a, gram_b}; }
+
+  template <class acc_t>
+  Outcome<acc_t> outcome(const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, double tau,
+                         bool relative) const {
+    return {nullptr, data_of<acc_t>(scales), Numbers(alpha), Numbers(beta), Numbers(weight_norm), tau, relative};
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B) {
   check_factors(A, B);
@@ -218,8 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B
   dispatch_floating(A.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using acc_t = accumulate_t<T>;
-    const Numbers unused(norm);
-    launch<T>(A, B, gram_a, gram_b, Outcome<acc_t>{data_of<acc_t>(norm), nullptr, unused, unused, unused, 0.0, false});
+    launch_one<T>(A, B, gram_a, gram_b, {data_of<acc_t>(norm), nullptr, {}, {}, {}, 0.0, false});
   });
   return {norm, gram_a, gram_b};
 }
@@ -232,23 +306,43 @@ std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, 
   return Cuda::map_scales(A, B, alpha, beta, weight_norm, tau, relative);
 }
 
+Many map_scales_many(const std::vector<Tensor>& A, const std::vector<Tensor>& B, const std::vector<Tensor>& alpha,
+                     const std::vector<Tensor>& beta, const std::vector<Tensor>& weight_norm,
+                     const std::vector<double>& tau, const std::vector<bool>& relative) {
+  check_many(A, B, alpha, beta, weight_norm, tau, relative);
+  Many results;
+  if (A.empty()) return results;
+  Cuda::Guard guard(A[0]);
+  dispatch_floating(A[0].scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    std::vector<Job<T>> jobs;
+    jobs.reserve(A.size());
+    for (size_t i = 0; i < A.size(); ++i) {
+      const Scales result(A[i]);
+      jobs.emplace_back(A[i], B[i], result.gram_a, result.gram_b,
+                        result.outcome<accumulate_t<T>>(alpha[i], beta[i], weight_norm[i], tau[i], relative[i]));
+      append(results, result.tuple());
+    }
+    for (size_t first = 0; first < jobs.size(); first += kLayersOfALaunch) {
+      const size_t count = std::min<size_t>(kLayersOfALaunch, jobs.size() - first);
+      launch<kLayersOfALaunch>(&jobs[first], static_cast<unsigned>(count), current_stream(A[0]));
+    }
+  });
+  return results;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> Cuda::map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
                                                     const Tensor& beta, const Tensor& weight_norm, double tau,
                                                     bool relative) {
-  const ScalarType acc = accumulate_dtype(A.scalar_type());
-  const int64_t rank = A.size(0);
-  Tensor scales = empty({NUM_SCALES}, acc, A), gram_a = empty({rank, rank}, acc, A);
-  Tensor gram_b = empty({rank, rank}, acc, A);
+  const Scales result(A);
   dispatch_floating(A.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    using acc_t = accumulate_t<T>;
-    launch<T>(A, B, gram_a, gram_b,
-              Outcome<acc_t>{nullptr, data_of<acc_t>(scales), Numbers(alpha), Numbers(beta), Numbers(weight_norm), tau,
-                             relative});
+    launch_one<T>(A, B, result.gram_a, result.gram_b,
+                  result.outcome<accumulate_t<T>>(alpha, beta, weight_norm, tau, relative));
   });
-  return {scales, gram_a, gram_b};
+  return result.tuple();
 }
 
 }  // namespace mapsurgery
@@ -256,4 +350,5 @@ std::tuple<Tensor, Tensor, Tensor> Cuda::map_scales(const Tensor& A, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CUDA, m) {
   m.impl("lowrank_norm", TORCH_BOX(&mapsurgery::lowrank_norm));
   m.impl("map_scales", TORCH_BOX(&mapsurgery::map_scales));
+  m.impl("map_scales_many", TORCH_BOX(&mapsurgery::map_scales_many));
 }

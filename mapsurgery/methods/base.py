@@ -15,6 +15,7 @@ from ..updates import Matrix, Update
 from .init import Init
 
 if TYPE_CHECKING:
+    from .given import GivenScales
     from .method import Method
 
 
@@ -101,6 +102,7 @@ class Adapter(nn.Module):
         roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
         scaling: fixed factor of the update where the method has one, else 1.
         watch: told of calls without autograd, where `surgery.gradient_source` put one.
+        given: inside `mapsurgery.reuse_norms`, the scales that calls take; else None.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
     """
@@ -133,6 +135,7 @@ class Adapter(nn.Module):
         self.layer_name = name
         self.scaling = method.scaling(rank)
         self.enabled = True
+        self.given: GivenScales | None = None
         self.watch: Any = None
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -374,8 +377,8 @@ class Adapter(nn.Module):
         return form_values(self.method, self.update, self.init, self.rank)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy made inside `mapsurgery.disabled` is not disabled: the block that would enable it again is not its."""
-        return {**self.__dict__, "enabled": True}
+        """A copy made inside `mapsurgery.disabled` or `reuse_norms` knows nothing of it: the block's end is not its."""
+        return {**self.__dict__, "enabled": True, "given": None}
 
     def refuse_other_form(self, form: Tensor) -> None:
         """Raises ValueError unless `form`, of another adapter, is this one's."""

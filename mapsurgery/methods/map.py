@@ -95,11 +95,16 @@ class Map(Method):
         """The factors that the operators take, which know no dropout."""
         return None if drops(p) else p.update.factors(p)
 
+    def scale_inputs(self, p: Parameters) -> tuple[Any, ...] | None:
+        factors = None if p.stacked else self._fused_factors(p)
+        return None if factors is None else (*factors, *self._numbers(p, p.weight_norm))
+
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
         factors = self._fused_factors(p)
         if factors is None:
             return super().linear(p, x, bias, W, norm)
-        return ops.map_linear(x, p.matrix(W), bias, *factors, *self._numbers(p, norm))
+        numbers = (*self._numbers(p, norm), _given(p, x, norm))
+        return ops.map_linear(x, p.matrix(W), bias, *factors, *numbers)
 
     def conv(
         self, p: Parameters, x: Tensor, bias: Tensor | None, settings: Settings, W: Tensor, norm: Tensor
@@ -107,7 +112,8 @@ class Map(Method):
         factors = self._fused_factors(p)
         if factors is None:
             return super().conv(p, x, bias, settings, W, norm)
-        return ops.map_conv(x, W, bias, *factors, *self._numbers(p, norm), *settings)  # type: ignore[call-arg]
+        numbers = (*self._numbers(p, norm), *settings, _given(p, x, norm))
+        return ops.map_conv(x, W, bias, *factors, *numbers)
 
     def embedding(self, p: Parameters, ids: Tensor, padding_idx: int | None, W: Tensor, norm: Tensor) -> Tensor:
         factors = p.update.factors(p)
@@ -157,6 +163,14 @@ class Map(Method):
             return numbers
         unit = torch.where(norm == 0, 1, norm)
         return {name: value / unit for name, value in numbers.items()}
+
+
+def _given(p: Parameters, x: Tensor, norm: Tensor) -> ops.Given | None:
+    """Scales and Gram matrices of the block of `mapsurgery.reuse_norms` that is open, if one is."""
+    given = p.given  # once: another thread may close the block
+    if given is None or not isinstance(x, Tensor):  # a proxy of torch.fx, whose graph would hold them for ever
+        return None
+    return given.for_call(p, norm)
 
 
 def _one_in_place(operation: Callable[..., None], weight: Tensor, transposed: bool, A: Tensor, *others: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.fx
@@ -89,6 +89,10 @@ class Method:
 
     def norm_changed(self, p: Parameters, before: Tensor, weight: Callable[[], Tensor]) -> None:
         """||W||_F is no longer `before`: a checkpoint with other weights, W, was loaded under the adapter."""
+
+    def scale_inputs(self, p: Parameters) -> tuple[Any, ...] | None:
+        """The arguments of `ops.map_scales`, where the calls of a layer may be given its result; else None."""
+        return None
 
     def recoverable(self, p: Parameters) -> bool:
         """Whether W can be recovered from W'."""

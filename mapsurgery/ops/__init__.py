@@ -45,6 +45,7 @@ __all__ = [
     "map_conv",
     "map_linear",
     "map_scales",
+    "map_scales_many",
     "merge_",
     "safe_sqrt",
     "stacked_weight",
@@ -70,6 +71,19 @@ def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, .
         return autograd.plain(getattr(_ops, name).default(*args)[0])
 
 
+Given = tuple[Tensor, Tensor, Tensor]
+"""What `map_scales` returns, without a gradient: scales (7,), A A^T and B^T B (r, r)."""
+
+
+def _takes_given() -> bool:
+    """Whether given scalars may be used: a trace would hold them for ever, torch.func's derivatives pass them by."""
+    if torch.compiler.is_compiling():  # their tensors are inputs of the graph
+        return not torch.compiler._is_exporting_flag  # is_exporting() is always true where torch 2.11 compiles
+    return (
+        not torch.jit.is_tracing() and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    )
+
+
 def _same_dtype(x: Tensor, weight: Tensor) -> None:
     """nn.Linear refuses mixed dtypes outside autocast; so does its adapted form, instead of casting in silence."""
     if x.dtype != weight.dtype and not registration.autocasting(x.device.type):
@@ -87,6 +101,7 @@ def map_linear(
     weight_norm: Tensor,
     tau: float = 0.0,
     relative: bool = True,
+    given: Given | None = None,
 ) -> Tensor:
     """y = x W'^T + bias with W' = alpha W/||W||_F + beta BA/sqrt(||BA||_F^2 + tau^2) (arXiv 2505.23094), fused.
 
@@ -100,6 +115,8 @@ def map_linear(
         alpha, beta: (1,) magnitudes, in units of ||W||_F if `relative`, else absolute.
         weight_norm: (1,) ||W||_F; 0 means a zero weight: the base term is 0 and beta absolute.
         tau: softening of ||BA||_F in units of ||W||_F; 0 is the paper's formula.
+        given: what `map_scales_many` returned for these A, B, alpha ..., to save computing it; gradients are the same.
+            Where a graph is traced for export, or under torch.func, it is computed all the same.
 
     Returns:
         (..., m) in the dtype of x. Differentiable in x, weight, bias, A, B, alpha and beta.
@@ -110,6 +127,8 @@ def map_linear(
     _same_dtype(x, weight)
     x = registration.autocast(x)
     args = (x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative)
+    if given is not None and _takes_given():
+        return _call(autograd.MapLinearGivenFunction, "map_linear_given", (*args, *given))
     return _call(autograd.MapLinearFunction, "map_linear", args)
 
 
@@ -128,6 +147,7 @@ def map_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    given: Given | None = None,
 ) -> Tensor:
     """`map_linear` for 1d, 2d and 3d convolutions, W seen as (m, K) with K = in_channels/groups * prod(kernel).
 
@@ -158,12 +178,15 @@ def map_conv(
             padding,
             dilation,
             groups,
+            given,
         )
         return batched.squeeze(0)
     x = registration.autocast(x)
     weight_space = reference.conv_weight_space(weight.shape[0], A.shape[1], A.shape[0], groups)
     settings = (list(stride), list(padding), list(dilation), groups, weight_space)
     args = (x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative, *settings)
+    if given is not None and _takes_given():
+        return _call(autograd.MapConvGivenFunction, "map_conv_given", (*args, *given))
     return _call(autograd.MapConvFunction, "map_conv", args)
 
 
@@ -194,6 +217,24 @@ def map_scales(
     definition = decompositions if torch.compiler.is_exporting() else reference  # no float64 in an exported graph
     with full_precision(A.device.type):
         return definition.map_scales(A, B, alpha, beta, weight_norm, tau, relative)
+
+
+def map_scales_many(layers: Sequence[tuple[Any, ...]]) -> list[Given]:
+    """`reference.map_scales` of many layers by the operator, one call for all of a device and dtype. No gradient.
+
+    Args: layers: (A, B, alpha, beta, weight_norm, tau, relative) of each.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (A, *_) in enumerate(layers):
+        groups.setdefault((A.device, A.dtype), []).append(i)
+    results: dict[int, Given] = {}
+    # No inference tensors: calls with autograd may use the result.
+    with torch.inference_mode(False), torch.no_grad():
+        for (device, _), members in groups.items():
+            with full_precision(device.type):
+                found = _ops.map_scales_many.default(*map(list, zip(*(layers[i] for i in members), strict=True)))
+            results.update(zip(members, zip(*found, strict=True), strict=True))
+    return [results[i] for i in range(len(layers))]
 
 
 def lowrank_norm(A: Tensor, B: Tensor) -> Tensor:

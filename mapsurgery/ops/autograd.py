@@ -20,6 +20,8 @@ _ops = torch.ops.mapsurgery
 
 # Positions of the operators' tensor inputs, the same in map_linear and map_conv.
 _X, _WEIGHT, _BIAS, _A, _B, _ALPHA, _BETA, _NORM, _TAU, _RELATIVE = range(10)
+_GIVEN = 3
+"""How many of the last inputs of map_linear_given and map_conv_given are what `reference.map_scales` returns."""
 
 
 def _grad_of_reference(
@@ -51,11 +53,19 @@ def _select(needs: tuple[bool, ...], results: tuple[Tensor, ...], inputs: int) -
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep what plain LoRA keeps (x and h) plus r x r Gram matrices and scalars; nothing of the output's width."""
-    y, h, scales, gram_a, gram_b = output
-    ctx.mark_non_differentiable(h, scales, gram_a, gram_b)
-    x, weight, bias, A, B, alpha, beta, norm = inputs[:_TAU]
-    ctx.save_for_backward(x, weight, bias, A, B, alpha, beta, norm, h, scales, gram_a, gram_b)
+    y, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*inputs[:_TAU], *kept)
     ctx.rest = inputs[_TAU:]
+    ctx.inputs = len(inputs)
+
+
+def _save_given(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The same tensors, in the same order, where scales and Gram matrices are the last inputs and not outputs."""
+    y, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(*inputs[:_TAU], h, *inputs[-_GIVEN:])
+    ctx.rest = inputs[_TAU:-_GIVEN]
     ctx.inputs = len(inputs)
 
 
@@ -63,7 +73,8 @@ def _backward(ctx: Any, grad: Tensor, forward: Callable[..., tuple[Tensor, ...]]
     x, weight, bias, A, B, alpha, beta, norm, h, scales, gram_a, gram_b = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         inputs = [x, weight, bias, A, B, alpha, beta, norm, *ctx.rest]
-        return tuple(_grad_of_reference(forward, inputs, ctx.needs_input_grad, grad))
+        grads = _grad_of_reference(forward, inputs, ctx.needs_input_grad[: len(inputs)], grad)
+        return (*grads, *[None] * (ctx.inputs - len(inputs)))
     settings = ctx.rest[_RELATIVE + 1 - _TAU :]
     results = op(grad, x, h, weight, A, B, scales, gram_a, gram_b, *settings, *_flags(ctx.needs_input_grad))
     return _select(ctx.needs_input_grad, results, ctx.inputs)
@@ -138,6 +149,32 @@ class MapConvFunction(torch.autograd.Function):
     backward = staticmethod(conv_backward)
 
 
+class MapLinearGivenFunction(torch.autograd.Function):
+    """Eager autograd of mapsurgery::map_linear_given; returns y alone. The backward is that of map_linear."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _ops.map_linear_given.default(*inputs)
+        _save_given(ctx, inputs, output)
+        return output[0]
+
+    backward = staticmethod(linear_backward)
+
+
+class MapConvGivenFunction(torch.autograd.Function):
+    """Eager autograd of mapsurgery::map_conv_given; returns y alone. The backward is that of map_conv."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _ops.map_conv_given.default(*inputs)
+        _save_given(ctx, inputs, output)
+        return plain(output[0])
+
+    backward = staticmethod(conv_backward)
+
+
 class EffectiveWeightFunction(torch.autograd.Function):
     """Eager autograd of mapsurgery::effective_weight; returns W' alone."""
 
@@ -153,9 +190,14 @@ class EffectiveWeightFunction(torch.autograd.Function):
 
 def register() -> None:
     """Give the dispatcher's operators the same backward, for torch.compile, torch.export and direct callers."""
-    torch.library.register_autograd("mapsurgery::map_linear", linear_backward, setup_context=_setup(_save))
-    torch.library.register_autograd("mapsurgery::map_conv", conv_backward, setup_context=_setup(_save))
-    torch.library.register_autograd("mapsurgery::effective_weight", weight_backward, setup_context=_setup(weight_save))
+    for name, backward, save in (
+        ("map_linear", linear_backward, _save),
+        ("map_linear_given", linear_backward, _save_given),
+        ("map_conv", conv_backward, _save),
+        ("map_conv_given", conv_backward, _save_given),
+        ("effective_weight", weight_backward, weight_save),
+    ):
+        torch.library.register_autograd(f"mapsurgery::{name}", backward, setup_context=_setup(save))
 
 
 def _setup(save: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]) -> Callable[..., None]:

@@ -79,18 +79,37 @@ def map_scales(*factors: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(scales), gram_a, gram_b
 
 
+def map_scales_many(*layers: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`reference.map_scales_many`."""
+    results = [map_scales(*layer) for layer in zip(*layers, strict=True)]
+    return [layer[0] for layer in results], [layer[1] for layer in results], [layer[2] for layer in results]
+
+
 def map_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *numbers: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.map_linear`."""
     scales, gram_a, gram_b = _scales(A, B, *numbers)
+    y, h = _linear(x, weight, bias, A, B, scales)
+    return y, h, torch.cat(scales), gram_a, gram_b
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scales: Sequence[Tensor] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """y and h of `map_linear`, with the scalars of the layer."""
     dtype = x.dtype
     s_w, s_d = _cast(scales[reference.S_W], dtype), _cast(scales[reference.S_D], dtype)
     h = x @ _cast(A, dtype).t()
     y = s_w * (x @ _cast(weight, dtype).t()) + (s_d * h) @ _cast(B, dtype).t()
-    if bias is not None:
-        y = y + _cast(bias, dtype)
-    return y, h, torch.cat(scales), gram_a, gram_b
+    return (y if bias is None else y + _cast(bias, dtype)), h
+
+
+def map_linear_given(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    """`reference.map_linear_given`; its scales are the third last argument."""
+    return _linear(x, weight, bias, A, B, others[-3])
 
 
 def map_conv(
@@ -112,6 +131,32 @@ def map_conv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.map_conv`."""
     scales, gram_a, gram_b = _scales(A, B, alpha, beta, weight_norm, tau, relative)
+    y, h = _conv_with(x, weight, bias, A, B, scales, stride, padding, dilation, groups, weight_space)
+    return y, h, torch.cat(scales), gram_a, gram_b
+
+
+def map_conv_given(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    """`reference.map_conv_given`; `others` begin with alpha, beta, weight_norm, tau and relative."""
+    *conv, scales, _, _ = others[5:]
+    return _conv_with(x, weight, bias, A, B, scales, *conv)
+
+
+def _conv_with(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scales: Sequence[Tensor] | Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    weight_space: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and h of `map_conv`, with the scalars of the layer."""
     dtype, spatial = x.dtype, len(stride)
 
     def conv(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,7 +165,7 @@ def map_conv(
     bias = None if bias is None else _cast(bias, dtype)
     if weight_space:
         W = _combine(weight.reshape(weight.shape[0], -1), A, B, scales, dtype)
-        return conv(x, W.reshape(weight.shape), bias), x.new_empty(0), torch.cat(scales), gram_a, gram_b
+        return conv(x, W.reshape(weight.shape), bias), x.new_empty(0)
     s_w, s_d = _cast(scales[reference.S_W], dtype), _cast(scales[reference.S_D], dtype)
     down = _cast(A, dtype).reshape(-1, *weight.shape[1:])
     h = conv(x, down if groups == 1 else down.repeat(groups, *[1] * (spatial + 1)))
@@ -128,10 +173,10 @@ def map_conv(
     up = _cast(B, dtype).reshape(*B.shape, *ones)
     # The bias goes into the convolution that is not scaled.
     update = torch.convolution(s_d * h, up, bias, ones, zeros, ones, False, zeros, groups)
-    return s_w * conv(x, _cast(weight, dtype)) + update, h, torch.cat(scales), gram_a, gram_b
+    return s_w * conv(x, _cast(weight, dtype)) + update, h
 
 
-def _combine(weight: Tensor, A: Tensor, B: Tensor, scales: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _combine(weight: Tensor, A: Tensor, B: Tensor, scales: Sequence[Tensor] | Tensor, dtype: torch.dtype) -> Tensor:
     """s_w W + s_d BA in at least float32, rounded once. weight (m, K)."""
     acc = reference.accumulate_dtype(torch.promote_types(weight.dtype, A.dtype))
     s_w, s_d = _cast(scales[reference.S_W], acc), _cast(scales[reference.S_D], acc)
@@ -155,13 +200,16 @@ def effective_weight(
     return W, torch.cat(scales), gram_a, gram_b
 
 
-DECOMPOSITIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
+DECOMPOSITIONS: dict[str, Callable[..., Tensor | tuple[Any, ...]]] = {
     "squared_norm": reference.squared_norm,
     "lowrank_norm": lowrank_norm,
     "map_scales": map_scales,
+    "map_scales_many": map_scales_many,
     "map_linear": map_linear,
+    "map_linear_given": map_linear_given,
     "map_linear_backward": reference.map_linear_backward,
     "map_conv": map_conv,
+    "map_conv_given": map_conv_given,
     "map_conv_backward": reference.map_conv_backward,
     "effective_weight": effective_weight,
     "effective_weight_backward": reference.effective_weight_backward,
@@ -176,7 +224,7 @@ def _compiling() -> bool:
     return CompileContext.try_get() is not None or bool(V.aot_compilation)
 
 
-def _rule(decomposition: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
+def _rule(decomposition: Callable[..., Tensor | tuple[Any, ...]]) -> Callable[..., Any]:
     """What an operator does under FunctionalTensorMode, in which AOTAutograd and torch.export trace."""
 
     def rule(mode: FunctionalTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -37,6 +37,15 @@ def _linear(x: _Shape, weight: _Shape, bias: _Shape | None, A: _Shape, B: _Shape
     return 2 * rows * (prod(weight) + prod(A) + prod(B)) + _grams(A, B)
 
 
+def _grams_of_many(A: list[_Shape], B: list[_Shape], *_: Any, **__: Any) -> int:
+    return sum(map(_grams, A, B))
+
+
+def _linear_given(x: _Shape, weight: _Shape, bias: _Shape | None, A: _Shape, B: _Shape, *_: Any, **__: Any) -> int:
+    """`_linear` without the Gram matrices."""
+    return _linear(x, weight, bias, A, B) - _grams(A, B)
+
+
 def _linear_backward(
     grad: _Shape,
     x: _Shape,
@@ -83,8 +92,21 @@ def _conv(
     weight_space: bool,
     out_shape: Any,
 ) -> int:
-    y, h, *_ = out_shape
-    dense = conv_flop_count(x, weight, y) + _grams(A, B)
+    return _grams(A, B) + _conv_products(x, weight, A, B, groups, weight_space, *out_shape[:2])
+
+
+def _conv_given(
+    x: _Shape, weight: _Shape, bias: _Shape | None, A: _Shape, B: _Shape, *others: Any, out_shape: Any, **_: Any
+) -> int:
+    """`_conv` without the Gram matrices; groups and weight_space stand before the three that are given."""
+    groups, weight_space = others[-5:-3]
+    return _conv_products(x, weight, A, B, groups, weight_space, *out_shape)
+
+
+def _conv_products(
+    x: _Shape, weight: _Shape, A: _Shape, B: _Shape, groups: int, weight_space: bool, y: _Shape, h: _Shape
+) -> int:
+    dense = conv_flop_count(x, weight, y)
     if weight_space:
         return dense + _product(A, B)
     down, up = _kernels(A, B, weight, groups)
@@ -150,9 +172,12 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "squared_norm": _squared_norm,
     "lowrank_norm": _grams,
     "map_scales": _grams,
+    "map_scales_many": _grams_of_many,
     "map_linear": _linear,
+    "map_linear_given": _linear_given,
     "map_linear_backward": _linear_backward,
     "map_conv": _conv,
+    "map_conv_given": _conv_given,
     "map_conv_backward": _conv_backward,
     "effective_weight": _weight,
     "effective_weight_backward": _weight_backward,

@@ -83,6 +83,23 @@ def map_scales(
     return torch.cat([part.reshape(1) for part in parts]).to(acc), gram_a, gram_b
 
 
+def map_scales_many(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    alpha: Sequence[Tensor],
+    beta: Sequence[Tensor],
+    weight_norm: Sequence[Tensor],
+    tau: Sequence[float],
+    relative: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`map_scales` of many layers, whose arguments are given as lists; all on one device, the factors of one dtype.
+
+    Returns: scales, gram_a, gram_b, a list over the layers of each.
+    """
+    layers = [map_scales(*layer) for layer in zip(A, B, alpha, beta, weight_norm, tau, relative, strict=True)]
+    return [layer[0] for layer in layers], [layer[1] for layer in layers], [layer[2] for layer in layers]
+
+
 def softened_norm(norm: Tensor, size: Tensor, weight_norm: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """p, what the update is divided by, and w, the unit of magnitudes; see the module's head.
 
@@ -150,13 +167,44 @@ def map_linear(
     Returns: y (..., m), h = x A^T (..., r), scales, gram_a, gram_b.
     """
     scales, gram_a, gram_b = map_scales(A, B, alpha, beta, weight_norm, tau, relative)
+    y, h = _linear(x, weight, bias, A, B, scales)
+    return y, h, scales, gram_a, gram_b
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y and h of `map_linear`, with the scalars of the layer."""
     dtype = x.dtype
     s_w, s_d = scales[S_W].to(dtype), scales[S_D].to(dtype)
     h = x @ A.to(dtype).t()
     y = s_w * (x @ weight.to(dtype).t()) + (s_d * h) @ B.to(dtype).t()
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return y, h, scales, gram_a, gram_b
+    return (y if bias is None else y + bias.to(dtype)), h
+
+
+def map_linear_given(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight_norm: Tensor,
+    tau: float,
+    relative: bool,
+    scales: Tensor,
+    gram_a: Tensor,
+    gram_b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`map_linear` where `map_scales` of the same A, B, alpha ... is known: it is not computed again.
+
+    The gradients are those of `map_linear`, as if it had been; so alpha and the others are arguments all the same.
+
+    Args: scales, gram_a, gram_b as `map_scales` returns them, the rest as in `map_linear`.
+    Returns: y (..., m), h (..., r).
+    """
+    return _linear(x, weight, bias, A, B, scales)
 
 
 def _nothing(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
@@ -273,23 +321,50 @@ def map_conv(
     weight_space: see `conv_weight_space`.
     Returns: y (N, m, *out), h (N, groups r, *out) or empty (0,) in weight space, scales, gram_a, gram_b.
     """
-    conv = (stride, padding, dilation, groups)
-    spatial = len(stride)
+    scales, gram_a, gram_b = map_scales(A, B, alpha, beta, weight_norm, tau, relative)
+    y, h = _conv_with(x, weight, bias, A, B, scales, (stride, padding, dilation, groups), weight_space)
+    return y, h, scales, gram_a, gram_b
+
+
+def _conv_with(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scales: Tensor, conv, weight_space: bool
+) -> tuple[Tensor, Tensor]:
+    """y and h of `map_conv`, with the scalars of the layer; conv: stride, padding, dilation, groups."""
+    spatial, groups = x.dim() - 2, conv[-1]
     if weight_space:
-        W, scales, gram_a, gram_b = effective_weight(
-            weight.reshape(weight.shape[0], -1), A, B, alpha, beta, weight_norm, tau, relative, x.dtype
-        )
+        W = _combine(weight.reshape(weight.shape[0], -1), A, B, scales, x.dtype)
         y, h = _conv(x, W.reshape(weight.shape), *conv), x.new_empty(0)
     else:
-        scales, gram_a, gram_b = map_scales(A, B, alpha, beta, weight_norm, tau, relative)
         s_w, s_d = scales[S_W].to(x.dtype), scales[S_D].to(x.dtype)
         h = _conv(x, _down(A.to(x.dtype), weight, groups), *conv)
         ones, zeros = [1] * spatial, [0] * spatial
         y = s_w * _conv(x, weight.to(x.dtype), *conv)
         y = y + _conv(s_d * h, _up(B.to(x.dtype), spatial), ones, zeros, ones, groups)
-    if bias is not None:
-        y = y + _channels(bias.to(x.dtype), spatial)
-    return y, h, scales, gram_a, gram_b
+    return (y if bias is None else y + _channels(bias.to(x.dtype), spatial)), h
+
+
+def map_conv_given(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight_norm: Tensor,
+    tau: float,
+    relative: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    weight_space: bool,
+    scales: Tensor,
+    gram_a: Tensor,
+    gram_b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`map_conv` where `map_scales` of the same A, B, alpha ... is known; see `map_linear_given`. Returns: y, h."""
+    return _conv_with(x, weight, bias, A, B, scales, (stride, padding, dilation, groups), weight_space)
 
 
 def map_conv_backward(

@@ -64,6 +64,6 @@ def register() -> None:
         kernels.impl(name, definition, "CompositeExplicitAutograd")
         # The reference is pure torch, so on fake tensors it gives the shapes, dtypes and strides.
         torch.library.register_fake(f"mapsurgery::{name}", definition)
-    for name in ("map_linear", "map_conv"):
+    for name in ("map_linear", "map_linear_given", "map_conv", "map_conv_given"):
         for device in _AUTOCAST_DEVICES:
             kernels.impl(name, _autocast_kernel(name, device), f"Autocast{device.upper()}")
