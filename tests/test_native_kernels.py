@@ -302,6 +302,37 @@ def test_products_with_thin_matrices_in_convolutions(device, dtype, rank, stride
     check_conv(x, weight, None, args, ([stride] * 2, [0] * 2, [1] * 2, 1, False))
 
 
+@pytest.mark.parametrize("T", [4, 40])
+def test_rank_0_is_the_base_alone(device, T):
+    weight, x = torch.randn(6, 5, device=device), torch.randn(T, 5, device=device)
+    check_linear(x, weight, None, adapter(6, 5, 0, weight, torch.float32))
+
+
+@native
+def test_a_factor_of_0_drops_what_overflowed():
+    """As BLAS does, whichever gradients are asked for."""
+    weight, x = torch.full((20, 30), 100.0), torch.randn(40, 30)
+    A, B, alpha, *rest = adapter(20, 30, 4, weight, torch.float32)
+    _, h, *saved = ops.map_linear(x, weight, None, A, B, 0 * alpha, *rest)
+    saved = (torch.full((40, 20), 1e37), x, h, weight, A, B / 1e10, *saved)
+    for needs in (ALL_NEEDED, (True, False, False, False, False)):
+        assert ops.map_linear_backward(*saved, *needs)[0].isfinite().all()
+
+
+@native
+def test_lazily_copied_inputs_are_read_by_several_threads():
+    """torch refuses to make the copy within a parallel loop."""
+    weight = torch.randn(8, 256)
+    args = adapter(8, 256, 4, weight, torch.float32)
+    x = torch._lazy_clone(torch.randn(4096, 256))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check_linear(x, weight, None, args)
+    finally:
+        torch.set_num_threads(before)
+
+
 @native
 @pytest.mark.parametrize("T", [40, 700, 4500])
 def test_the_number_of_threads_does_not_change_a_sum(T):

@@ -130,7 +130,8 @@ inline Tensor empty_activation(const Tensor& t, int64_t channels) {
 
 // The activation t in the order of memory of another, which may have other channels.
 inline Tensor ordered_like(const Tensor& t, const Tensor& other) {
-  return t.is_contiguous() == other.is_contiguous() ? t : copied(t, !other.is_contiguous());
+  const bool last = !other.is_contiguous();
+  return (last ? is_channels_last(t) : t.is_contiguous()) ? t : copied(t, last);
 }
 
 // Rows [first, first + rows) of a factor for each of N samples, in memory only once.

@@ -47,7 +47,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   static std::tuple<Tensor, Tensor> up_backward(const Tensor& G, const Tensor& B, const Tensor& H, bool need_B) {
     if (!need_B || !thin::handles(G, B.size(1))) return up_backward_by_gemm<Cpu>(G, B, H, need_B);
     Tensor GB = empty({G.size(0), B.size(1)}, G.scalar_type(), G);
-    const Tensor dB = thin::project_and_gather(G, transposed(B), GB, H);
+    const Tensor dB = thin::project_and_contract(G, transposed(B), GB, H);
     return {GB, transposed(dB)};
   }
   static std::tuple<Tensor, Tensor> down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& A,
@@ -55,7 +55,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     if (!need_x || !need_A || !thin::handles(X, A.size(0))) {
       return down_backward_by_gemm_<Cpu>(X, GW, GB, A, scales, need_x, need_A, need_alpha);
     }
-    const auto [dot, dA] = thin::gather_and_expand_(X, GW, read({scales, S_W}), GB, read({scales, S_D}), A);
+    const auto [dot, dA] = thin::contract_and_expand_(X, GW, read({scales, S_W}), GB, read({scales, S_D}), A);
     return {need_alpha ? as_dot(dot, scales, DS_W).scaled : Tensor(), dA};
   }
 
@@ -84,12 +84,12 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     addmm(out, out, a, b, read({scales, S_W}), read({scales, S_D}));
   }
 
-  // Products of 1x1 convolutions, channels first (N, C, L) or, of one matrix, channels last: as in aten.h, but for thin
-  // matrices in one pass over the large one. `a` is the same matrix N times.
+  // Products of thin matrices with activations, channels first (N, C, L) or, of one matrix, channels last: as in
+  // aten.h, but in one pass over the activation. `a` is the same matrix N times.
   static void bmm(Tensor& out, const Tensor& a, const Tensor& b) {
     if (thin::handles_each(b, a.size(1)) && out.stride(2) == 1) {
       thin::multiply_each(b, matrix_of(a, 0), out);
-    } else if (is_one_of_rows(b) && thin::handles(rows_of_one(b), a.size(1)) && out.stride(1) == 1) {
+    } else if (is_one_of_rows(b) && thin::handles(rows_of_one(b), a.size(1)) && rows_of_one(out).is_contiguous()) {
       thin::project(rows_of_one(b), matrix_of(a, 0), rows_of_one(out));
     } else {
       Aten::bmm(out, a, b);
@@ -124,7 +124,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     if (a.size(1) < b.size(1)) return transposed(sum_of_products(b, a));
     if (thin::handles_each(a, b.size(1))) return thin::project_all(a, b);
     if (is_one_of_rows(a) && thin::handles(rows_of_one(a), b.size(1))) {
-      return transposed(thin::gather(rows_of_one(a), rows_of_one(b)));
+      return transposed(thin::contract(rows_of_one(a), rows_of_one(b)));
     }
     return Aten::sum_of_products(a, b);
   }

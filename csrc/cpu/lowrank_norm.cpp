@@ -1,4 +1,4 @@
-// squared_norm, lowrank_norm and map_scales, of one layer or many: the Gram matrices are GEMMs of torch's, the r x r
+// squared_norm, lowrank_norm and map_scales, of one layer or many: the Gram matrices are products of thin.h or GEMMs of torch's, the r x r
 // contraction is in double.
 
 #include <torch/csrc/stable/library.h>

@@ -1,6 +1,8 @@
 // How the inner loops of the CPU kernels are compiled: one binary, the widest vectors of the machine it runs on.
 #pragma once
 
+#include <cstdint>  // which says whether this is glibc
+
 // GCC compiles each function three times and picks at load time.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define MAPSURGERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

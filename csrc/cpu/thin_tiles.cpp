@@ -5,7 +5,7 @@
 namespace mapsurgery {
 namespace {
 
-// Each block below keeps its sums in registers: of 16, 8 hold sums, the others what is read.
+// Each block below keeps in eight of a machine's sixteen registers what it sums up, or what it reads again and again.
 
 // h[t, j] += <x[t], p[j]> over whole vectors from column `begin`, for R rows and J columns of h. Returns where it
 // ended.
@@ -48,7 +48,7 @@ MAPSURGERY_INLINE void project_rows(Rows<const T> x, Rows<const T> p, Strided<T>
 
 // d[j] += sum_t h[t, j] x[t] for R rows of x and C vectors of each row, which stay in registers.
 template <class V, int R, int C, class T>
-MAPSURGERY_INLINE void gather_block(Rows<const T> x, Strided<const T> h, Rows<T> d, int64_t rank) {
+MAPSURGERY_INLINE void contract_block(Rows<const T> x, Strided<const T> h, Rows<T> d, int64_t rank) {
   typename V::Vector rows[R][C];
   for (int t = 0; t < R; ++t) {
     for (int c = 0; c < C; ++c) V::load(rows[t][c], x.at(t, c * V::kLanes));
@@ -66,16 +66,16 @@ MAPSURGERY_INLINE void gather_block(Rows<const T> x, Strided<const T> h, Rows<T>
 
 // Along R rows of x, which the processor fetches ahead as it does whatever is read in order.
 template <int R, class T>
-MAPSURGERY_INLINE void gather_rows(Rows<const T> x, Strided<const T> h, Rows<T> d, const Extent& extent) {
+MAPSURGERY_INLINE void contract_rows(Rows<const T> x, Strided<const T> h, Rows<T> d, const Extent& extent) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   int64_t i = 0;
   for (; i + 2 * kLanes <= extent.columns; i += 2 * kLanes) {
-    gather_block<Simd<T>, R, 2>(x.from(0, i), h, d.from(0, i), extent.rank);
+    contract_block<Simd<T>, R, 2>(x.from(0, i), h, d.from(0, i), extent.rank);
   }
   for (; i + kLanes <= extent.columns; i += kLanes) {
-    gather_block<Simd<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
+    contract_block<Simd<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
   }
-  for (; i < extent.columns; ++i) gather_block<Scalar<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
+  for (; i < extent.columns; ++i) contract_block<Scalar<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
 }
 
 // y[t] = keep y[t] + scale sum_j h[t, j] p[j] for R rows and C vectors; dot += x * (the old y) where kDot.
@@ -100,7 +100,9 @@ MAPSURGERY_INLINE void expand_block(Rows<const T> x, Rows<T> y, T keep, Strided<
         V::load(other, x.at(t, c * V::kLanes));
         dot += other * old;
       }
-      V::store(y.at(t, c * V::kLanes), keep * old + scale * sums[t][c]);
+      sums[t][c] *= scale;
+      if (keep != 0) sums[t][c] += keep * old;
+      V::store(y.at(t, c * V::kLanes), sums[t][c]);
     }
   }
 }
@@ -154,10 +156,10 @@ MAPSURGERY_SIMD void project_tile(Rows<const T> x, Rows<const T> p, Strided<T> h
 }
 
 template <class T>
-MAPSURGERY_SIMD void gather_tile(Rows<const T> x, Strided<const T> h, Rows<T> d, Extent extent) {
+MAPSURGERY_SIMD void contract_tile(Rows<const T> x, Strided<const T> h, Rows<T> d, Extent extent) {
   int64_t t = 0;
-  for (; t + 4 <= extent.rows; t += 4) gather_rows<4>(x.from(t), h.from(t, 0), d, extent);
-  for (; t < extent.rows; ++t) gather_rows<1>(x.from(t), h.from(t, 0), d, extent);
+  for (; t + 4 <= extent.rows; t += 4) contract_rows<4>(x.from(t), h.from(t, 0), d, extent);
+  for (; t < extent.rows; ++t) contract_rows<1>(x.from(t), h.from(t, 0), d, extent);
 }
 
 template <class T>
@@ -173,7 +175,7 @@ MAPSURGERY_SIMD double dot_expand_tile(Rows<const T> x, Rows<T> y, T keep, Strid
 
 #define INSTANTIATE(T)                                                                  \
   template void project_tile<T>(Rows<const T>, Rows<const T>, Strided<T>, Extent);      \
-  template void gather_tile<T>(Rows<const T>, Strided<const T>, Rows<T>, Extent);       \
+  template void contract_tile<T>(Rows<const T>, Strided<const T>, Rows<T>, Extent);     \
   template void expand_tile<T>(Rows<T>, T, Strided<const T>, T, Rows<const T>, Extent); \
   template double dot_expand_tile<T>(Rows<const T>, Rows<T>, T, Strided<const T>, T, Rows<const T>, Extent)
 

@@ -39,9 +39,9 @@ void project_tile(Rows<const T> x, Rows<const T> p, Strided<T> h, Extent extent)
 
 // d += h^T x, with x (rows, columns) and d (rank, columns).
 template <class T>
-void gather_tile(Rows<const T> x, Strided<const T> h, Rows<T> d, Extent extent);
+void contract_tile(Rows<const T> x, Strided<const T> h, Rows<T> d, Extent extent);
 
-// y = keep y + scale h p, with y (rows, columns) and p (rank, columns). keep = 0 does not read y.
+// y = keep y + scale h p, with y (rows, columns) and p (rank, columns). What was in y does not matter if keep = 0.
 template <class T>
 void expand_tile(Rows<T> y, T keep, Strided<const T> h, T scale, Rows<const T> p, Extent extent);
 
