@@ -212,6 +212,27 @@ def _peft(model: nn.Module, targets: list[str], rank: int, dora: bool = False, w
     return model
 
 
+def _delora(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
+    """peft's DeLoRA, which normalises its update as MAP does, column by column."""
+    from peft import DeloraConfig, inject_adapter_in_model
+
+    return inject_adapter_in_model(DeloraConfig(r=rank, target_modules=targets), model)
+
+
+def _lycoris(model: nn.Module, targets: list[str], rank: int, dora: bool = False) -> nn.Module:
+    """LyCORIS's locon (LoRA on linear layers and convolutions), or its DoRA."""
+    from lycoris import LycorisNetwork
+
+    LycorisNetwork.apply_preset({"target_module": [], "target_name": targets, "use_fnmatch": True})
+    ranks = {"lora_dim": rank, "conv_lora_dim": rank, "alpha": 2 * rank, "conv_alpha": 2 * rank}
+    network = LycorisNetwork(model, network_module="locon", weight_decompose=dora, **ranks)
+    if len(network.loras) != len(targets):
+        raise RuntimeError(f"LyCORIS adapted {len(network.loras)} of {len(targets)} layers")
+    network.apply_to()
+    model.add_module("lycoris", network)
+    return model
+
+
 def _map(model: nn.Module, targets: list[str], rank: int, dtype: torch.dtype | None = None) -> nn.Module:
     """This library, with its defaults."""
     return mapsurgery.patch(model, targets, rank=rank, dtype=dtype)
@@ -233,13 +254,21 @@ METHODS: dict[str, Apply] = {
     "map": _map,
     "map-bf16": partial(_map, dtype=torch.bfloat16),
     "map-plain": _map_plain,
+    "delora": _delora,
+    "lycoris-locon": _lycoris,
+    "lycoris-dora": partial(_lycoris, dora=True),
 }
+ON_DEMAND = (
+    "delora",
+    "lycoris-locon",
+    "lycoris-dora",
+)  # LyCORIS is a package of its own, and DeLoRA knows no convolution
 DTYPES = ("fp32", "bf16", "autocast-bf16")
 
 
 def default_methods(dtype: str) -> list[str]:
     """All that differ: narrow adapter parameters only where the model is narrow."""
-    return [name for name in METHODS if dtype == "bf16" or not name.endswith("-bf16")]
+    return [n for n in METHODS if n not in ON_DEMAND and (dtype == "bf16" or not n.endswith("-bf16"))]
 
 
 # --- one method on one model ----------------------------------------------------------------------------------------
