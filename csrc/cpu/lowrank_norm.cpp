@@ -1,5 +1,5 @@
-// squared_norm, lowrank_norm and map_scales, of one layer or many: the Gram matrices are products of thin.h or GEMMs of torch's, the r x r
-// contraction is in double.
+// squared_norm, lowrank_norm and map_scales, of one layer or many: the Gram matrices are products of thin.h or GEMMs of
+// torch's, the r x r contraction is in double.
 
 #include <torch/csrc/stable/library.h>
 

@@ -5,8 +5,10 @@
 
 // GCC compiles each function three times and picks at load time.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define MAPSURGERY_CLONES 1
 #define MAPSURGERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
+#define MAPSURGERY_CLONES 0
 #define MAPSURGERY_SIMD
 #endif
 
@@ -18,6 +20,13 @@
 #endif
 
 namespace mapsurgery {
+
+// Whether these loops use the vectors of the machine they run on. BLAS always does: it is quicker where they do not.
+#if defined(__GNUC__) && (MAPSURGERY_CLONES || !defined(__x86_64__) || defined(__AVX2__))
+constexpr bool kOwnVectors = true;
+#else
+constexpr bool kOwnVectors = false;
+#endif
 
 // A vector of numbers that one register holds (two, of machines with narrower ones), and how it is read and written.
 template <class T>

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/rows.h"
+#include "cpu/simd.h"
 #include "cpu/thin_tiles.h"
 
 namespace mapsurgery {
@@ -195,7 +196,7 @@ class Sums {
 
 bool is_float_or_double(const Tensor& t) { return t.scalar_type() == accumulate_dtype(t.scalar_type()); }
 
-bool is_thin(int64_t rank) { return 0 < rank && rank <= kMostRank; }
+bool is_thin(int64_t rank) { return kOwnVectors && 0 < rank && rank <= kMostRank; }
 
 }  // namespace
 
