@@ -68,7 +68,7 @@ sanitize() {
         --min-ms 0 --no-graphs --implementations op --out "$scratch" || rc=$?
     rm -rf "$scratch"
     "${check[@]}" "$PYTHON" -m pytest -q -x -p no:cacheprovider -m cuda \
-        -k "${SANITIZER_KEYWORDS:-lowrank or linear or conv or merge}" tests || rc=$?
+        -k "${SANITIZER_KEYWORDS:-lowrank or scales or linear or conv or merge}" tests || rc=$?
     return "$rc"
 }
 

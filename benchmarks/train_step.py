@@ -213,7 +213,7 @@ def _peft(model: nn.Module, targets: list[str], rank: int, dora: bool = False, w
 
 
 def _delora(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
-    """peft's DeLoRA, which normalises its update as MAP does, column by column."""
+    """peft's DeLoRA, which normalises each rank-1 part of its update."""
     from peft import DeloraConfig, inject_adapter_in_model
 
     return inject_adapter_in_model(DeloraConfig(r=rank, target_modules=targets), model)
