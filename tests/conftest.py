@@ -6,6 +6,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: threads that wait for one another cost ten times the work on a shared machine
+# cuDNN rounds the inputs of float32 convolutions to TF32 unless told not to: no float32 comparison would hold on a GPU.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import mapsurgery
 from mapsurgery.ops import reference
@@ -103,6 +105,13 @@ def test_schemas_in_use_are_those_of_schemas_py():
 def test_every_operator_has_a_native_cpu_kernel():
     for name in SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mapsurgery::{name}", "CPU")
+
+
+@pytest.mark.skipif(not mapsurgery.native_info().cuda, reason="no native CUDA library is loaded")
+def test_every_operator_has_a_native_cuda_kernel():
+    """No GPU is needed to see it. Of squared_norm, torch's own reduction is one read of the weight."""
+    for name in SCHEMAS.keys() - {"squared_norm"}:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mapsurgery::{name}", "CUDA"), name
 
 
 # ---- norm and scales
@@ -274,6 +283,20 @@ def test_map_linear_takes_any_strides(device, layout, dtype):
     bias = torch.randn(160, device=device).to(dtype)[::2]
     check_linear(x, weight, bias, (strided(A, layout), strided(B, layout), *rest))
     check_linear(torch.randn(96, device=device).to(dtype).expand(5, 96), weight, bias, (A, B, *rest))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_strides_of_single_dimensions_say_nothing(device, rows, with_bias):
+    """Legal for torch, which does not look at them; a BLAS would refuse them as leading dimensions."""
+
+    def column(n: int) -> Tensor:
+        return torch.randn(n, device=device).as_strided((n, 1), (1, 0))
+
+    weight, bias = column(6), torch.randn(6, device=device) if with_bias else None
+    _, _, *rest = adapter(6, 1, 1, weight, torch.float32)
+    A = torch.randn(1, device=device).as_strided((1, 1), (0, 5))
+    check_linear(column(rows), weight, bias, (A, column(6), *rest))
 
 
 # Sizes around those of the CPU's blocks: of rows (2, 4, 32, 128), of columns (a vector, a tile), of the rank (2, 16).
@@ -485,6 +508,33 @@ def test_gradients_of_any_layout_through_a_pointwise_convolution(device, layout,
     want = reference.map_conv_backward(*map(exact, (grad, *saved)), *conv, *ALL_NEEDED)
     for g, w in zip(got, want, strict=True):
         assert_close(g, w, TOLERANCE[torch.float32], float(exact(x).norm() * exact(grad).norm()))
+
+
+@pytest.mark.parametrize("weight_space", [True, False])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels_last", ["x", "weight", "x and weight", "neither"])
+def test_traced_convolutions_have_the_strides_of_real_ones(device, weight_space, kernel, channels_last):
+    """A compiled graph is planned for the strides of fake tensors, and what comes next reads with them."""
+    x, weight = torch.randn(2, 6, 9, 8, device=device), torch.randn(8, 6, kernel, kernel, device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if "x" in channels_last.split() else x
+    weight = weight.contiguous(memory_format=torch.channels_last) if "weight" in channels_last else weight
+    args = adapter(8, 6 * kernel**2, 3, weight, torch.float32, tau=0.1)
+    conv = ([1, 1], [kernel // 2] * 2, [1, 1], 1, weight_space)
+
+    def run(x, weight, args):
+        y, h, *saved = ops.map_conv(x, weight, None, *args, *conv)
+        return y, h, *ops.map_conv_backward(y, x, h, weight, *args[:2], *saved, *conv, *ALL_NEEDED)
+
+    real = run(x, weight, args)
+    with FakeTensorMode() as mode:
+        fake = run(*tree_map_only(Tensor, mode.from_tensor, (x, weight, args)))
+
+    def strides(results):
+        names = ("y", "h", "dx", "dweight", "dbias", "dA", "dB", "dalpha", "dbeta")
+        found = ([step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1] for t in results)
+        return dict(zip(names, found, strict=True))
+
+    assert strides(fake) == strides(real)
 
 
 # ---- norms and conversions

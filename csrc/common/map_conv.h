@@ -362,7 +362,7 @@ Grads conv_backward_in_activation_space(const Tensor& grad, const Tensor& x, con
         Device::convolution_backward(grad, x, cast(weight, dtype), conv, need_x || need_alpha, need_weight);
     if (need_x || need_alpha) GW = as_activation(grad_x);
     if (need_weight) {
-      D = as_contiguous(D);
+      D = as_activation(D);
       Device::scale_(D, {scales, S_W});
       dweight = cast(D, weight.scalar_type());
     }

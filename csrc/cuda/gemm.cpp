@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
-#include <array>
 
 #include "cuda/device.h"
 
@@ -13,6 +12,16 @@
 #endif
 
 namespace mapsurgery {
+namespace {
+
+// out = scales[index] out, for a view of any strides.
+void multiply_by(Tensor out, const Tensor& scales, ScaleIndex index) {
+  if (index == ONE || out.numel() == 0) return;
+  if (out.is_contiguous()) return Cuda::scale_(out, {scales, index});
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), Cuda::scaled(out, {scales, index}).get(), 0));
+}
+
+}  // namespace
 
 #ifdef MAPSURGERY_CUBLAS
 namespace {
@@ -21,17 +30,26 @@ void check(cublasStatus_t status) {
   STD_TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "mapsurgery: cuBLAS: ", cublasGetStatusString(status));
 }
 
-// torch's own handle: its stream, workspace and math mode (TF32) are set. Reads factors from the device meanwhile.
+// torch's own handle: its stream, workspace and math mode (TF32) are set. Meanwhile it reads factors from the device,
+// and never adds up in half precision: torch may allow that, but its switch cannot be read from here.
 class Handle {
  public:
-  Handle() {
+  explicit Handle(bool half) {
     void* handle = nullptr;
     TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
     handle_ = static_cast<cublasHandle_t>(handle);
-    check(cublasGetPointerMode(handle_, &before_));
-    check(cublasSetPointerMode(handle_, CUBLAS_POINTER_MODE_DEVICE));
+    check(cublasGetPointerMode(handle_, &pointers_));
+    check(cublasGetMathMode(handle_, &math_));
+    if (half) {
+      check(cublasSetMathMode(handle_,
+                              static_cast<cublasMath_t>(math_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    }
+    check(cublasSetPointerMode(handle_, CUBLAS_POINTER_MODE_DEVICE));  // last: torch itself passes host pointers
   }
-  ~Handle() { cublasSetPointerMode(handle_, before_); }
+  ~Handle() {
+    cublasSetMathMode(handle_, math_);
+    cublasSetPointerMode(handle_, pointers_);
+  }
   Handle(const Handle&) = delete;
   Handle& operator=(const Handle&) = delete;
 
@@ -39,7 +57,8 @@ class Handle {
 
  private:
   cublasHandle_t handle_ = nullptr;
-  cublasPointerMode_t before_ = CUBLAS_POINTER_MODE_HOST;
+  cublasPointerMode_t pointers_ = CUBLAS_POINTER_MODE_HOST;
+  cublasMath_t math_ = CUBLAS_DEFAULT_MATH;
 };
 
 cudaDataType_t data_type(ScalarType dtype) {
@@ -55,7 +74,7 @@ cudaDataType_t data_type(ScalarType dtype) {
   }
 }
 
-// A matrix as cuBLAS takes it: by columns `leading` apart, as it is or transposed.
+// A matrix of a batch as cuBLAS takes it: by columns `leading` apart, as it is or transposed.
 struct Operand {
   Tensor matrix;
   cublasOperation_t operation;
@@ -63,14 +82,22 @@ struct Operand {
 
   // Row-major memory of (rows, columns) is column-major memory of its transpose, and it is the transpose of the whole
   // product that is computed: out^T = b^T a^T.
-  static bool by_rows(const Tensor& t) { return t.stride(2) == 1 && t.stride(1) >= std::max<int64_t>(1, t.size(2)); }
-  static bool by_columns(const Tensor& t) { return t.stride(1) == 1 && t.stride(2) >= std::max<int64_t>(1, t.size(1)); }
+  static bool by_rows(const Tensor& t) { return is_dense(t, 1, 2); }
+  static bool by_columns(const Tensor& t) { return is_dense(t, 2, 1); }
 
   explicit Operand(const Tensor& t) : matrix(by_rows(t) || by_columns(t) ? t : torch::stable::contiguous(t)) {
     const bool rows = by_rows(matrix);
+    const int64_t outer = rows ? 1 : 2, inner = rows ? 2 : 1;
     operation = rows ? CUBLAS_OP_N : CUBLAS_OP_T;
-    leading = std::max<int64_t>(1, matrix.stride(rows ? 1 : 2));
+    leading = matrix.size(outer) > 1 ? matrix.stride(outer) : std::max<int64_t>(1, matrix.size(inner));
     batch_stride = matrix.stride(0);
+  }
+
+ private:
+  // A dimension of one entry may have any stride: it says nothing, and cuBLAS must not see it.
+  static bool is_dense(const Tensor& t, int64_t outer, int64_t inner) {
+    return (t.size(inner) <= 1 || t.stride(inner) == 1) &&
+           (t.size(outer) <= 1 || t.stride(outer) >= std::max<int64_t>(1, t.size(inner)));
   }
 };
 
@@ -80,7 +107,8 @@ Tensor as_batch(const Tensor& t) { return view(t, {1, t.size(0), t.size(1)}, {0,
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep,
               ScaleIndex factor) {
   if (out.numel() == 0) return;
-  if (!Operand::by_rows(out)) {  // out^T = b^T a^T
+  if (a.size(2) == 0) return multiply_by(out, scales, keep);  // cuBLAS may leave out as it is
+  if (!Operand::by_rows(out)) {                               // out^T = b^T a^T
     const auto flipped = [](const Tensor& t) {
       return view(t, {t.size(0), t.size(2), t.size(1)}, {t.stride(0), t.stride(2), t.stride(1)});
     };
@@ -88,18 +116,27 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor&
     multiply(flipped(out), flipped(b), flipped(a), scales, keep, factor);
     return;
   }
-  const Operand left(a), right(b);
-  const bool wide = out.scalar_type() == ScalarType::Double;
+  const Operand left(a), right(b), result(out);
+  const ScalarType dtype = out.scalar_type();
+  const bool wide = dtype == ScalarType::Double;
   const Tensor factors = cast(scales, wide ? ScalarType::Double : ScalarType::Float);
-  const char* numbers = static_cast<const char*>(factors.data_ptr());
   const size_t step = wide ? sizeof(double) : sizeof(float);
-  const cudaDataType_t type = data_type(out.scalar_type());
-  const Handle handle;
+  const char* numbers = static_cast<const char*>(factors.data_ptr());
+  const char *alpha = numbers + factor * step, *beta = numbers + keep * step;
+  const cudaDataType_t type = data_type(dtype);
+  const cublasComputeType_t compute = wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+  const int64_t N = out.size(0), rows = out.size(1), columns = out.size(2), inner = a.size(2);
+  const Handle handle(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half);
+  if (N == 1) {  // as torch's own products of two matrices
+    check(cublasGemmEx_64(handle, right.operation, left.operation, columns, rows, inner, alpha, right.matrix.data_ptr(),
+                          type, right.leading, left.matrix.data_ptr(), type, left.leading, beta, out.data_ptr(), type,
+                          result.leading, compute, CUBLAS_GEMM_DEFAULT));
+    return;
+  }
   check(cublasGemmStridedBatchedEx_64(
-      handle, right.operation, left.operation, out.size(2), out.size(1), a.size(2), numbers + factor * step,
-      right.matrix.data_ptr(), type, right.leading, right.batch_stride, left.matrix.data_ptr(), type, left.leading,
-      left.batch_stride, numbers + keep * step, out.data_ptr(), type, out.stride(1), out.stride(0), out.size(0),
-      wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+      handle, right.operation, left.operation, columns, rows, inner, alpha, right.matrix.data_ptr(), type,
+      right.leading, right.batch_stride, left.matrix.data_ptr(), type, left.leading, left.batch_stride, beta,
+      out.data_ptr(), type, result.leading, result.batch_stride, N, compute, CUBLAS_GEMM_DEFAULT));
 }
 
 }  // namespace
@@ -114,17 +151,6 @@ void Cuda::accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, const 
 }
 
 #else  // built without cuBLAS' headers: the factors go into passes of their own
-namespace {
-
-// out = scales[index] out, for a view of any strides.
-void multiply_by(const Tensor& out, const Tensor& scales, ScaleIndex index) {
-  if (index == ONE) return;
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(out),
-                                    torch::stable::detail::from(view(scales, {}, {}, index))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
-}
-
-}  // namespace
 
 void Cuda::gemm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep,
                  ScaleIndex factor) {
