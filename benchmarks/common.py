@@ -123,6 +123,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_in_convolutions": torch.backends.cudnn.allow_tf32,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

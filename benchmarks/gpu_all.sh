@@ -1,136 +1,211 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and without a network: build, tests, compute-sanitizer, benchmarks.
+# Everything that needs a GPU, without a network: build, tests, fuzzing, compute-sanitizer, benchmarks.
 #
-#   benchmarks/gpu_all.sh                         # the default stages, within twelve minutes
-#   benchmarks/gpu_all.sh install info ops train  # only these, in this order (or STAGES="install info ops train")
+#   benchmarks/gpu_all.sh                       # all of it: `first`, then `second`; at most 14 minutes
+#   benchmarks/gpu_all.sh first                 # what is worth most; at most 400 s
+#   benchmarks/gpu_all.sh second                # the rest; at most 400 s
+#   benchmarks/gpu_all.sh install kernels train # only these stages, in this order
 #
-# Stages: install, info, cuda_tests, memcheck, racecheck, ops, train, all_tests; by name only: scaling, reuse,
-# surgery, ops_compiled, train_compiled, train_checkpoint. Each has a time limit. One that fails or runs out of time does not stop the next,
-# but makes the exit code 1. Output goes to log.txt, the outcomes to summary.txt (printed last), results beside them:
-# 8 files for the default stages.
+# first:  install info kernels fuzz products launches train
+# second: install failed cuda_tests memcheck racecheck compiled ops
+# by name only: all_tests scaling reuse surgery ops_compiled train_checkpoint
+#
+# Each stage has a time limit, is interrupted there so that it prints what failed, and leaves what it had written. One
+# that fails or runs out of time does not stop the next, but makes the exit code 1. Output goes to log.txt, the outcomes
+# to summary.txt (printed last), the names of failed tests to failed.json, results beside them.
 #
 # Environment:
-#   OUT                 output folder (default benchmarks/results)
-#   PYTHON              interpreter with torch (default python3); a relative path starts at the repository
-#   DEVICE              cuda (default), or cpu to try the script out on tiny shapes
-#   LIMIT_<stage>       seconds for a stage, as in LIMIT_train=300
-#   SANITIZER_KEYWORDS  which CUDA tests compute-sanitizer runs, for pytest -k
+#   OUT              output folder (default benchmarks/results)
+#   PACK=1           results in one file, results.tar.gz
+#   PYTHON           interpreter with torch (default python3); a relative path starts at the repository
+#   PREBUILT=1       use the libraries that lie in mapsurgery/, built elsewhere, if they work
+#   FAILED           failed.json of another run, for the stage `failed` (default: the last run's here)
+#   DEVICE           cuda (default), or cpu to try the script out on tiny shapes
+#   LIMIT_<stage>    seconds for a stage, as in LIMIT_train=300
+#   JOBS             processes that tests are spread over, where pytest-xdist is installed (default 8)
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 OUT=$(realpath -m "${OUT:-$root/benchmarks/results}")
+[[ -n ${FAILED:-} ]] && FAILED=$(realpath -m "$FAILED")
 cd "$root" || exit 2
 
-export OUT
+export OUT FAILED=${FAILED:-}
 export PYTHON=${PYTHON:-python3}
 export DEVICE=${DEVICE:-cuda}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-DEFAULT_STAGES="install info cuda_tests memcheck racecheck ops train all_tests"
+FIRST="install info kernels fuzz products launches train"
+SECOND="install failed cuda_tests memcheck racecheck compiled ops"
+results=${RESULTS:-$OUT} # where the stages write
 
 # --- stages: each is a function whose exit code is its verdict --------------------------------------------------------
 
-install() { "$PYTHON" -m pip install --no-build-isolation --no-deps -e .; }
+# The native library of the device runs, and computes what the definition does.
+works() {
+    "$PYTHON" - "$DEVICE" <<'PY'
+import sys, torch, mapsurgery
+from mapsurgery.ops import reference
+info, device = mapsurgery.native_info(), sys.argv[1]
+if not getattr(info, device):
+    sys.exit(f"no native {device} library: {info.error}")
+x, W, A, B, one = (torch.randn(*shape, device=device) for shape in ((5, 40), (30, 40), (4, 40), (30, 4), (1,)))
+args = x, W, None, A, B, one, one, W.norm().reshape(1), 0.1, True
+torch.testing.assert_close(torch.ops.mapsurgery.map_linear(*args)[0], reference.map_linear(*args)[0], rtol=1e-3, atol=1e-3)
+PY
+}
+
+install() {
+    if [[ ${PREBUILT:-} == 1 ]] && works; then
+        echo "the libraries in mapsurgery/ work and are used as they are"
+        return
+    fi
+    "$PYTHON" -m pip install --no-build-isolation --no-deps -e . && works
+}
 
 info() {
     "$PYTHON" -m mapsurgery info || return
-    "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(torch|timm|transformers|peft|triton|numpy|pytest) '
-    if [[ $DEVICE == cuda ]]; then
-        nvidia-smi || return
-        # Without the native kernels the rest would measure the wrong thing.
-        "$PYTHON" -c 'import mapsurgery as m, sys; sys.exit(None if m.native_info().cuda else "no native CUDA kernels")'
+    "$PYTHON" -c 'import importlib.metadata as m
+for name in "torch timm transformers peft triton numpy pytest".split(): print(name, m.version(name))'
+    [[ $DEVICE == cpu ]] || nvidia-smi
+}
+
+# pytest over several processes, stopping after 50 failures; remembers what failed for the stage `failed`.
+run_tests() {
+    local -a spread=()
+    "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n "${JOBS:-8}" --dist load)
+    "$PYTHON" -m pytest -q --maxfail=50 --durations=5 "${spread[@]}" "$@"
+    local code=$?
+    [[ -f .pytest_cache/v/cache/lastfailed ]] && cp .pytest_cache/v/cache/lastfailed "$OUT/failed.json"
+    return "$code"
+}
+
+# Without a GPU the tests that need one are skipped, which pytest counts as success.
+has_gpu() { "$PYTHON" -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")'; }
+
+KERNEL_TESTS=(tests/test_native_kernels.py tests/test_ops.py)
+SLOW_TESTS=(tests/test_compile.py tests/test_cpp_example.py)
+
+kernels() {
+    rm -f .pytest_cache/v/cache/lastfailed
+    if [[ $DEVICE == cpu ]]; then
+        run_tests -m "not cuda" -k "rank_0 or single_dimensions" "${KERNEL_TESTS[@]}"
+    else
+        has_gpu && run_tests -m cuda "${KERNEL_TESTS[@]}"
     fi
+}
+
+failed() {
+    local cache=.pytest_cache/v/cache
+    if [[ -n $FAILED ]]; then
+        mkdir -p "$cache" && cp "$FAILED" "$cache/lastfailed" || return
+    fi
+    run_tests --lf --lfnf none --tb long tests
+    local code=$?
+    [[ $code -eq 5 ]] && echo "no test failed before" && return
+    return "$code"
 }
 
 cuda_tests() {
-    # Without a GPU these tests are skipped, which pytest counts as success.
-    if [[ $DEVICE == cuda ]]; then
-        "$PYTHON" -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")' || return
+    local -a others
+    mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -vxF "$(printf '%s\n' "${KERNEL_TESTS[@]}" "${SLOW_TESTS[@]}")")
+    if [[ $DEVICE == cpu ]]; then
+        run_tests -m "not cuda" -k "rank_0" tests/test_layers.py tests/test_native_kernels.py
+    else
+        has_gpu && run_tests -m cuda "${others[@]}" "${SLOW_TESTS[@]}"
     fi
-    "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider --durations=5 tests
 }
 
-all_tests() { "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider --durations=10 tests; }
+all_tests() { run_tests tests; }
 
-# Two subjects: the operators on tiny shapes (each compared with the reference in float64), and some of the tests.
+fuzz() { "$PYTHON" tests/cuda_on_cpu/fuzz.py --device "$DEVICE" --seconds "${FUZZ_SECONDS:-12}" --seed "${FUZZ_SEED:-1}"; }
+
+# The project's own kernels, on random shapes of every operator. An access out of bounds goes unseen inside the large
+# blocks of torch's allocator, so that is switched off.
 sanitize() {
-    local sanitizer rc=0
+    local sanitizer
     sanitizer=$(command -v compute-sanitizer || find /usr/local/cuda*/bin -name compute-sanitizer 2>/dev/null | head -1)
     if [[ -z $sanitizer ]]; then
         echo "compute-sanitizer was not found: nothing was checked"
         return 1
     fi
-    local -a check=("$sanitizer" --tool "$1" --error-exitcode 99 --print-limit 20)
-    local scratch
-    scratch=$(mktemp -d)
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    # An access out of bounds goes unseen inside the large blocks of torch's allocator, so that is switched off; CUDA
-    # graphs need it, and are left out.
-    "${check[@]}" "$PYTHON" benchmarks/ops.py --device cuda --size tiny --repeats 1 \
-        --min-ms 0 --no-graphs --implementations op --out "$scratch" || rc=$?
-    rm -rf "$scratch"
-    "${check[@]}" "$PYTHON" -m pytest -q -x -p no:cacheprovider -m cuda \
-        -k "${SANITIZER_KEYWORDS:-lowrank or scales or linear or conv or merge}" tests || rc=$?
-    return "$rc"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --kernel-name kns=mapsurgery --error-exitcode 99 \
+        --print-limit 20 "$PYTHON" tests/cuda_on_cpu/fuzz.py --device cuda --seconds 15 --seed 2
 }
 
 memcheck() { sanitize memcheck; }
 
 racecheck() { sanitize racecheck; }
 
-bench_ops() {
-    local -a shapes=(--size large --dtype bf16 fp32)
-    [[ $DEVICE == cpu ]] && shapes=(--size tiny --repeats 2 --min-ms 1)
-    "$PYTHON" benchmarks/ops.py --device "$DEVICE" --out "$OUT" "${shapes[@]}" "$@"
+# Benchmarks: what runs on a GPU, and after -- what a CPU tries the script out with.
+bench() {
+    local name=$1
+    shift
+    local -a cuda=() cpu=()
+    while [[ $# -gt 0 && $1 != -- ]]; do
+        cuda+=("$1")
+        shift
+    done
+    cpu=("${@:2}")
+    [[ $DEVICE == cpu ]] && cuda=("${cpu[@]}")
+    "$PYTHON" "benchmarks/$name.py" --device "$DEVICE" --out "$results" "${cuda[@]}"
 }
 
-bench_train() {
-    local -a models=(--models vit_base llama_8b resnet50)
-    [[ $DEVICE == cpu ]] && models=(--models vit_test llama_test --repeats 2)
-    "$PYTHON" benchmarks/train_step.py --device "$DEVICE" --out "$OUT" "${models[@]}" "$@"
+products() { bench products --repeats 7 -- --tokens 4 --widths 16 8 --repeats 1; }
+
+launches() { bench launches -- --width 64 --tokens 8; }
+
+TINY_STEPS=(--models vit_test llama_test:1x2 --methods frozen lora map --repeats 2)
+
+# Two tokens and not one: alone, a token attends to itself whatever the query is, and q_proj learns nothing.
+train() {
+    bench train_step --dtype bf16 --methods frozen lora-bf16 lora dora map --repeats 9 \
+        --models vit_base:64 llama_8b:1x2 llama_8b:1x64 llama_8b:8x1024 resnet50 -- "${TINY_STEPS[@]}"
 }
 
-ops() { bench_ops --repeats 5 --implementations op autograd reference base; }
+compiled() {
+    bench train_step --dtype bf16 --methods frozen lora-bf16 map --repeats 7 --compile --tag compiled \
+        --models vit_base:64 llama_8b:1x64 -- "${TINY_STEPS[@]}"
+}
+
+train_checkpoint() {
+    bench train_step --dtype bf16 --repeats 9 --checkpoint --tag checkpoint --models vit_base llama_8b -- "${TINY_STEPS[@]}"
+}
+
+TINY_OPS=(--size tiny --repeats 2 --min-ms 1)
+
+# Also replayed from CUDA graphs.
+ops() { bench ops --dtype bf16 --repeats 5 --implementations op autograd base -- "${TINY_OPS[@]}"; }
 
 ops_compiled() {
-    bench_ops --repeats 5 --dtype bf16 --implementations op reference compiled --tag compiled \
-        --operators lowrank_norm map_linear effective_weight merge_
+    bench ops --dtype bf16 --repeats 5 --implementations op reference compiled --tag compiled \
+        --operators lowrank_norm map_linear effective_weight merge_ -- "${TINY_OPS[@]}"
 }
 
-train() { bench_train --repeats 9 --dtype bf16 autocast-bf16; }
-
-train_compiled() { bench_train --repeats 9 --dtype bf16 --methods frozen lora-bf16 lora map --compile --tag compiled; }
-
 scaling() {
-    local -a shapes=(--dtype bf16 --repeats 15 --point-seconds 4)
-    [[ $DEVICE == cpu ]] && shapes=(--size tiny --repeats 2 --min-ms 0)
-    "$PYTHON" benchmarks/scaling.py --device "$DEVICE" --out "$OUT" --plots "$OUT" "${shapes[@]}"
+    bench scaling --plots "$results" --dtype bf16 --repeats 15 --point-seconds 4 -- \
+        --plots "$results" --size tiny --repeats 2 --min-ms 0
 }
 
 reuse() {
-    local -a shapes=(--widths 1024 4096 --tokens 256 --layers 32)
-    [[ $DEVICE == cpu ]] && shapes=(--widths 16 --ranks 2 --tokens 2 --layers 1 --repeats 2 --min-ms 0)
-    "$PYTHON" benchmarks/reuse_norms.py --device "$DEVICE" --out "$OUT" "${shapes[@]}"
+    bench reuse_norms --widths 1024 4096 --tokens 256 --layers 32 -- \
+        --widths 16 --ranks 2 --tokens 2 --layers 1 --repeats 2 --min-ms 0
 }
 
-surgery() {
-    local size=8b
-    [[ $DEVICE == cpu ]] && size=small
-    "$PYTHON" benchmarks/surgery.py --device "$DEVICE" --out "$OUT" --size "$size"
-}
+surgery() { bench surgery --size 8b -- --size small; }
 
-train_checkpoint() { bench_train --repeats 9 --dtype bf16 --checkpoint --tag checkpoint; }
-
-# Seconds; the default stages together stay under 720.
+# Seconds. `first` and `second` stay within 400 each.
 limit_of() {
     local name=LIMIT_$1
     case $1 in
-        install) echo "${!name:-140}" ;;
-        info) echo "${!name:-20}" ;;
-        cuda_tests) echo "${!name:-180}" ;;  # some build the C++ example and export to it
-        memcheck | racecheck) echo "${!name:-70}" ;;
-        surgery) echo "${!name:-120}" ;;
-        ops | train) echo "${!name:-100}" ;;
-        all_tests) echo "${!name:-30}" ;;
-        scaling | reuse | ops_compiled | train_compiled | train_checkpoint) echo "${!name:-250}" ;;
+        install) echo "${!name:-60}" ;;
+        info | fuzz) echo "${!name:-20}" ;;
+        products | launches | failed | ops) echo "${!name:-30}" ;;
+        memcheck | racecheck) echo "${!name:-50}" ;;
+        compiled) echo "${!name:-60}" ;;
+        kernels) echo "${!name:-80}" ;;
+        cuda_tests) echo "${!name:-120}" ;;
+        train) echo "${!name:-160}" ;;
+        all_tests | scaling | reuse | surgery | ops_compiled | train_checkpoint) echo "${!name:-250}" ;;
         *) return 1 ;;
     esac
 }
@@ -143,30 +218,45 @@ if [[ ${1:-} == --stage ]]; then
     exit
 fi
 
-read -ra chosen <<<"${*:-${STAGES:-$DEFAULT_STAGES}}"
-for stage in "${chosen[@]}"; do
-    limit_of "$stage" >/dev/null || { echo "no stage is called '$stage'; see the head of $0" >&2; exit 2; }
+chosen=()
+for name in "${@:-$FIRST $SECOND}"; do
+    for stage in $name; do
+        case $stage in
+            first) chosen+=($FIRST) ;;
+            second) chosen+=($SECOND) ;;
+            *)
+                limit_of "$stage" >/dev/null || { echo "no stage is called '$stage'; see the head of $0" >&2; exit 2; }
+                chosen+=("$stage")
+                ;;
+        esac
+    done
 done
 
 mkdir -p "$OUT" || exit 2
+if [[ ${PACK:-} == 1 ]]; then
+    results=$(mktemp -d) && trap 'rm -rf "$results"' EXIT
+fi
+export RESULTS=$results
 : >"$OUT/log.txt"
 : >"$OUT/summary.txt"
-failed=0
+failures=0
 for stage in "${chosen[@]}"; do
     limit=$(limit_of "$stage")
     echo "=== $stage (at most $limit s)" | tee -a "$OUT/log.txt"
     start=$SECONDS
-    timeout --kill-after=5 "$limit" "$root/benchmarks/gpu_all.sh" --stage "$stage" 2>&1 | tee -a "$OUT/log.txt"
+    timeout --signal=INT --kill-after=15 "$limit" "$root/benchmarks/gpu_all.sh" --stage "$stage" 2>&1 |
+        tee -a "$OUT/log.txt"
     code=${PIPESTATUS[0]}
     case $code in
         0) outcome=ok ;;
         124 | 137) outcome="OUT OF TIME" ;;
         *) outcome=FAILED ;;
     esac
-    [[ $code -eq 0 ]] || failed=1
+    [[ $code -eq 0 ]] || failures=1
     printf '%-17s %-12s exit code %3d  %4d s of %d\n' "$stage" "$outcome" "$code" $((SECONDS - start)) "$limit" \
         >>"$OUT/summary.txt"
+    [[ ${PACK:-} == 1 ]] && tar -czf "$OUT/results.tar.gz" -C "$results" .
 done
 echo "=== summary"
 cat "$OUT/summary.txt"
-exit "$failed"
+exit "$failures"

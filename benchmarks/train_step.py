@@ -1,7 +1,7 @@
 """One training step (forward, backward, optimiser) of whole models: MAP beside peft's LoRA and DoRA, and the floor.
 
     python benchmarks/train_step.py                                         # small models on this machine's device
-    python benchmarks/train_step.py --models llama_8b --dtype bf16 --device cuda
+    python benchmarks/train_step.py --models llama_8b vit_base:64 llama_8b:1x1 --dtype bf16 --device cuda
 
 Weights and data are random: neither changes the work. All methods adapt the same layers, share the frozen weights, and
 take turns in every round, so that what disturbs one disturbs all. benchmarks/README.md explains methods and columns.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import re
 import sys
 import time
 import weakref
@@ -482,13 +483,37 @@ def finish_rows(candidates: list[Candidate]) -> None:
         row["state_mib"] = row["state_bytes"] / MIB
 
 
+@dataclass(frozen=True)
+class Model:
+    """A workload as the command line names it, NAME or NAME:BATCH or NAME:BATCHxSIZE.
+
+    Raises:
+        argparse.ArgumentTypeError: no such workload, or batch and size are not positive numbers.
+    """
+
+    name: str
+    batch: int | None = None
+    size: int | None = None
+
+    @staticmethod
+    def parse(text: str) -> Model:
+        name, _, shape = text.partition(":")
+        if name not in WORKLOADS:
+            raise argparse.ArgumentTypeError(f"no model is called {name!r}; there are {', '.join(WORKLOADS)}")
+        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape) if shape else None
+        if shape and not found:
+            raise argparse.ArgumentTypeError(f"{text!r}: after the colon stands BATCH or BATCHxSIZE, as in {name}:8x64")
+        return Model(name, *(int(n) if n else None for n in found.groups())) if found else Model(name)
+
+
 def run_group(
-    name: str, dtype: str, methods: list[str], device: torch.device, arguments: argparse.Namespace
+    model: Model, dtype: str, methods: list[str], device: torch.device, arguments: argparse.Namespace
 ) -> list[Row]:
     """All methods on one model in one dtype. A method that fails gets a row with its error."""
-    workload = WORKLOADS[name]
-    batch = arguments.batch or (workload.cuda_batch if device.type == "cuda" else workload.cpu_batch)
-    size = arguments.size or workload.size
+    name, workload = model.name, WORKLOADS[model.name]
+    usual = workload.cuda_batch if device.type == "cuda" else workload.cpu_batch
+    batch = model.batch or arguments.batch or usual
+    size = model.size or arguments.size or workload.size
     about = {"model": name, "dtype": dtype, "rank": arguments.rank, "batch": batch, "size": size}
     base = make_base(workload, size, dtype, device)
     with seeded():
@@ -514,6 +539,8 @@ def run_group(
 COLUMNS = {
     "model": "model",
     "dtype": "dtype",
+    "batch": "batch",
+    "size": "size",
     "method": "method",
     "step_ms": "step ms",
     "iqr_ms": "IQR",
@@ -546,7 +573,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
-    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=["vit_small", "llama_tiny", "resnet50"])
+    usual = [Model(name) for name in ("vit_small", "llama_tiny", "resnet50")]
+    text = f"NAME[:BATCH[xSIZE]] of {', '.join(WORKLOADS)} (default: {', '.join(model.name for model in usual)})"
+    parser.add_argument("--models", nargs="+", type=Model.parse, default=usual, metavar="MODEL", help=text)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that make sense for the dtype")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="of the model; one or several")
     parser.add_argument("--batch", type=int, help="samples (default: by model and device)")
@@ -574,12 +603,12 @@ def main(argv: list[str] | None = None) -> int:
     print(describe(run))
     rows: list[Row] = []
     for dtype in arguments.dtype:
-        for name in arguments.models:
-            found = run_group(name, dtype, arguments.methods or default_methods(dtype), device, arguments)
+        for model in arguments.models:
+            found = run_group(model, dtype, arguments.methods or default_methods(dtype), device, arguments)
             rows += found
             batch, size = found[0]["batch"], found[0]["size"]
-            title = f"{name}, {dtype}, rank {arguments.rank}, batch {batch}, size {size}, {arguments.repeats} rounds"
-            columns = {key: head for key, head in COLUMNS.items() if key not in ("model", "dtype")}
+            title = f"{model.name}, {dtype}, rank {arguments.rank}, batch {batch}, size {size}, {arguments.repeats} rounds"
+            columns = {key: head for key, head in COLUMNS.items() if key not in ("model", "dtype", "batch", "size")}
             print(table(title, found, columns), flush=True)
             paths = write_results(arguments.out, "train_step", arguments.tag, rows, COLUMNS, run, NOTES)
             free_memory(device)
