@@ -4,6 +4,7 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.cuh"
+#include "cuda/launch.cuh"
 
 namespace mapsurgery {
 namespace {
@@ -91,9 +92,9 @@ void Cuda::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const
   const dim3 grid(static_cast<unsigned>((K + kTileColumns - 1) / kTileColumns),
                   blocks_for(m, kTileRows, kMostRowBlocks));
   dispatch_accumulate(acc, [&](auto type) {
-    combine_kernel<typename decltype(type)::type><<<grid, dim3(kLanes, kRows), 0, current_stream(weight)>>>(
-        Matrix(weight), Matrix(left), Matrix(right), Matrix(out), m, K, A.size(0), Numbers(scales), mode);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch<combine_kernel<typename decltype(type)::type>>(grid, dim3(kLanes, kRows), current_stream(weight),
+                                                          Matrix(weight), Matrix(left), Matrix(right), Matrix(out), m,
+                                                          K, A.size(0), Numbers(scales), mode);
   });
 }
 

@@ -1,5 +1,8 @@
+#include <type_traits>
+
 #include "cuda/device.h"
 #include "cuda/kernels.cuh"
+#include "cuda/launch.cuh"
 
 namespace mapsurgery {
 namespace {
@@ -58,9 +61,8 @@ __global__ void scale_kernel(const T* in, T* out, int64_t n, Numbers scales, int
 template <class T>
 void launch_scale(const Tensor& in, const Tensor& out, Scale scale) {
   const int64_t n = in.numel();
-  scale_kernel<T><<<blocks_for(n, kThreads * kBatch<T>, kMostBlocks), kThreads, 0, current_stream(in)>>>(
-      data_of<T>(in), data_of<T>(out), n, Numbers(scale.scales), scale.index);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch<scale_kernel<T>>(blocks_for(n, kThreads * kBatch<T>, kMostBlocks), kThreads, current_stream(in),
+                          data_of<T>(in), data_of<T>(out), n, Numbers(scale.scales), scale.index);
 }
 
 constexpr int kLanes = 32;   // columns side by side in a block ...
@@ -101,11 +103,16 @@ void launch_scale_and_bias(const Tensor& t, Scale scale, const Tensor& bias, int
   const int64_t columns = channel_stride == 1 ? channels : channel_stride, rows = t.numel() / columns;
   const dim3 grid(static_cast<unsigned>((columns + kLanes * kColumns - 1) / (kLanes * kColumns)),
                   blocks_for(rows, kRows, kMostBlocks));
-  const dim3 block(kLanes, kRows);
-  auto kernel = channel_stride == 1 ? scale_and_bias_kernel<T, true> : scale_and_bias_kernel<T, false>;
-  kernel<<<grid, block, 0, current_stream(t)>>>(data_of<T>(t), rows, columns, data_of<T>(bias), channels,
-                                                Numbers(scale.scales), scale.index);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const auto run = [&](auto along_columns) {
+    launch<scale_and_bias_kernel<T, decltype(along_columns)::value>>(grid, dim3(kLanes, kRows), current_stream(t),
+                                                                     data_of<T>(t), rows, columns, data_of<T>(bias),
+                                                                     channels, Numbers(scale.scales), scale.index);
+  };
+  if (channel_stride == 1) {
+    run(std::true_type());
+  } else {
+    run(std::false_type());
+  }
 }
 
 template <class T, class U>
@@ -157,18 +164,15 @@ __global__ void finish_dot_kernel(const double* partial, int count, Numbers scal
   }
 }
 
-// The sum that `launch(blocks, partial)` leaves in parts, one per block.
+// The sum that `sum_parts(blocks, partial)` leaves in parts, one per block.
 template <class F>
-Dot sum_of_blocks(int64_t n, int64_t per_block, const Tensor& scales, ScaleIndex index, const F& launch) {
+Dot sum_of_blocks(int64_t n, int64_t per_block, const Tensor& scales, ScaleIndex index, const F& sum_parts) {
   const unsigned blocks = blocks_for(n, per_block, kMostPartials);
   const Tensor partial = empty({blocks}, ScalarType::Double, scales);
   Dot result{empty({1}, scales.scalar_type(), scales), empty({1}, scales.scalar_type(), scales)};
-  launch(blocks, data_of<double>(partial));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  finish_dot_kernel<<<1, kThreads, 0, current_stream(scales)>>>(data_of<double>(partial), static_cast<int>(blocks),
-                                                                Numbers(scales), index, Numbers(result.value),
-                                                                Numbers(result.scaled));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  sum_parts(blocks, data_of<double>(partial));
+  launch<finish_dot_kernel>(1, kThreads, current_stream(scales), data_of<double>(partial), static_cast<int>(blocks),
+                            Numbers(scales), index, Numbers(result.value), Numbers(result.scaled));
   return result;
 }
 
@@ -176,7 +180,7 @@ template <class T, class U>
 Dot launch_dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
   const int64_t n = a.numel();
   return sum_of_blocks(n, kThreads * kDotBatch<T, U>, scales, index, [&](unsigned blocks, double* partial) {
-    dot_kernel<T, U><<<blocks, kThreads, 0, current_stream(a)>>>(data_of<T>(a), data_of<U>(b), n, partial);
+    launch<dot_kernel<T, U>>(blocks, kThreads, current_stream(a), data_of<T>(a), data_of<U>(b), n, partial);
   });
 }
 
@@ -185,8 +189,8 @@ Dot launch_dot_and_combine(const Tensor& a, const Tensor& b, const Tensor& other
                            ScaleIndex index) {
   const int64_t n = b.numel();
   return sum_of_blocks(n, kThreads * kDotBatch<T, T>, scales, index, [&](unsigned blocks, double* partial) {
-    dot_and_combine_kernel<T><<<blocks, kThreads, 0, current_stream(b)>>>(
-        data_of<T>(a), data_of<T>(b), data_of<T>(other), n, Numbers(scales), partial);
+    launch<dot_and_combine_kernel<T>>(blocks, kThreads, current_stream(b), data_of<T>(a), data_of<T>(b),
+                                      data_of<T>(other), n, Numbers(scales), partial);
   });
 }
 
@@ -205,9 +209,9 @@ template <class acc_t>
 void launch_tangent(const Tensor& grad, const Tensor& product, const Tensor& out, const Tensor& c,
                     const Tensor& scales) {
   const int64_t n = out.numel();
-  tangent_kernel<acc_t><<<blocks_for(n, kThreads * kPerThread, kMostBlocks), kThreads, 0, current_stream(out)>>>(
-      Numbers(grad), data_of<acc_t>(product), Numbers(out), n, data_of<acc_t>(c), data_of<acc_t>(scales));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch<tangent_kernel<acc_t>>(blocks_for(n, kThreads * kPerThread, kMostBlocks), kThreads, current_stream(out),
+                                Numbers(grad), data_of<acc_t>(product), Numbers(out), n, data_of<acc_t>(c),
+                                data_of<acc_t>(scales));
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
-// What the CUDA kernels share: the stream, launch checks, numbers of a dtype known at run time, sums over a block.
+// What the CUDA kernels share: the stream, numbers of a dtype known at run time, sums over a block.
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 

@@ -9,6 +9,7 @@
 #include "common/many.h"
 #include "cuda/device.h"
 #include "cuda/kernels.cuh"
+#include "cuda/launch.cuh"
 
 namespace mapsurgery {
 namespace {
@@ -234,7 +235,7 @@ struct Job {
 
 // Writes the Gram matrices and outcomes of up to kLayers layers.
 template <int kLayers, class T>
-void launch(const Job<T>* jobs, unsigned count, cudaStream_t stream) {
+void run(const Job<T>* jobs, unsigned count, cudaStream_t stream) {
   using acc_t = accumulate_t<T>;
   Layers<T, acc_t, kLayers> layers{};
   unsigned pairs = 0, slices = 0, blocks = 1;
@@ -245,22 +246,17 @@ void launch(const Job<T>* jobs, unsigned count, cudaStream_t stream) {
     blocks = std::max(blocks, static_cast<unsigned>(layer.blocks));
   }
   if (pairs > 0 && slices > 0) {
-    gram_kernel<<<dim3(pairs, slices, 2 * count), kThreads, 0, stream>>>(layers);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch<gram_kernel<T, acc_t, kLayers>>(dim3(pairs, slices, 2 * count), kThreads, stream, layers);
   }
-  reduce_kernel<<<dim3(blocks, count), kThreads, 0, stream>>>(layers);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (blocks > 1) {
-    finish_kernel<<<count, kThreads, 0, stream>>>(layers);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  launch<reduce_kernel<T, acc_t, kLayers>>(dim3(blocks, count), kThreads, stream, layers);
+  if (blocks > 1) launch<finish_kernel<T, acc_t, kLayers>>(count, kThreads, stream, layers);
 }
 
 template <class T>
-void launch_one(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor& gram_b,
-                const Outcome<accumulate_t<T>>& outcome) {
+void run_one(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor& gram_b,
+             const Outcome<accumulate_t<T>>& outcome) {
   const Job<T> job(A, B, gram_a, gram_b, outcome);
-  launch<1>(&job, 1, current_stream(A));
+  run<1>(&job, 1, current_stream(A));
 }
 
 // Results of map_scales, to be written.
@@ -293,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> lowrank_norm(const Tensor& A, const Tensor& B
   dispatch_floating(A.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using acc_t = accumulate_t<T>;
-    launch_one<T>(A, B, gram_a, gram_b, {data_of<acc_t>(norm), nullptr, {}, {}, {}, 0.0, false});
+    run_one<T>(A, B, gram_a, gram_b, {data_of<acc_t>(norm), nullptr, {}, {}, {}, 0.0, false});
   });
   return {norm, gram_a, gram_b};
 }
@@ -325,7 +321,7 @@ Many map_scales_many(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
     }
     for (size_t first = 0; first < jobs.size(); first += kLayersOfALaunch) {
       const size_t count = std::min<size_t>(kLayersOfALaunch, jobs.size() - first);
-      launch<kLayersOfALaunch>(&jobs[first], static_cast<unsigned>(count), current_stream(A[0]));
+      run<kLayersOfALaunch>(&jobs[first], static_cast<unsigned>(count), current_stream(A[0]));
     }
   });
   return results;
@@ -339,8 +335,8 @@ std::tuple<Tensor, Tensor, Tensor> Cuda::map_scales(const Tensor& A, const Tenso
   const Scales result(A);
   dispatch_floating(A.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_one<T>(A, B, result.gram_a, result.gram_b,
-                  result.outcome<accumulate_t<T>>(alpha, beta, weight_norm, tau, relative));
+    run_one<T>(A, B, result.gram_a, result.gram_b,
+               result.outcome<accumulate_t<T>>(alpha, beta, weight_norm, tau, relative));
   });
   return result.tuple();
 }
