@@ -33,7 +33,7 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS = ((768, 768), (4096, 4096), (4096, 14336), (14336, 4096))  # in, out: ViT-B, Llama 3 8B
 
-# --- cuBLAS, by its C interface: torch's products take their factors from the host --------------------------------------
+# --- cuBLAS, by its C interface: torch's products take their factors from the host ------------------------------------
 
 _OP_N, _OP_T, _COMPUTE_32F, _DEFAULT_ALGORITHM = 0, 1, 68, -1
 _HOST, _DEVICE = 0, 1
@@ -158,7 +158,9 @@ def replayed(way: Way, args: tuple[Tensor, ...], calls: int) -> Callable[[], Non
     return graph.replay
 
 
-def measure(T: int, K: int, m: int, dtype: torch.dtype, device: torch.device, arguments: argparse.Namespace) -> list[Row]:
+def measure(
+    T: int, K: int, m: int, dtype: torch.dtype, device: torch.device, arguments: argparse.Namespace
+) -> list[Row]:
     """One row for each way, from interleaved rounds."""
     x, W = torch.randn(T, K, device=device).to(dtype), (torch.randn(m, K, device=device) / K**0.5).to(dtype)
     out, factors = torch.zeros(T, m, device=device).to(dtype), torch.tensor([FACTOR, KEEP], device=device)
@@ -208,9 +210,9 @@ COLUMNS = {
     "relative_error": "error",
 }
 NOTES = (
-    "out = out + 1.25 x W^T, medians over interleaved rounds of CUDA graphs that repeat the call; ratios are medians of "
-    "the ratios within a round. GB/s counts x, W and out once each, and out twice. The rows of a small 'in', the rank, are the thin "
-    "product that adds the update. TF32 is off unless the run says otherwise."
+    "out = out + 1.25 x W^T: medians over interleaved rounds of CUDA graphs that repeat the call; ratios are medians "
+    "of the ratios within a round. GB/s counts x and W once and out twice. Rows whose 'in' is the rank are the thin "
+    "product that adds the update. The host's addmm has its factors as numbers. TF32: see the run."
 )
 
 

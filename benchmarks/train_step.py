@@ -497,11 +497,11 @@ class Model:
 
     @staticmethod
     def parse(text: str) -> Model:
-        name, _, shape = text.partition(":")
+        name, colon, shape = text.partition(":")
         if name not in WORKLOADS:
             raise argparse.ArgumentTypeError(f"no model is called {name!r}; there are {', '.join(WORKLOADS)}")
-        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape) if shape else None
-        if shape and not found:
+        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape)
+        if colon and not found:
             raise argparse.ArgumentTypeError(f"{text!r}: after the colon stands BATCH or BATCHxSIZE, as in {name}:8x64")
         return Model(name, *(int(n) if n else None for n in found.groups())) if found else Model(name)
 
@@ -607,7 +607,9 @@ def main(argv: list[str] | None = None) -> int:
             found = run_group(model, dtype, arguments.methods or default_methods(dtype), device, arguments)
             rows += found
             batch, size = found[0]["batch"], found[0]["size"]
-            title = f"{model.name}, {dtype}, rank {arguments.rank}, batch {batch}, size {size}, {arguments.repeats} rounds"
+            title = (
+                f"{model.name}, {dtype}, rank {arguments.rank}, batch {batch}, size {size}, {arguments.repeats} rounds"
+            )
             columns = {key: head for key, head in COLUMNS.items() if key not in ("model", "dtype", "batch", "size")}
             print(table(title, found, columns), flush=True)
             paths = write_results(arguments.out, "train_step", arguments.tag, rows, COLUMNS, run, NOTES)

@@ -4,8 +4,10 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -47,11 +49,23 @@ def test_train_step(tmp_path, dtype):
     assert train_step.main([*options, "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = {row["method"]: row for row in results(tmp_path)}
     assert list(rows) == train_step.default_methods(dtype)
+    assert {(row["batch"], row["size"]) for row in rows.values()} == {(2, 32)}
     assert all(math.isfinite(row["step_ms"]) and math.isfinite(row["loss"]) for row in rows.values())
     assert rows["lora"]["time_to_lora"] == rows["frozen"]["time_to_frozen"] == 1
     assert rows["map"]["trained"] == rows["map-plain"]["trained"] > rows["lora"]["trained"]  # two magnitudes per layer
     assert rows["map"]["saved_bytes"] < rows["map-plain"]["saved_bytes"]
     assert all(row["peak_bytes"] is None for row in rows.values())
+
+
+def test_train_step_takes_batch_and_size_with_the_model(tmp_path, capsys):
+    import train_step
+
+    assert train_step.Model.parse("llama_8b:8x1024") == train_step.Model("llama_8b", 8, 1024)
+    assert train_step.Model.parse("vit_base:64") == train_step.Model("vit_base", 64)
+    for wrong, word in (("vit_bose", "vit_base"), ("vit_base:", "vit_base:"), ("vit_base:0", "BATCHxSIZE")):
+        with pytest.raises(SystemExit):
+            train_step.main(["--models", wrong, "--out", str(tmp_path)])
+        assert word in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["llama_test", "resnet_test"])
@@ -126,6 +140,30 @@ def test_a_failing_method_is_reported(tmp_path, monkeypatch, capsys):
     assert "broken on purpose" in capsys.readouterr().err
     errors = {row["method"]: row["error"] for row in results(tmp_path)}
     assert errors == {"map": None, "dora": "RuntimeError: broken on purpose"}
+
+
+def test_products(tmp_path):
+    import products
+
+    options = ["--tokens", "3", "--widths", "16", "8", "--dtype", "bf16", "fp32", "--repeats", "2", "--rank", "2"]
+    assert products.main([*options, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = results(tmp_path)
+    assert {(row["in"], row["out"]) for row in rows} == {(16, 8), (2, 8)}
+    assert all(row["to_mm"] == 1 for row in rows if row["way"] == products.FLOOR)
+    assert all(row["us"] > 0 and row["relative_error"] < 0.03 for row in rows)
+
+
+def test_launches(tmp_path):
+    pytest.importorskip("peft")
+    import launches
+
+    assert launches.main(["--width", "64", "--tokens", "4", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = {(row["layer"], row["method"]): row for row in results(tmp_path)}
+    assert rows.keys() == {(layer, method) for layer in launches.LAYERS for method in launches.CHOICES}
+    assert "1 x mapsurgery::map_linear_backward" in rows["Linear", "map"]["kernels"]
+    assert all(
+        rows["Linear", "frozen"]["launches"] < row["launches"] for (_, name), row in rows.items() if name == "dora"
+    )
 
 
 def test_reuse_norms(tmp_path):
@@ -388,7 +426,7 @@ def run_gpu_all(folder: Path, *stages: str, **environment: str) -> subprocess.Co
 @pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
 def test_gpu_all(tmp_path):
     """A stage out of time does not stop the next one; both outcomes are told, last of all."""
-    done = run_gpu_all(tmp_path / "out", STAGES="ops info", LIMIT_ops="0.01")
+    done = run_gpu_all(tmp_path / "out", "ops", "info", LIMIT_ops="0.01")
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.stdout.endswith(summary)
@@ -396,6 +434,43 @@ def test_gpu_all(tmp_path):
     assert "OUT OF TIME" in first and "exit code 124" in first
     assert second.startswith("info") and " ok " in second
     assert "version" in (tmp_path / "out" / "log.txt").read_text()
+
+
+STUB = """#!/usr/bin/env bash
+# Stands for Python and for compute-sanitizer: says what it was called with, and leaves the files of a benchmark.
+echo "called: $*"
+while [[ $# -gt 1 ]]; do
+    [[ $1 == --out ]] && touch "$2/a.csv" "$2/a.json" "$2/a.md"
+    shift
+done
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+@pytest.mark.parametrize(
+    "command, stages",
+    [
+        ("first", "install info kernels fuzz products launches train"),
+        ("second", "install failed cuda_tests memcheck racecheck compiled ops"),
+    ],
+)
+def test_gpu_all_fits_two_commands(tmp_path, command, stages):
+    """Most valuable first, 400 seconds each, and few files: a machine with a GPU may be lent for minutes only."""
+    for name in ("python", "compute-sanitizer"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    out = tmp_path / "out"
+    done = run_gpu_all(out, command, PYTHON=str(tmp_path / "python"), PATH=path, PACK="1", PREBUILT="1")
+    assert done.returncode == 0, done.stdout
+    started = re.findall(r"^=== (\w+) \(at most (\d+) s\)$", done.stdout, re.MULTILINE)
+    assert [stage for stage, _ in started] == stages.split()
+    assert sum(int(limit) for _, limit in started) <= 400
+    assert len(list(out.iterdir())) <= 8
+    with tarfile.open(out / "results.tar.gz") as packed:
+        assert {Path(name).name for name in packed.getnames()} >= {"a.csv", "a.json", "a.md"}
+    if command == "second":
+        assert "--tool racecheck --kernel-name kns=mapsurgery" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
