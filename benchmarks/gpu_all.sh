@@ -22,6 +22,7 @@
 #   FAILED           failed.json of another run, for the stage `failed` (default: the last run's here)
 #   DEVICE           cuda (default), or cpu to try the script out on tiny shapes
 #   LIMIT_<stage>    seconds for a stage, as in LIMIT_train=300
+#   FUZZ_SEED        another number, other random calls (default 1)
 #   JOBS             processes that tests are spread over, where pytest-xdist is installed (default 8)
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
@@ -118,7 +119,9 @@ cuda_tests() {
 
 all_tests() { run_tests tests; }
 
-fuzz() { "$PYTHON" tests/cuda_on_cpu/fuzz.py --device "$DEVICE" --seconds "${FUZZ_SECONDS:-12}" --seed "${FUZZ_SEED:-1}"; }
+KINDS=(norm many linear conv weight)
+
+fuzz() { "$PYTHON" tests/cuda_on_cpu/fuzz.py --device "$DEVICE" --seconds 12 --seed "${FUZZ_SEED:-1}" --kinds "${KINDS[@]}"; }
 
 # The project's own kernels, on random shapes of every operator. An access out of bounds goes unseen inside the large
 # blocks of torch's allocator, so that is switched off.
@@ -130,7 +133,8 @@ sanitize() {
         return 1
     fi
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --kernel-name kns=mapsurgery --error-exitcode 99 \
-        --print-limit 20 "$PYTHON" tests/cuda_on_cpu/fuzz.py --device cuda --seconds 15 --seed 2
+        --print-limit 20 "$PYTHON" tests/cuda_on_cpu/fuzz.py --device cuda --seconds 15 --seed 2 \
+        --kinds "${KINDS[@]}"
 }
 
 memcheck() { sanitize memcheck; }
