@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> effective_weight_backward(con
   const Tensor D = as_contiguous(cast(grad, acc)), left = cast(B, acc), right = cast(A, acc);
   const Tensor BD = Device::mm(transposed(left), D);
   FactorGrads factors =
-      factor_grads<Device>(BD, Device::mm(D, transposed(right)), Device::dot(BD, in_layout_of(right, BD), scales, DS_D),
-                           A, B, scales, gram_a, gram_b);
+      Device::factor_grads(BD, Device::mm(D, transposed(right)), Device::dot(BD, in_layout_of(right, BD), scales, DS_D),
+                           {A, B, scales, gram_a, gram_b});
   Tensor dalpha = Device::dot(D, in_layout_of(weight, D), scales, DS_W).scaled;
   Tensor dweight = nothing(weight.scalar_type(), weight);
   if (need_weight) {

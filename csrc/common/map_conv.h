@@ -374,8 +374,8 @@ Grads conv_backward_in_activation_space(const Tensor& grad, const Tensor& x, con
     GB = as_activation(GB);
     std::tie(GBA, dA) = down_backward<Device>(GB, x, down, weight, conv, need_x, need_factors);
     if (need_factors) {
-      factors = factor_grads<Device>(dA, reshaped(dB, sizes_of(B)), Device::dot(GB, in_layout_of(h, GB), scales, DS_D),
-                                     A, B, scales, gram_a, gram_b);
+      factors = Device::factor_grads(dA, reshaped(dB, sizes_of(B)), Device::dot(GB, in_layout_of(h, GB), scales, DS_D),
+                                     {A, B, scales, gram_a, gram_b});
     }
   }
   if (need_x || need_alpha) {

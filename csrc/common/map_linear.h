@@ -32,8 +32,7 @@ Given linear_with(const Tensor& x, const Tensor& weight, const std::optional<Ten
   const ScalarType dtype = x.scalar_type();
   const Tensor X = as_rows(x);
   Tensor h = Device::down(X, cast(A, dtype));
-  Tensor y = Device::affine(X, transposed(cast(weight, dtype)), h, transposed(cast(B, dtype)),
-                            bias ? std::optional(cast(*bias, dtype)) : std::nullopt, scales);
+  Tensor y = Device::affine(X, transposed(cast(weight, dtype)), h, transposed(B), bias, scales);
   if (x.dim() != 2) {
     y = reshaped(y, with_last(sizes_of(x), weight.size(0)));
     h = reshaped(h, with_last(sizes_of(x), A.size(0)));
@@ -99,20 +98,16 @@ Grads map_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
   const Tensor G = gemm_ready(as_rows(grad)), X = as_rows(x), H = as_rows(h);
   check_size("grad", G, 0, X.size(0), "the rows of x");
   check_size("h", H, 0, X.size(0), "the rows of x");
-  Tensor dx, dweight, dbias, dalpha, dA, dB, GB, GW;
-  FactorGrads factors;
+  Tensor dx, dweight, dbias, dB, GB, GW;
   if (need_x || need_factors) std::tie(GB, dB) = Device::up_backward(G, cast(B, dtype), H, need_factors);
   if (need_x || need_alpha) GW = Device::mm(G, cast(weight, dtype));
-  std::tie(dalpha, dA) = Device::down_backward_(X, GW, GB, cast(A, dtype), scales, need_x, need_factors, need_alpha);
+  const auto [dalpha, factors] =
+      Device::down_backward_(X, GW, GB, H, dB, {A, B, scales, gram_a, gram_b}, need_x, need_factors, need_alpha);
   if (need_x) dx = reshaped(GW, sizes_of(x));
   if (need_weight) {
     dweight = cast(Device::scaled_mm(transposed(G), X, {scales, S_W}), weight.scalar_type());
   }
   if (need_bias) dbias = sum_over(G, {0});
-  if (need_factors) {
-    factors =
-        factor_grads<Device>(dA, dB, Device::dot(GB, in_layout_of(H, GB), scales, DS_D), A, B, scales, gram_a, gram_b);
-  }
   return or_nothing({dx, dweight, dbias, factors.A, factors.B, dalpha, factors.beta}, x, A, B, scales);
 }
 

@@ -50,13 +50,19 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     const Tensor dB = thin::project_and_contract(G, transposed(B), GB, H);
     return {GB, transposed(dB)};
   }
-  static std::tuple<Tensor, Tensor> down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& A,
-                                                   const Tensor& scales, bool need_x, bool need_A, bool need_alpha) {
-    if (!need_x || !need_A || !thin::handles(X, A.size(0))) {
-      return down_backward_by_gemm_<Cpu>(X, GW, GB, A, scales, need_x, need_A, need_alpha);
+  static LowRankGrads down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& H, const Tensor& dB,
+                                     const Saved& saved, bool need_x, bool need_factors, bool need_alpha) {
+    if (!need_x || !need_factors || !thin::handles(X, saved.rank())) {
+      return down_backward_by_gemm_<Cpu>(X, GW, GB, H, dB, saved, need_x, need_factors, need_alpha);
     }
-    const auto [dot, dA] = thin::contract_and_expand_(X, GW, read({scales, S_W}), GB, read({scales, S_D}), A);
-    return {need_alpha ? as_dot(dot, scales, DS_W).scaled : Tensor(), dA};
+    const Tensor& scales = saved.scales;
+    const auto [sum, dA] =
+        thin::contract_and_expand_(X, GW, read({scales, S_W}), GB, read({scales, S_D}), cast(saved.A, X.scalar_type()));
+    return {need_alpha ? as_dot(sum, scales, DS_W).scaled : Tensor(),
+            factor_grads(dA, dB, dot(GB, in_layout_of(H, GB), scales, DS_D), saved)};
+  }
+  static FactorGrads factor_grads(const Tensor& dA, const Tensor& dB, const Dot& c, const Saved& saved) {
+    return factor_grads_by_gemm<Cpu>(dA, dB, c, saved);
   }
 
   // scale a b
@@ -66,11 +72,13 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     return out;
   }
 
-  // s_w x W + s_d h B + bias
-  static Tensor affine(const Tensor& x, const Tensor& W, const Tensor& h, const Tensor& B,
+  // s_w x W + s_d h B + bias; B and bias of any dtype
+  static Tensor affine(const Tensor& x, const Tensor& W, const Tensor& h, const Tensor& factor,
                        const std::optional<Tensor>& bias, const Tensor& scales) {
-    Tensor y = empty({x.size(0), W.size(1)}, x.scalar_type(), x);
-    addmm(y, bias ? *bias : y, x, W, bias ? 1 : 0, read({scales, S_W}));
+    const ScalarType dtype = x.scalar_type();
+    const Tensor B = cast(factor, dtype);
+    Tensor y = empty({x.size(0), W.size(1)}, dtype, x);
+    addmm(y, bias ? cast(*bias, dtype) : y, x, W, bias ? 1 : 0, read({scales, S_W}));
     if (thin::handles(y, h.size(1))) {
       thin::expand_(y, 1, h, read({scales, S_D}), B);
     } else {

@@ -60,18 +60,33 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
     return out;
   }
 
-  // s_w x W + s_d h B + bias
+  // thin.cu, for ranks up to 16
+  static bool expands(const Tensor& out, int64_t rank);
+  // out = keep out + s_d left right + bias, where out is not read unless `reads`; right and bias of any dtype
+  static void expand_(const Tensor& out, ScaleIndex keep, bool reads, const Tensor& left, const Tensor& right,
+                      const std::optional<Tensor>& bias, const Tensor& scales);
+
+  // s_w x W + s_d h B + bias; B and bias of any dtype
   static Tensor affine(const Tensor& x, const Tensor& W, const Tensor& h, const Tensor& B,
                        const std::optional<Tensor>& bias, const Tensor& scales) {
+    const ScalarType dtype = x.scalar_type();
     if (!bias) {
       Tensor y = mm(x, W);
-      accumulate_mm_(y, h, B, scales);
+      if (expands(y, h.size(1))) {
+        expand_(y, S_W, true, h, B, bias, scales);
+      } else {
+        accumulate_mm_(y, h, cast(B, dtype), scales);
+      }
       return y;
     }
-    // The bias rides on the small product. s_d goes into B, which then has the size of W: s_d h can overflow float16
-    // while B, and with it 1/s_d, is still small.
-    Tensor y = empty({x.size(0), W.size(1)}, x.scalar_type(), x);
-    addmm(y, *bias, h, scaled(B, {scales, S_D}), 1, 1);
+    // The bias and the update come first, and the large product is added to them: the sum is rounded once.
+    Tensor y = empty({x.size(0), W.size(1)}, dtype, x);
+    if (expands(y, h.size(1))) {
+      expand_(y, ONE, false, h, B, bias, scales);
+    } else {
+      // s_d goes into B, which then has the size of W: s_d h can overflow float16 while B, and with it 1/s_d, is small.
+      addmm(y, cast(*bias, dtype), h, scaled(cast(B, dtype), {scales, S_D}), 1, 1);
+    }
     gemm_(y, x, W, scales, ONE, S_W);
     return y;
   }
@@ -88,10 +103,10 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
   static std::tuple<Tensor, Tensor> up_backward(const Tensor& G, const Tensor& B, const Tensor& H, bool need_B) {
     return up_backward_by_gemm<Cuda>(G, B, H, need_B);
   }
-  static std::tuple<Tensor, Tensor> down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& A,
-                                                   const Tensor& scales, bool need_x, bool need_A, bool need_alpha) {
-    return down_backward_by_gemm_<Cuda>(X, GW, GB, A, scales, need_x, need_A, need_alpha);
-  }
+  // thin.cu
+  static LowRankGrads down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& H, const Tensor& dB,
+                                     const Saved& saved, bool need_x, bool need_factors, bool need_alpha);
+  static FactorGrads factor_grads(const Tensor& dA, const Tensor& dB, const Dot& c, const Saved& saved);
 
   // effective_weight.cu
   static void combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,

@@ -15,16 +15,6 @@ constexpr int kTileColumns = kLanes * kColumnsPerThread, kTileRows = kRows * kRo
 constexpr int kRank = 16;                  // part of the rank in shared memory at a time
 constexpr int64_t kMostRowBlocks = 65535;  // what a grid allows in y
 
-// A strided matrix.
-struct Matrix {
-  Numbers numbers;
-  int64_t row_stride, column_stride;
-
-  explicit Matrix(const Tensor& t) : numbers(t), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
-
-  __device__ int64_t at(int64_t row, int64_t column) const { return row * row_stride + column * column_stride; }
-};
-
 // out = s_w weight + s_d left right, or (weight - s_d left right) / s_w; left (m, r) and right (r, K) are acc_t.
 // Each element is read and written once, by one thread: out may be the weight itself.
 template <class acc_t>

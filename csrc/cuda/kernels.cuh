@@ -78,7 +78,23 @@ struct Numbers {
   }
 };
 
-// The sum of value over a block of kThreads, in an order that never changes; valid in thread 0. All threads must call.
+// A strided matrix.
+struct Matrix {
+  Numbers numbers;
+  int64_t row_stride = 0, column_stride = 0;
+
+  Matrix() = default;
+  explicit Matrix(const Tensor& t) : numbers(t), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
+
+  __device__ int64_t at(int64_t row, int64_t column) const { return row * row_stride + column * column_stride; }
+
+  template <class acc_t>
+  __device__ acc_t load(int64_t row, int64_t column) const {
+    return numbers.load<acc_t>(at(row, column));
+  }
+};
+
+// The sum of value over a block of kThreads, in an order that never changes. All threads must call, and all get it.
 inline __device__ double block_sum(double value) {
   __shared__ double sums[kThreads];
   __syncthreads();  // the last call's sums may still be read
