@@ -10,12 +10,15 @@ namespace mapsurgery {
 namespace {
 
 constexpr int kLanes = 32, kRows = kThreads / kLanes;  // a block: 32 threads along the columns of each of 8 rows
-constexpr int kBatch = 2;                              // rows of a thread in flight: all read before one is written
 constexpr int64_t kBlocks = 1024;                      // enough to fill a GPU, and few enough sums to add up again
 
-// Columns of a thread: what one access of 16 bytes holds, as long as its part of the factor fits into registers.
+// Columns of a thread: its part of the factor takes 32 registers.
 template <class T, int R>
-constexpr int kColumns = (64 / R < 16 / int(sizeof(T))) ? 64 / R : 16 / int(sizeof(T));
+constexpr int kColumns = 32 * sizeof(float) / sizeof(accumulate_t<T>) / R;
+
+// Rows of a thread in flight: all are read before the first is written.
+template <class T, int R>
+constexpr int kBatch = sizeof(T) == sizeof(double) ? 1 : 32 / R;
 
 template <class T, int n>
 struct alignas(n * sizeof(T)) Pack {
@@ -47,11 +50,11 @@ struct Expansion {
   double* sums;        // those of each block: <x, out>, then <left, h>
 };
 
-// aligned: every 16 bytes of out and x lie on one access, and those of left as well.
+// aligned: the columns of a thread lie in one access of out and of x, and a row of left in few.
 template <class T, int R, bool aligned>
 __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_constant__ Expansion<T> e) {
   using acc_t = accumulate_t<T>;
-  constexpr int kWide = kColumns<T, R>;
+  constexpr int kWide = kColumns<T, R>, kInFlight = kBatch<T, R>;
   constexpr int kPiece = R < 16 / int(sizeof(T)) ? R : 16 / int(sizeof(T));
   const int lane = threadIdx.x % kLanes, line = threadIdx.x / kLanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kLanes * kWide;
@@ -72,11 +75,11 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
   const bool sums = e.x != nullptr;
 
   acc_t with_x = 0, with_h = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.y) * kRows * kBatch;
-  for (int64_t start = (static_cast<int64_t>(blockIdx.y) * kRows + line) * kBatch; start < e.rows; start += step) {
-    T old[kBatch][kWide] = {}, other[kBatch][kWide] = {}, left[kBatch][R] = {};
+  const int64_t step = static_cast<int64_t>(gridDim.y) * kRows * kInFlight;
+  for (int64_t start = (static_cast<int64_t>(blockIdx.y) * kRows + line) * kInFlight; start < e.rows; start += step) {
+    T old[kInFlight][kWide] = {}, other[kInFlight][kWide] = {}, left[kInFlight][R] = {};
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
+    for (int k = 0; k < kInFlight; ++k) {
       const int64_t row = start + k;
       if (row >= e.rows) continue;
       const T *out_row = e.out + row * e.columns, *x_row = e.x + row * e.columns, *left_row = e.left + row * e.rank;
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
       }
     }
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
+    for (int k = 0; k < kInFlight; ++k) {
       const int64_t row = start + k;
       if (row >= e.rows) continue;
       Pack<T, kWide> result;
@@ -158,7 +161,8 @@ template <class T>
 Tensor expand(Expansion<T> e, const Tensor& like) {
   const int64_t wide = kLanes * (e.rank <= 8 ? kColumns<T, 8> : kColumns<T, 16>);
   const unsigned x = static_cast<unsigned>((e.columns + wide - 1) / wide);
-  const dim3 grid(x, blocks_for(e.rows, kRows * kBatch, std::max<int64_t>(1, kBlocks / x)));
+  const dim3 grid(
+      x, blocks_for(e.rows, kRows * (e.rank <= 8 ? kBatch<T, 8> : kBatch<T, 16>), std::max<int64_t>(1, kBlocks / x)));
   Tensor sums;
   if (e.x != nullptr) {
     sums = empty({static_cast<int64_t>(grid.x) * grid.y, 2}, ScalarType::Double, like);
