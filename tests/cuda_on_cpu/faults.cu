@@ -151,6 +151,6 @@ extern "C" __attribute__((visibility("default"))) const char* fault(const char* 
   return text.c_str();
 }
 
-#ifdef __SANITIZE_ADDRESS__
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 int main(int, char** arguments) { return *fault(arguments[1]) != '\0'; }
 #endif
