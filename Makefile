@@ -18,6 +18,9 @@ BENCH_ARGS ?=
 DEVICE ?= cpu
 EXPORT_ARGS ?=
 ZOO_ARGS ?=
+# Of each of four runs of random calls.
+FUZZ_SECONDS ?= 25
+FUZZ_ARGS ?=
 
 PY := $(VENV)/bin/python
 # -qq leaves only errors: progress bars and notices would drown the output of the target itself.
@@ -26,7 +29,7 @@ DONE := $(VENV)/.done
 # Folders are listed too: their time changes when a file is added or removed.
 NATIVE := $(shell find csrc cmake 2>/dev/null)
 BUILD_FILES := $(wildcard setup.py pyproject.toml CMakeLists.txt)
-CPP = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp' 'examples/*.h')
+CPP = $(shell git ls-files $(foreach folder,csrc examples tests,$(foreach type,cpp h hpp cu cuh,'$(folder)/*.$(type)')))
 
 ##@ Use
 
@@ -75,6 +78,21 @@ zoo: export OMP_NUM_THREADS := 1
 zoo: $(DONE)/library  ## Judge every model of the zoo (ZOO_ARGS="--fresh --peft --only 'timm/*'"); resumes where it was
 	PYTHONPATH=tests $(PY) -m zoo.run $(ZOO_ARGS)
 
+EMULATED := $(PY) tests/cuda_on_cpu/emulated.py
+FUZZ = $(abspath $(PY)) tests/cuda_on_cpu/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+.PHONY: cuda-on-cpu
+cuda-on-cpu: $(DONE)/library  ## Run random calls of the CUDA sources on an emulated GPU, and its sanitizers (3 minutes)
+	EMULATED_ORDER=backward $(EMULATED) cublas build/cuda_on_cpu/cublas $(FUZZ) --seed 1
+	EMULATED_ORDER=shuffled $(EMULATED) plain build/cuda_on_cpu/plain $(FUZZ) --seed 2
+	$(EMULATED) address build/cuda_on_cpu/address $(FUZZ) --seed 3
+	$(EMULATED) threads build/cuda_on_cpu/threads build/cuda_on_cpu/threads/races
+
+.PHONY: cuda-launches
+cuda-launches: $(DONE)/library  ## Rewrite the table of what each operator launches, which a test compares
+	$(EMULATED) cublas build/cuda_on_cpu/cublas $(abspath $(PY)) tests/cuda_on_cpu/launch_table.py > build/launches.txt
+	mv build/launches.txt tests/cuda_on_cpu/launches.txt
+
 .PHONY: lint
 lint: $(DONE)/environment  ## Check style and types: ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .
@@ -103,7 +121,7 @@ distclean: clean  ## Remove .venv as well
 .PHONY: help
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*  ## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
-	    /^[a-z-]+:.*  ## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	    /^[a-z-]+:.*  ## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # --- steps that are done once ---------------------------------------------------------------------------------------
 
