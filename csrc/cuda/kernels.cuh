@@ -46,6 +46,24 @@ struct Numbers {
   Numbers() = default;
   explicit Numbers(const Tensor& t) : data(t.data_ptr()), kind(kind_of(t.scalar_type())) {}
 
+  // Calls f with a typed pointer: one branch for many numbers, whose loads then wait for each other no more.
+  template <class F>
+  __device__ void typed(F f) const {
+    switch (kind) {
+      case Kind::kDouble:
+        f(static_cast<double*>(data));
+        break;
+      case Kind::kBFloat16:
+        f(static_cast<BFloat16*>(data));
+        break;
+      case Kind::kHalf:
+        f(static_cast<Half*>(data));
+        break;
+      default:
+        f(static_cast<float*>(data));
+    }
+  }
+
   template <class acc_t>
   __device__ acc_t load(int64_t i) const {
     switch (kind) {

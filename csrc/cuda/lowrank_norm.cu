@@ -1,5 +1,6 @@
-// lowrank_norm and map_scales, of one layer or many. Two launches up to rank 32, three above, no atomics, and the same
-// bits every time, however many layers share a launch:
+// lowrank_norm and map_scales, of one layer or many. One launch for small factors, else two up to rank 32 and three
+// above; no atomics, and the same bits every time, however many layers share a launch:
+//   small_kernel   one block does all for a layer of rank 8 at most;
 //   gram_kernel    each block multiplies one tile of one Gram matrix over one slice of the long dimension;
 //   reduce_kernel  sums the slices in order, and contracts the two Gram matrices;
 //   finish_kernel  adds up what several blocks of reduce_kernel contracted (one block does it itself).
@@ -79,6 +80,83 @@ __device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, ac
     const int64_t at = (first_row + i) * f.rank_stride + (start + l) * f.length_stride;
     chunk[i][l] = inside ? static_cast<acc_t>(f.data[at]) : acc_t(0);
   }
+}
+
+constexpr int kSmallRank = 8;
+constexpr int kSmallThreads = 512;
+constexpr int64_t kSmallLength = 24 * 1024;  // of both factors: beyond it, several blocks are quicker than one
+constexpr int kPairs = kSmallRank * (kSmallRank + 1) / 2;
+constexpr int kRounds = 12, kPairsOfARound = 2 * kPairs / kRounds, kShares = 32;
+
+// Adds this thread's share of the products of rows i <= j of a factor, pair by pair.
+template <class T, class acc_t>
+__device__ void add_products(const Factor<T, acc_t>& f, int64_t rank, acc_t* sums) {
+  constexpr int kInFlight = 4;  // columns that are read before the first is multiplied
+  for (int64_t start = threadIdx.x; start < f.length; start += kInFlight * kSmallThreads) {
+    acc_t values[kInFlight][kSmallRank];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t l = start + k * kSmallThreads;
+#pragma unroll
+      for (int i = 0; i < kSmallRank; ++i) {
+        const bool inside = i < rank && l < f.length;
+        values[k][i] = inside ? static_cast<acc_t>(f.data[i * f.rank_stride + l * f.length_stride]) : acc_t(0);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      int pair = 0;
+#pragma unroll
+      for (int i = 0; i < kSmallRank; ++i) {
+#pragma unroll
+        for (int j = i; j < kSmallRank; ++j) sums[pair++] += values[k][i] * values[k][j];
+      }
+    }
+  }
+}
+
+// One block for each layer.
+template <class T, class acc_t, int kLayers>
+__global__ void __launch_bounds__(kSmallThreads)
+    small_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
+  __shared__ acc_t of_threads[kPairsOfARound][kSmallThreads], shares[2 * kPairs][kShares], total[2 * kPairs];
+  const Layer<T, acc_t>& layer = layers.layer[blockIdx.x];
+  acc_t sums[2 * kPairs] = {};  // of A, then of B
+  add_products(layer.A, layer.rank, sums);
+  add_products(layer.B, layer.rank, sums + kPairs);
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+#pragma unroll
+    for (int k = 0; k < kPairsOfARound; ++k) of_threads[k][threadIdx.x] = sums[round * kPairsOfARound + k];
+    __syncthreads();
+    if (threadIdx.x < kPairsOfARound * kShares) {
+      const int k = threadIdx.x / kShares, share = threadIdx.x % kShares;
+      acc_t sum = 0;
+      for (int t = share; t < kSmallThreads; t += kShares) sum += of_threads[k][t];
+      shares[round * kPairsOfARound + k][share] = sum;
+    }
+    __syncthreads();  // the threads' sums are read before the next round overwrites them
+  }
+  if (threadIdx.x < 2 * kPairs) {
+    acc_t sum = 0;
+    for (int share = 0; share < kShares; ++share) sum += shares[threadIdx.x][(share + threadIdx.x) % kShares];
+    total[threadIdx.x] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double square = 0, trace = 0;
+  int pair = 0;
+  for (int i = 0; i < kSmallRank; ++i) {
+    for (int j = i; j < kSmallRank; ++j, ++pair) {
+      if (j >= layer.rank) continue;
+      const acc_t a = total[pair], b = total[kPairs + pair];
+      layer.gram_a[i * layer.rank + j] = layer.gram_a[j * layer.rank + i] = a;
+      layer.gram_b[i * layer.rank + j] = layer.gram_b[j * layer.rank + i] = b;
+      square += (i == j ? 1 : 2) * static_cast<double>(a) * static_cast<double>(b);
+      if (i == j) trace += static_cast<double>(a) + static_cast<double>(b);
+    }
+  }
+  layer.outcome.write({square, trace});
 }
 
 // Grid: (pairs of tiles on or above the diagonal, slices, two factors of each layer).
@@ -201,6 +279,10 @@ int64_t pairs_of_tiles(int64_t rank) {
   return tiles * (tiles + 1) / 2;
 }
 
+bool is_small(const Tensor& A, const Tensor& B) {
+  return A.size(0) <= kSmallRank && A.size(1) + B.size(0) <= kSmallLength;
+}
+
 // A layer as the kernels take it, and the memory that they work in.
 template <class T>
 struct Job {
@@ -209,8 +291,22 @@ struct Job {
   Layer<T, acc_t> layer;
   Tensor partial_a, partial_b, block_sums;
 
+  bool is_small() const { return layer.blocks == 0; }
+
   Job(const Tensor& A, const Tensor& B, const Tensor& gram_a, const Tensor& gram_b, const Outcome<acc_t>& outcome) {
     const int64_t rank = A.size(0), elements = rank * rank, pairs = pairs_of_tiles(rank);
+    if (mapsurgery::is_small(A, B)) {
+      layer = {{data_of<const T>(A), A.size(1), A.stride(0), A.stride(1), 0, 0, nullptr},
+               {data_of<const T>(B), B.size(0), B.stride(1), B.stride(0), 0, 0, nullptr},
+               rank,
+               data_of<acc_t>(gram_a),
+               data_of<acc_t>(gram_b),
+               nullptr,
+               0,
+               0,
+               outcome};
+      return;
+    }
     const Slices slices_a(A.size(1), pairs), slices_b(B.size(0), pairs);
     partial_a = empty({slices_a.count * elements}, gram_a.scalar_type(), A);
     partial_b = empty({slices_b.count * elements}, gram_b.scalar_type(), A);
@@ -238,6 +334,11 @@ template <int kLayers, class T>
 void run(const Job<T>* jobs, unsigned count, cudaStream_t stream) {
   using acc_t = accumulate_t<T>;
   Layers<T, acc_t, kLayers> layers{};
+  if (jobs[0].is_small()) {
+    for (unsigned i = 0; i < count; ++i) layers.layer[i] = jobs[i].layer;
+    launch<small_kernel<T, acc_t, kLayers>>(count, kSmallThreads, stream, layers);
+    return;
+  }
   unsigned pairs = 0, slices = 0, blocks = 1;
   for (unsigned i = 0; i < count; ++i) {
     const Layer<T, acc_t>& layer = layers.layer[i] = jobs[i].layer;
@@ -319,9 +420,13 @@ Many map_scales_many(const std::vector<Tensor>& A, const std::vector<Tensor>& B,
                         result.outcome<accumulate_t<T>>(alpha[i], beta[i], weight_norm[i], tau[i], relative[i]));
       append(results, result.tuple());
     }
-    for (size_t first = 0; first < jobs.size(); first += kLayersOfALaunch) {
-      const size_t count = std::min<size_t>(kLayersOfALaunch, jobs.size() - first);
-      run<kLayersOfALaunch>(&jobs[first], static_cast<unsigned>(count), current_stream(A[0]));
+    // Layers of one launch run the same kernels.
+    const auto rest = std::stable_partition(jobs.begin(), jobs.end(), [](const Job<T>& job) { return job.is_small(); });
+    for (auto [first, end] : {std::pair{jobs.begin(), rest}, std::pair{rest, jobs.end()}}) {
+      for (; first < end; first += std::min<ptrdiff_t>(kLayersOfALaunch, end - first)) {
+        const auto count = static_cast<unsigned>(std::min<ptrdiff_t>(kLayersOfALaunch, end - first));
+        run<kLayersOfALaunch>(&*first, count, current_stream(A[0]));
+      }
     }
   });
   return results;

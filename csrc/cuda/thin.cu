@@ -10,7 +10,7 @@ namespace mapsurgery {
 namespace {
 
 constexpr int kLanes = 32, kRows = kThreads / kLanes;  // a block: 32 threads along the columns of each of 8 rows
-constexpr int64_t kBlocks = 1024;                      // enough to fill a GPU, and few enough sums to add up again
+constexpr int64_t kBlocks = 528;                       // enough to fill a GPU, and few enough sums to add up again
 
 // Columns of a thread: its part of the factor takes 32 registers.
 template <class T, int R>
@@ -62,14 +62,32 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
   const auto column = [&](int v) { return aligned ? first + lane * kWide + v : first + v * kLanes + lane; };
   const bool inside = column(0) < e.columns;
 
+  // The block's part of the factor, and the bias as one row more; then each thread's own part, in registers.
+  constexpr int kTile = kLanes * kWide;
+  __shared__ acc_t tile[R + 1][kTile + 4];                             // + 4: no bank conflicts
+  const bool by_columns = e.right.row_stride < e.right.column_stride;  // neighbours in memory to neighbouring threads
+  e.right.numbers.typed([&](const auto* numbers) {
+#pragma unroll
+    for (int k = threadIdx.x; k < R * kTile; k += kThreads) {
+      const int j = by_columns ? k % R : k / kTile, i = by_columns ? k / R : k % kTile;
+      const bool exists = j < e.rank && first + i < e.columns;
+      tile[j][i] = exists ? static_cast<acc_t>(numbers[e.right.at(j, first + i)]) : acc_t(0);
+    }
+  });
+  e.bias.typed([&](const auto* numbers) {
+    for (int i = threadIdx.x; i < kTile; i += kThreads) {
+      const bool exists = numbers != nullptr && first + i < e.columns;
+      tile[R][i] = exists ? static_cast<acc_t>(numbers[(first + i) * e.bias_stride]) : acc_t(0);
+    }
+  });
+  __syncthreads();
   acc_t right[R][kWide], bias[kWide];
 #pragma unroll
   for (int v = 0; v < kWide; ++v) {
-    const bool exists = column(v) < e.columns;
-    bias[v] = exists && e.bias.data != nullptr ? e.bias.template load<acc_t>(column(v) * e.bias_stride) : acc_t(0);
+    const int i = static_cast<int>(column(v) - first);
+    bias[v] = tile[R][i];
 #pragma unroll
-    for (int j = 0; j < R; ++j)
-      right[j][v] = exists && j < e.rank ? e.right.template load<acc_t>(j, column(v)) : acc_t(0);
+    for (int j = 0; j < R; ++j) right[j][v] = tile[j][i];
   }
   const acc_t keep = e.scales.template load<acc_t>(e.keep), s_d = e.scales.template load<acc_t>(S_D);
   const bool sums = e.x != nullptr, keeps = e.reads && keep != 0, updates = s_d != 0;  // a factor of 0 drops infinities
@@ -197,17 +215,33 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
   __shared__ acc_t gram[R * R];
   const int64_t blocks_of_A = (g.K + kThreads - 1) / kThreads;
   const bool of_A = blockIdx.x < blocks_of_A;
-  for (int i = threadIdx.x; i < R * R; i += kThreads) {
-    const int row = i / R, column = i % R;
-    const bool inside = row < g.rank && column < g.rank;
-    gram[i] = inside ? (of_A ? g.gram_b : g.gram_a)[row * g.rank + column] : acc_t(0);
+  const int64_t i = (of_A ? blockIdx.x : blockIdx.x - blocks_of_A) * kThreads + threadIdx.x;
+  const bool inside = i < (of_A ? g.K : g.m);
+  const auto load = [&](const Matrix& A, const Matrix& B, acc_t(&into)[R]) {
+    const Matrix& matrix = of_A ? A : B;
+    const int64_t step = of_A ? matrix.row_stride : matrix.column_stride;
+    const int64_t from = i * (of_A ? matrix.column_stride : matrix.row_stride);
+    matrix.numbers.typed([&](const auto* numbers) {
+#pragma unroll
+      for (int j = 0; j < R; ++j) {
+        into[j] = inside && j < g.rank ? static_cast<acc_t>(numbers[from + j * step]) : acc_t(0);
+      }
+    });
+  };
+  acc_t own[R], grad[R];
+  load(g.A, g.B, own);
+  load(g.dA, g.dB, grad);
+  for (int k = threadIdx.x; k < R * R; k += kThreads) {
+    const int row = k / R, column = k % R;
+    const bool exists = row < g.rank && column < g.rank;
+    gram[k] = exists ? (of_A ? g.gram_b : g.gram_a)[row * g.rank + column] : acc_t(0);
   }
   double c = 0;
   if (g.sums != nullptr) {
     double with_x = 0, with_h = 0;
-    for (int64_t i = threadIdx.x; i < g.blocks; i += kThreads) {
-      with_x += g.sums[2 * i];
-      with_h += g.sums[2 * i + 1];
+    for (int64_t k = threadIdx.x; k < g.blocks; k += kThreads) {
+      with_x += g.sums[2 * k];
+      with_h += g.sums[2 * k + 1];
     }
     const double total_x = block_sum(with_x);
     c = block_sum(with_h);
@@ -219,27 +253,23 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
     c = static_cast<double>(*g.value);
   }
   __syncthreads();  // the Gram matrix is there
+  if (!inside) return;
   const acc_t s_d = g.scales[S_D], radial = static_cast<acc_t>(c) * g.scales[RADIAL];
-
-  const int64_t i = (of_A ? blockIdx.x : blockIdx.x - blocks_of_A) * kThreads + threadIdx.x;
-  if (i >= (of_A ? g.K : g.m)) return;
-  acc_t own[R];
 #pragma unroll
   for (int j = 0; j < R; ++j) {
-    own[j] = j < g.rank ? (of_A ? g.A.template load<acc_t>(j, i) : g.B.template load<acc_t>(i, j)) : acc_t(0);
-  }
-#pragma unroll
-  for (int j = 0; j < R; ++j) {
-    if (j >= g.rank) break;
     acc_t product = 0;
 #pragma unroll
     for (int k = 0; k < R; ++k) product += gram[j * R + k] * own[k];  // the Gram matrices are symmetric
-    if (of_A) {
-      g.out_A.store(j * g.K + i, s_d * g.dA.template load<acc_t>(j, i) - radial * product);
-    } else {
-      g.out_B.store(i * g.rank + j, s_d * g.dB.template load<acc_t>(i, j) - radial * product);
-    }
+    grad[j] = s_d * grad[j] - radial * product;
   }
+  const int64_t from = of_A ? i : i * g.rank, step = of_A ? g.K : 1;
+  (of_A ? g.out_A : g.out_B).typed([&](auto* numbers) {
+    using U = std::remove_pointer_t<decltype(numbers)>;
+#pragma unroll
+    for (int j = 0; j < R; ++j) {
+      if (j < g.rank) numbers[from + j * step] = static_cast<U>(grad[j]);
+    }
+  });
 }
 
 // c: its value and its product with DS_D, or else the sums of `expand`.
