@@ -83,24 +83,24 @@ __device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, ac
 }
 
 constexpr int kSmallRank = 8;
-constexpr int kSmallThreads = 512;
 constexpr int64_t kSmallLength = 24 * 1024;  // of both factors: beyond it, several blocks are quicker than one
 constexpr int kPairs = kSmallRank * (kSmallRank + 1) / 2;
-constexpr int kRounds = 12, kPairsOfARound = 2 * kPairs / kRounds, kShares = 32;
+constexpr int kShares = 8;  // threads that share the sum over a block of one product
 
 // Adds this thread's share of the products of rows i <= j of a factor, pair by pair.
 template <class T, class acc_t>
 __device__ void add_products(const Factor<T, acc_t>& f, int64_t rank, acc_t* sums) {
-  constexpr int kInFlight = 4;  // columns that are read before the first is multiplied
-  for (int64_t start = threadIdx.x; start < f.length; start += kInFlight * kSmallThreads) {
+  constexpr int kInFlight = sizeof(acc_t) == sizeof(double) ? 2 : 8;  // columns read before the first is multiplied
+  const T* column = f.data + threadIdx.x * f.length_stride;
+  const int64_t step = kThreads * f.length_stride;
+  for (int64_t l = threadIdx.x; l < f.length; l += kInFlight * kThreads, column += kInFlight * step) {
     acc_t values[kInFlight][kSmallRank];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t l = start + k * kSmallThreads;
+    for (int i = 0; i < kSmallRank; ++i) {
+      const T* at = column + i * f.rank_stride;
 #pragma unroll
-      for (int i = 0; i < kSmallRank; ++i) {
-        const bool inside = i < rank && l < f.length;
-        values[k][i] = inside ? static_cast<acc_t>(f.data[i * f.rank_stride + l * f.length_stride]) : acc_t(0);
+      for (int k = 0; k < kInFlight; ++k, at += step) {
+        values[k][i] = i < rank && l + k * kThreads < f.length ? static_cast<acc_t>(*at) : acc_t(0);
       }
     }
 #pragma unroll
@@ -117,46 +117,52 @@ __device__ void add_products(const Factor<T, acc_t>& f, int64_t rank, acc_t* sum
 
 // One block for each layer.
 template <class T, class acc_t, int kLayers>
-__global__ void __launch_bounds__(kSmallThreads)
-    small_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
-  __shared__ acc_t of_threads[kPairsOfARound][kSmallThreads], shares[2 * kPairs][kShares], total[2 * kPairs];
+__global__ void __launch_bounds__(kThreads) small_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
+  constexpr int kAtOnce = sizeof(acc_t) == sizeof(double) ? 12 : 24;  // sums that are shared in one round
+  __shared__ acc_t of_threads[kAtOnce][kThreads + kShares], shares[2 * kPairs][kShares];
+  __shared__ GramSums of_pairs[kPairs];
   const Layer<T, acc_t>& layer = layers.layer[blockIdx.x];
   acc_t sums[2 * kPairs] = {};  // of A, then of B
   add_products(layer.A, layer.rank, sums);
   add_products(layer.B, layer.rank, sums + kPairs);
 #pragma unroll
-  for (int round = 0; round < kRounds; ++round) {
+  for (int first = 0; first < 2 * kPairs; first += kAtOnce) {
 #pragma unroll
-    for (int k = 0; k < kPairsOfARound; ++k) of_threads[k][threadIdx.x] = sums[round * kPairsOfARound + k];
+    for (int k = 0; k < kAtOnce; ++k) of_threads[k][threadIdx.x] = sums[first + k];
     __syncthreads();
-    if (threadIdx.x < kPairsOfARound * kShares) {
-      const int k = threadIdx.x / kShares, share = threadIdx.x % kShares;
+    const int k = threadIdx.x / kShares, share = threadIdx.x % kShares;
+    if (k < kAtOnce) {
       acc_t sum = 0;
-      for (int t = share; t < kSmallThreads; t += kShares) sum += of_threads[k][t];
-      shares[round * kPairsOfARound + k][share] = sum;
+#pragma unroll 8
+      for (int t = share; t < kThreads; t += kShares) sum += of_threads[k][t];
+      shares[first + k][share] = sum;
     }
     __syncthreads();  // the threads' sums are read before the next round overwrites them
   }
-  if (threadIdx.x < 2 * kPairs) {
-    acc_t sum = 0;
-    for (int share = 0; share < kShares; ++share) sum += shares[threadIdx.x][(share + threadIdx.x) % kShares];
-    total[threadIdx.x] = sum;
+  if (threadIdx.x < kPairs) {
+    int i = 0, j = threadIdx.x;
+    while (j >= kSmallRank - i) j -= kSmallRank - i++;
+    j += i;
+    acc_t a = 0, b = 0;
+    for (int share = 0; share < kShares; ++share) {
+      a += shares[threadIdx.x][share];
+      b += shares[kPairs + threadIdx.x][share];
+    }
+    if (j < layer.rank) {
+      layer.gram_a[i * layer.rank + j] = layer.gram_a[j * layer.rank + i] = a;
+      layer.gram_b[i * layer.rank + j] = layer.gram_b[j * layer.rank + i] = b;
+    }
+    of_pairs[threadIdx.x] = {(i == j ? 1 : 2) * static_cast<double>(a) * static_cast<double>(b),
+                             i == j ? static_cast<double>(a) + static_cast<double>(b) : 0};
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  double square = 0, trace = 0;
-  int pair = 0;
-  for (int i = 0; i < kSmallRank; ++i) {
-    for (int j = i; j < kSmallRank; ++j, ++pair) {
-      if (j >= layer.rank) continue;
-      const acc_t a = total[pair], b = total[kPairs + pair];
-      layer.gram_a[i * layer.rank + j] = layer.gram_a[j * layer.rank + i] = a;
-      layer.gram_b[i * layer.rank + j] = layer.gram_b[j * layer.rank + i] = b;
-      square += (i == j ? 1 : 2) * static_cast<double>(a) * static_cast<double>(b);
-      if (i == j) trace += static_cast<double>(a) + static_cast<double>(b);
-    }
+  GramSums total{0, 0};
+  for (const GramSums& pair : of_pairs) {
+    total.square += pair.square;
+    total.trace += pair.trace;
   }
-  layer.outcome.write({square, trace});
+  layer.outcome.write(total);
 }
 
 // Grid: (pairs of tiles on or above the diagonal, slices, two factors of each layer).
@@ -336,7 +342,7 @@ void run(const Job<T>* jobs, unsigned count, cudaStream_t stream) {
   Layers<T, acc_t, kLayers> layers{};
   if (jobs[0].is_small()) {
     for (unsigned i = 0; i < count; ++i) layers.layer[i] = jobs[i].layer;
-    launch<small_kernel<T, acc_t, kLayers>>(count, kSmallThreads, stream, layers);
+    launch<small_kernel<T, acc_t, kLayers>>(count, kThreads, stream, layers);
     return;
   }
   unsigned pairs = 0, slices = 0, blocks = 1;

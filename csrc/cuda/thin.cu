@@ -10,15 +10,14 @@ namespace mapsurgery {
 namespace {
 
 constexpr int kLanes = 32, kRows = kThreads / kLanes;  // a block: 32 threads along the columns of each of 8 rows
-constexpr int64_t kBlocks = 528;                       // enough to fill a GPU, and few enough sums to add up again
+constexpr int kInFlight = 2;                           // rows of a thread: both are read before the first is written
+constexpr int64_t kPass = kRows * kInFlight;           // rows that a block works on at once
+constexpr int64_t kMostTileRows = 8 * kPass;           // rows of the left factor in shared memory at a time
+constexpr int64_t kBlocks = 264;  // as many as run at once on a large GPU: each loads its factor once
 
-// Columns of a thread: its part of the factor takes 32 registers.
+// Columns of a thread: what one access of 16 bytes holds, as long as its part of the factor takes 64 registers at most.
 template <class T, int R>
-constexpr int kColumns = 32 * sizeof(float) / sizeof(accumulate_t<T>) / R;
-
-// Rows of a thread in flight: all are read before the first is written.
-template <class T, int R>
-constexpr int kBatch = sizeof(T) == sizeof(double) ? 1 : 32 / R;
+constexpr int kColumns = 16 / int(sizeof(T)) < 64 / R ? 16 / int(sizeof(T)) : 64 / R;
 
 template <class T, int n>
 struct alignas(n * sizeof(T)) Pack {
@@ -41,7 +40,7 @@ struct Expansion {
   Matrix right;   // (rank, columns)
   Numbers bias;
   int64_t bias_stride;
-  int64_t rows, columns;
+  int64_t rows, columns, tile_rows;
   int rank;
   Numbers scales;
   ScaleIndex keep;
@@ -50,33 +49,35 @@ struct Expansion {
   double* sums;        // those of each block: <x, out>, then <left, h>
 };
 
-// aligned: the columns of a thread lie in one access of out and of x, and a row of left in few.
+// aligned: the columns of a thread are one access of out and of x.
 template <class T, int R, bool aligned>
 __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_constant__ Expansion<T> e) {
   using acc_t = accumulate_t<T>;
-  constexpr int kWide = kColumns<T, R>, kInFlight = kBatch<T, R>;
-  constexpr int kPiece = R < 16 / int(sizeof(T)) ? R : 16 / int(sizeof(T));
+  constexpr int kWide = kColumns<T, R>, kTile = kLanes * kWide;
   const int lane = threadIdx.x % kLanes, line = threadIdx.x / kLanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kLanes * kWide;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
   // Neighbouring threads read neighbouring numbers, one by one where they cannot read several at once.
-  const auto column = [&](int v) { return aligned ? first + lane * kWide + v : first + v * kLanes + lane; };
-  const bool inside = column(0) < e.columns;
+  const auto column = [&](int v) { return aligned ? lane * kWide + v : v * kLanes + lane; };
+  const int columns = static_cast<int>(min(static_cast<int64_t>(kTile), e.columns - first));  // of the block
 
-  // The block's part of the factor, and the bias as one row more; then each thread's own part, in registers.
-  constexpr int kTile = kLanes * kWide;
+  // A factor of 0 drops what it meets, infinities as well.
+  const acc_t keep = e.scales.template load<acc_t>(e.keep), s_d = e.scales.template load<acc_t>(S_D);
+  const bool sums = e.x != nullptr, keeps = e.reads && keep != 0, updates = s_d != 0;
+
+  // s_d times the block's part of the right factor, and the bias as one row more; then each thread's own part of them.
   __shared__ acc_t tile[R + 1][kTile + 4];                             // + 4: no bank conflicts
   const bool by_columns = e.right.row_stride < e.right.column_stride;  // neighbours in memory to neighbouring threads
   e.right.numbers.typed([&](const auto* numbers) {
 #pragma unroll
     for (int k = threadIdx.x; k < R * kTile; k += kThreads) {
       const int j = by_columns ? k % R : k / kTile, i = by_columns ? k / R : k % kTile;
-      const bool exists = j < e.rank && first + i < e.columns;
-      tile[j][i] = exists ? static_cast<acc_t>(numbers[e.right.at(j, first + i)]) : acc_t(0);
+      const bool exists = j < e.rank && i < columns;
+      tile[j][i] = exists ? s_d * static_cast<acc_t>(numbers[e.right.at(j, first + i)]) : acc_t(0);
     }
   });
   e.bias.typed([&](const auto* numbers) {
     for (int i = threadIdx.x; i < kTile; i += kThreads) {
-      const bool exists = numbers != nullptr && first + i < e.columns;
+      const bool exists = numbers != nullptr && i < columns;
       tile[R][i] = exists ? static_cast<acc_t>(numbers[(first + i) * e.bias_stride]) : acc_t(0);
     }
   });
@@ -84,67 +85,72 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
   acc_t right[R][kWide], bias[kWide];
 #pragma unroll
   for (int v = 0; v < kWide; ++v) {
-    const int i = static_cast<int>(column(v) - first);
-    bias[v] = tile[R][i];
+    bias[v] = tile[R][column(v)];
 #pragma unroll
-    for (int j = 0; j < R; ++j) right[j][v] = tile[j][i];
+    for (int j = 0; j < R; ++j) right[j][v] = tile[j][column(v)];
   }
-  const acc_t keep = e.scales.template load<acc_t>(e.keep), s_d = e.scales.template load<acc_t>(S_D);
-  const bool sums = e.x != nullptr, keeps = e.reads && keep != 0, updates = s_d != 0;  // a factor of 0 drops infinities
 
+  __shared__ acc_t left[kMostTileRows][R];
   acc_t with_x = 0, with_h = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.y) * kRows * kInFlight;
-  for (int64_t start = (static_cast<int64_t>(blockIdx.y) * kRows + line) * kInFlight; start < e.rows; start += step) {
-    T old[kInFlight][kWide] = {}, other[kInFlight][kWide] = {}, left[kInFlight][R] = {};
+  const int64_t step = static_cast<int64_t>(gridDim.y) * e.tile_rows;
+  for (int64_t start = blockIdx.y * e.tile_rows; start < e.rows; start += step) {
+    const int rows = static_cast<int>(min(e.tile_rows, e.rows - start));
+    __syncthreads();  // the last rows may still be read
+    for (int k = threadIdx.x; k < rows * R; k += kThreads) {
+      const int row = k / R, j = k % R;
+      const int64_t at = (start + row) * e.rank + j;
+      const acc_t value = j < e.rank ? static_cast<acc_t>(e.left[at]) : acc_t(0);
+      left[row][j] = updates ? value : acc_t(0);
+      if (sums && blockIdx.x == 0 && j < e.rank) with_h += value * static_cast<acc_t>(e.h[at]);
+    }
+    __syncthreads();
+    for (int row = line * kInFlight; row < rows; row += kPass) {
+      T* const out = e.out + (start + row) * e.columns + first;
+      const T* const x = e.x + (start + row) * e.columns + first;
+      T old[kInFlight][kWide] = {}, other[kInFlight][kWide] = {};
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t row = start + k;
-      if (row >= e.rows) continue;
-      const T *out_row = e.out + row * e.columns, *x_row = e.x + row * e.columns, *left_row = e.left + row * e.rank;
-      if constexpr (aligned) {
-        if (inside && e.reads) load_pack<kWide>(out_row + column(0), old[k]);
-        if (inside && sums) load_pack<kWide>(x_row + column(0), other[k]);
+      for (int k = 0; k < kInFlight; ++k) {
+        if (row + k >= rows) continue;
+        if constexpr (aligned) {
+          if (column(0) >= columns) continue;
+          if (e.reads) load_pack<kWide>(out + k * e.columns + column(0), old[k]);
+          if (sums) load_pack<kWide>(x + k * e.columns + column(0), other[k]);
+        } else {
 #pragma unroll
-        for (int j = 0; j < R; j += kPiece) load_pack<kPiece>(left_row + j, left[k] + j);
-      } else {
+          for (int v = 0; v < kWide; ++v) {
+            if (column(v) >= columns) continue;
+            if (e.reads) old[k][v] = out[k * e.columns + column(v)];
+            if (sums) other[k][v] = x[k * e.columns + column(v)];
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        if (row + k >= rows) continue;
+        acc_t result[kWide];
 #pragma unroll
         for (int v = 0; v < kWide; ++v) {
-          if (column(v) >= e.columns) continue;
-          if (e.reads) old[k][v] = out_row[column(v)];
-          if (sums) other[k][v] = x_row[column(v)];
+          const acc_t before = static_cast<acc_t>(old[k][v]);
+          with_x += static_cast<acc_t>(other[k][v]) * before;
+          result[v] = (keeps ? keep * before : acc_t(0)) + bias[v];
         }
 #pragma unroll
         for (int j = 0; j < R; ++j) {
-          if (j < e.rank) left[k][j] = left_row[j];
+          const acc_t factor = left[row + k][j];
+#pragma unroll
+          for (int v = 0; v < kWide; ++v) result[v] += factor * right[j][v];
         }
-      }
-      if (sums && blockIdx.x == 0 && lane < e.rank) {
-        with_h += static_cast<acc_t>(left_row[lane]) * static_cast<acc_t>(e.h[row * e.rank + lane]);
-      }
-    }
+        if (!e.writes) continue;
+        if constexpr (aligned) {
+          Pack<T, kWide> pack;
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t row = start + k;
-      if (row >= e.rows) continue;
-      Pack<T, kWide> result;
+          for (int v = 0; v < kWide; ++v) pack.at[v] = static_cast<T>(result[v]);
+          if (column(0) < columns) *reinterpret_cast<Pack<T, kWide>*>(out + k * e.columns + column(0)) = pack;
+        } else {
 #pragma unroll
-      for (int v = 0; v < kWide; ++v) {
-        const acc_t before = static_cast<acc_t>(old[k][v]);
-        acc_t update = 0;
-#pragma unroll
-        for (int j = 0; j < R; ++j) update += static_cast<acc_t>(left[k][j]) * right[j][v];
-        with_x += static_cast<acc_t>(other[k][v]) * before;
-        result.at[v] =
-            static_cast<T>((keeps ? keep * before : acc_t(0)) + (updates ? s_d * update : acc_t(0)) + bias[v]);
-      }
-      T* out_row = e.out + row * e.columns;
-      if (!e.writes) continue;
-      if constexpr (aligned) {
-        if (inside) *reinterpret_cast<Pack<T, kWide>*>(out_row + column(0)) = result;
-      } else {
-#pragma unroll
-        for (int v = 0; v < kWide; ++v) {
-          if (column(v) < e.columns) out_row[column(v)] = result.at[v];
+          for (int v = 0; v < kWide; ++v) {
+            if (column(v) < columns) out[k * e.columns + column(v)] = static_cast<T>(result[v]);
+          }
         }
       }
     }
@@ -166,9 +172,7 @@ bool fits(const T* data, int64_t length, size_t bytes) {
 template <class T, int R>
 void launch_expand(const Expansion<T>& e, dim3 grid, cudaStream_t stream) {
   constexpr size_t bytes = kColumns<T, R> * sizeof(T);
-  const bool aligned = fits(e.out, e.columns, bytes) && (e.x == nullptr || fits(e.x, e.columns, bytes)) &&
-                       e.rank == R && fits(e.left, e.rank, std::min<size_t>(16, R * sizeof(T)));
-  if (aligned) {
+  if (fits(e.out, e.columns, bytes) && (e.x == nullptr || fits(e.x, e.columns, bytes))) {
     launch<expand_kernel<T, R, true>>(grid, kThreads, stream, e);
   } else {
     launch<expand_kernel<T, R, false>>(grid, kThreads, stream, e);
@@ -179,9 +183,11 @@ void launch_expand(const Expansion<T>& e, dim3 grid, cudaStream_t stream) {
 template <class T>
 Tensor expand(Expansion<T> e, const Tensor& like) {
   const int64_t wide = kLanes * (e.rank <= 8 ? kColumns<T, 8> : kColumns<T, 16>);
-  const unsigned x = static_cast<unsigned>((e.columns + wide - 1) / wide);
-  const dim3 grid(
-      x, blocks_for(e.rows, kRows * (e.rank <= 8 ? kBatch<T, 8> : kBatch<T, 16>), std::max<int64_t>(1, kBlocks / x)));
+  const int64_t x = (e.columns + wide - 1) / wide, most = std::max<int64_t>(1, kBlocks / x);
+  // Tiles as large as fit, but so that all blocks have rows.
+  const int64_t share = (e.rows + most - 1) / most;
+  e.tile_rows = std::min(kMostTileRows, (share + kPass - 1) / kPass * kPass);
+  const dim3 grid(static_cast<unsigned>(x), blocks_for(e.rows, e.tile_rows, most));
   Tensor sums;
   if (e.x != nullptr) {
     sums = empty({static_cast<int64_t>(grid.x) * grid.y, 2}, ScalarType::Double, like);
@@ -325,7 +331,7 @@ void Cuda::expand_(const Tensor& out, ScaleIndex keep, bool reads, const Tensor&
   dispatch_floating(out.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     expand<T>({static_cast<T*>(out.data_ptr()), static_cast<const T*>(rows.data_ptr()), Matrix(right),
-               bias ? Numbers(*bias) : Numbers(), bias ? bias->stride(0) : 0, out.size(0), out.size(1),
+               bias ? Numbers(*bias) : Numbers(), bias ? bias->stride(0) : 0, out.size(0), out.size(1), 0,
                static_cast<int>(right.size(0)), Numbers(scales), keep, reads, true, nullptr, nullptr, nullptr},
               out);
   });
@@ -342,7 +348,7 @@ LowRankGrads Cuda::down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB,
     using T = typename decltype(type)::type;
     const auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
     return expand<T>(
-        {data(GW), data(left), Matrix(saved.A), Numbers(), 0, GW.size(0), GW.size(1), static_cast<int>(saved.rank()),
+        {data(GW), data(left), Matrix(saved.A), Numbers(), 0, GW.size(0), GW.size(1), 0, static_cast<int>(saved.rank()),
          Numbers(saved.scales), S_W, true, need_x, data(x), data(h), nullptr},
         GW);
   });
