@@ -1,8 +1,8 @@
 """What the tests measure the library against, written independently of it: W' in float64 straight from the paper's
 equation (arXiv 2505.23094), the layers that every invariant is held for, and snapshots of models.
-"""
 
-from __future__ import annotations
+Annotations are no strings here: torch 2.11 could not pickle what torch.fx makes of these models themselves.
+"""
 
 import copy
 from collections.abc import Callable

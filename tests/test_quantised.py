@@ -140,7 +140,8 @@ def gguf() -> nn.Module:
 class Case:
     name: str
     make: Callable[[], nn.Module]
-    package: str = "torch"
+    packages: str = ""
+    """What must be installed, by a space between two."""
     error: float = 1e-6
     """Of the kernel against x W^T, as a share: int8 kernels round x as well."""
     requantises: bool = True
@@ -163,7 +164,7 @@ CASES = [
     Case("packed", lambda: Packed4(source()), requantises=False),
     Case("packed_no_bias", lambda: Packed4(source(False)), requantises=False),
     Case("packed_old_names", lambda: OldNames(source()), requantises=False),
-    Case("gguf", gguf, "gguf", requantises=False, copies=False, pickles=False),
+    Case("gguf", gguf, "gguf diffusers", requantises=False, copies=False, pickles=False),
     Case("bnb_fp4", bnb_4bit, "bitsandbytes"),
     Case("bnb_nf4", lambda: bnb_4bit(quant_type="nf4", compress_statistics=False), "bitsandbytes"),
     Case("bnb_nf4_no_bias", lambda: bnb_4bit(False, quant_type="nf4"), "bitsandbytes"),
@@ -180,8 +181,9 @@ CASES = [
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
-    if importlib.util.find_spec(request.param.package) is None:
-        pytest.skip(f"{request.param.package} is not installed")
+    for package in request.param.packages.split():
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     return request.param
 
 

@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import mapsurgery
 from mapsurgery.ops import reference
+from mapsurgery.surgery.adapted import AdaptedLayer
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=str)
 some_layers = pytest.mark.parametrize(
@@ -379,6 +380,26 @@ def test_fx_traces_what_it_traces_without_adapters(case: Case, inside: bool, dro
     _traced_alike(*((nn.Sequential(original), nn.Sequential(adapted)) if inside else (original, adapted)), x)
 
 
+def _subclasses(cls: type) -> Iterator[type]:
+    for one in cls.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+def test_forwards_of_adapted_layers_are_annotated_by_types() -> None:
+    """A trace takes them into its graph, where torch 2.11 cannot pickle a string."""
+    own = [
+        cls for cls in _subclasses(AdaptedLayer) if cls.__module__.startswith("mapsurgery.") and "forward" in vars(cls)
+    ]
+    assert {"FusedLinear", "FusedConv", "FusedEmbedding", "AdaptedRaw", "QuantisedLinear"} <= {c.__name__ for c in own}
+    assert not [
+        (cls.__name__, name, kind)
+        for cls in own
+        for name, kind in vars(cls)["forward"].__annotations__.items()
+        if isinstance(kind, str)
+    ]
+
+
 class _OwnEmbedding(nn.Embedding):
     """No layer of torch: fx looks into it."""
 
@@ -396,6 +417,7 @@ class _Raw(nn.Module):
 
 _TRACED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]] = {
     "net": (lambda: net().eval(), image, {}),
+    "embedding": (lambda: nn.Embedding(5, 4, padding_idx=0), lambda: torch.tensor([[0, 3]]), {}),
     "own_embedding": (lambda: nn.Sequential(_OwnEmbedding(5, 4, padding_idx=0)), lambda: torch.tensor([[0, 3]]), {}),
     "stack": (lambda: nn.Sequential(_Raw()), lambda: torch.randn(3, 2, 4), {"targets": (), "parameters": "*.up"}),
     "lstm": (lambda: nn.Sequential(nn.LSTM(4, 5), _FirstOf()), lambda: torch.randn(3, 2, 4), {}),

@@ -4,9 +4,10 @@ The object stays the same, and an instance of its original class. Each adapted p
 ``adapter`` (``adapter_<parameter>`` for one that is not called ``weight``), under a name of its own, and its old name
 computes W': whoever reads it gets the adapted weight, and every name of ``named_parameters()`` still leads by attribute
 access to that very Parameter.
-"""
 
-from __future__ import annotations
+Annotations are no strings here: torch.fx takes those of a traced layer's ``forward`` into its graph, and torch 2.11
+cannot pickle a graph that holds a string for a type.
+"""
 
 from collections.abc import Mapping
 from types import MethodType
@@ -42,7 +43,7 @@ class Effective:
     def __init__(self, parameter: str) -> None:
         self.parameter = parameter
 
-    def __get__(self, layer: AdaptedLayer | None, owner: type | None = None) -> Any:
+    def __get__(self, layer: "AdaptedLayer | None", owner: type | None = None) -> Any:
         if layer is None:
             return self
         adapter = layer.adapter_of(self.parameter)
@@ -57,7 +58,7 @@ class Effective:
             memo[key] = adapter.effective_weight(weight)
         return memo[key]
 
-    def __set__(self, layer: AdaptedLayer, value: Any) -> None:
+    def __set__(self, layer: "AdaptedLayer", value: Any) -> None:
         # nn.Module assigns through __setattr__; this makes the class attribute stronger than an instance's.
         layer.__setattr__(self.parameter, value)
 

@@ -6,9 +6,9 @@ An adapted one runs that kernel and corrects what comes out of it,
 
 so that forward and backward are the base's own and the start, s_w = 1, is the base bit for bit. W is dequantised where
 its numbers themselves are wanted: once at `patch` for ||W||_F, for a report, and for merging.
-"""
 
-from __future__ import annotations
+Annotations are no strings here, as in adapted.py.
+"""
 
 from functools import partial
 from typing import Any
