@@ -110,11 +110,13 @@ def describe_run(device: torch.device) -> dict[str, Any]:
     """Everything needed to tell one result file from another."""
     # Paths of libraries say where, not what: which machine's folders these are is nobody's business.
     native = {name: value for name, value in asdict(mapsurgery.native_info()).items() if not name.endswith("_library")}
+    # The same of where the results went.
+    options = re.sub(r"--out[ =]\S+\s?", "", shlex.join(sys.argv[1:])).strip()
     run: dict[str, Any] = {
         "device": device.type,
         "device_name": device_name(device),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {options}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: _version(package) for package in ("peft", "timm", "transformers", "mapsurgery")},

@@ -56,7 +56,7 @@ def profiled(model: nn.Module, x: Tensor, device: torch.device) -> list[tuple[st
     return [(name, time[name] / STEPS, round(count[name] / STEPS)) for name in sorted(time, key=time.get, reverse=True)]
 
 
-COLUMNS = {"layer": "layer", "method": "method", "launches": "launches", "us": "µs", "kernels": "kernels"}
+COLUMNS = {"layer": "layer", "method": "method", "launches": "launches", "us": "µs", "names": "kernels"}
 NOTES = (
     "Launches and their time in one forward and backward of one layer; gradients accumulate, as in the second of two "
     "micro-batches. On a CPU: torch's operators instead of kernels."
@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
             model = METHODS[method](share_weights(base), ["0"], arguments.rank)
             randomise_zeros(model)
             found = profiled(model, x, device)
-            kernels = "; ".join(f"{count} x {name[:100]} {us:.1f} µs" for name, us, count in found)
+            names = "; ".join(f"{count} x {name[:100]} {us:.1f} µs" for name, us, count in found)
             counts = {"launches": sum(count for *_, count in found), "us": sum(us for _, us, _ in found)}
-            rows.append({"layer": kind, "method": method, **counts, "kernels": kernels})
+            rows.append({"layer": kind, "method": method, **counts, "names": names})
     print(table("One layer, forward and backward", rows, {key: COLUMNS[key] for key in list(COLUMNS)[:-1]}))
     paths = write_results(arguments.out, "launches", arguments.tag, rows, COLUMNS, run, NOTES)
     print("\n".join(f"wrote {path}" for path in paths))

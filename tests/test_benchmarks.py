@@ -160,7 +160,7 @@ def test_launches(tmp_path):
     assert launches.main(["--width", "64", "--tokens", "4", "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = {(row["layer"], row["method"]): row for row in results(tmp_path)}
     assert rows.keys() == {(layer, method) for layer in launches.LAYERS for method in launches.CHOICES}
-    assert "1 x mapsurgery::map_linear_backward" in rows["Linear", "map"]["kernels"]
+    assert "1 x mapsurgery::map_linear_backward" in rows["Linear", "map"]["names"]
     assert all(
         rows["Linear", "frozen"]["launches"] < row["launches"] for (_, name), row in rows.items() if name == "dora"
     )

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
       right[j][v] = exists && j < e.rank ? e.right.template load<acc_t>(j, column(v)) : acc_t(0);
   }
   const acc_t keep = e.scales.template load<acc_t>(e.keep), s_d = e.scales.template load<acc_t>(S_D);
-  const bool sums = e.x != nullptr;
+  const bool sums = e.x != nullptr, keeps = e.reads && keep != 0, updates = s_d != 0;  // a factor of 0 drops infinities
 
   acc_t with_x = 0, with_h = 0;
   const int64_t step = static_cast<int64_t>(gridDim.y) * kRows * kInFlight;
@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
 #pragma unroll
         for (int j = 0; j < R; ++j) update += static_cast<acc_t>(left[k][j]) * right[j][v];
         with_x += static_cast<acc_t>(other[k][v]) * before;
-        result.at[v] = static_cast<T>((e.reads ? keep * before : acc_t(0)) + s_d * update + bias[v]);
+        result.at[v] =
+            static_cast<T>((keeps ? keep * before : acc_t(0)) + (updates ? s_d * update : acc_t(0)) + bias[v]);
       }
       T* out_row = e.out + row * e.columns;
       if (!e.writes) continue;
