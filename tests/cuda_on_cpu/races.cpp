@@ -65,6 +65,10 @@ void run(ScalarType dtype, int64_t rank) {
             true);
   }
 
+  call<0>("merge_", weight, A, B, one, one, one, tau, true);
+  call<0>("unmerge_", weight, A, B, one, one, one, tau, true);
+
+  if (rank > 3) return;  // convolutions launch the same kernels, and threads are slow
   const Tensor images = random_tensor({2, 8, 5, 6}, dtype), kernel = random_tensor({kRows, 8, 3, 3}, dtype);
   const Sizes ones{1, 1};
   for (const bool weight_space : {false, true}) {
@@ -73,9 +77,6 @@ void run(ScalarType dtype, int64_t rank) {
     call<7>("map_conv_backward", out[0], images, out[1], kernel, A, B, out[2], out[3], out[4], ones, ones, ones,
             int64_t(1), weight_space, true, true, true, true, true);
   }
-
-  call<0>("merge_", weight, A, B, one, one, one, tau, true);
-  call<0>("unmerge_", weight, A, B, one, one, one, tau, true);
 }
 
 }  // namespace
