@@ -18,8 +18,8 @@ BENCH_ARGS ?=
 DEVICE ?= cpu
 EXPORT_ARGS ?=
 ZOO_ARGS ?=
-# Of each of four runs of random calls.
-FUZZ_SECONDS ?= 25
+# Of each of three runs of random calls.
+FUZZ_SECONDS ?= 20
 FUZZ_ARGS ?=
 
 PY := $(VENV)/bin/python
