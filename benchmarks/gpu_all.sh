@@ -70,10 +70,12 @@ for name in "torch timm transformers peft triton numpy pytest".split(): print(na
     [[ $DEVICE == cpu ]] || nvidia-smi
 }
 
-# pytest over several processes, stopping after 50 failures; remembers what failed for the stage `failed`.
+# pytest over several processes, which pytest-xdist deals out test by test (load) or file by file (loadfile); stops after 50
+# failures, and remembers what failed for the stage `failed`.
 run_tests() {
     local -a spread=()
-    "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n "${JOBS:-8}" --dist load)
+    "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n "${JOBS:-8}" --dist "$1")
+    shift
     "$PYTHON" -m pytest -q --maxfail=50 --durations=5 "${spread[@]}" "$@"
     local code=$?
     [[ -f .pytest_cache/v/cache/lastfailed ]] && cp .pytest_cache/v/cache/lastfailed "$OUT/failed.json"
@@ -89,9 +91,9 @@ SLOW_TESTS=(tests/test_compile.py tests/test_cpp_example.py)
 kernels() {
     rm -f .pytest_cache/v/cache/lastfailed
     if [[ $DEVICE == cpu ]]; then
-        run_tests -m "not cuda" -k "rank_0 or single_dimensions" "${KERNEL_TESTS[@]}"
+        run_tests load -m "not cuda" -k "rank_0 or single_dimensions" "${KERNEL_TESTS[@]}"
     else
-        has_gpu && run_tests -m cuda "${KERNEL_TESTS[@]}"
+        has_gpu && run_tests load -m cuda "${KERNEL_TESTS[@]}"
     fi
 }
 
@@ -104,20 +106,24 @@ failed() {
         echo "no test failed before"
         return
     fi
-    run_tests --lf --lfnf none --tb long tests
+    run_tests loadfile --lf --lfnf none --tb long tests
 }
 
 cuda_tests() {
     local -a others
     mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -vxF "$(printf '%s\n' "${KERNEL_TESTS[@]}" "${SLOW_TESTS[@]}")")
     if [[ $DEVICE == cpu ]]; then
-        run_tests -m "not cuda" -k "rank_0" tests/test_layers.py tests/test_native_kernels.py
-    else
-        has_gpu && run_tests -m cuda "${others[@]}" "${SLOW_TESTS[@]}"
+        run_tests load -m "not cuda" -k "rank_0" tests/test_layers.py tests/test_native_kernels.py
+        return
     fi
+    has_gpu || return
+    local code=0
+    run_tests load -m cuda "${others[@]}" || code=$?
+    run_tests loadfile -m cuda "${SLOW_TESTS[@]}" || code=$? # each builds or compiles once for the whole file
+    return "$code"
 }
 
-all_tests() { run_tests tests; }
+all_tests() { run_tests load tests; }
 
 KINDS=(norm many linear conv weight)
 

@@ -474,6 +474,16 @@ def test_map_conv(device, dtype, weight_space, shape, channels_last):
     check_conv(x, weight, bias, args, (*[[value] * spatial for value in conv], groups, weight_space))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("rank", [3, 33])
+def test_a_convolution_with_beta_0_is_the_scaled_base(device, dtype, kernel, rank):
+    """torch's baddbmm forgets its beta where alpha is 0 in half precision on a CPU."""
+    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((2, 6, 9, 8), (40, 6, kernel, kernel)))
+    args = adapter(40, 6 * kernel**2, rank, weight, factor_dtype(dtype), beta=0.0)
+    check_conv(x, weight, None, args, ([1, 1], [kernel // 2] * 2, [1, 1], 1, False))
+
+
 @pytest.mark.parametrize("weight_space", [True, False])
 @pytest.mark.parametrize("kernel_stride", [(3, 1), (1, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("needed", range(5))

@@ -111,6 +111,8 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
       thin::expand_each_(std::nullopt, out, keep_factor, matrix_of(a, 0), s_d, b);
     } else if (is_one_of_rows(out) && thin::handles(rows_of_one(out), a.size(2))) {
       thin::expand_(rows_of_one(out), keep_factor, rows_of_one(b), s_d, transposed(matrix_of(a, 0)));
+    } else if (s_d == 0) {  // torch 2.14 then ignores keep_factor in half precision, but not for products of nothing
+      baddbmm_(out, columns_of(a, 0), rows_of(b, 0), keep_factor, 1);
     } else {
       baddbmm_(out, a, b, keep_factor, s_d);
     }
@@ -154,6 +156,13 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // A batch (1, C, L) that is (L, C) in memory: channels last.
   static bool is_one_of_rows(const Tensor& t) { return t.size(0) == 1 && t.stride(1) == 1; }
   static Tensor rows_of_one(const Tensor& t) { return transposed(matrix_of(t, 0)); }
+  // The first rows or columns of each matrix of a batch.
+  static Tensor rows_of(const Tensor& t, int64_t count) {
+    return view(t, {t.size(0), count, t.size(2)}, strides_of(t));
+  }
+  static Tensor columns_of(const Tensor& t, int64_t count) {
+    return view(t, {t.size(0), t.size(1), count}, strides_of(t));
+  }
 };
 
 }  // namespace mapsurgery
