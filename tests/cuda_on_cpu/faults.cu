@@ -85,13 +85,13 @@ class Product {
   void restore() { cublasSetPointerMode(handle_, CUBLAS_POINTER_MODE_HOST); }
 
   // 2 x k by k x 2 ones; the top left number of C, which was 1.
-  float of_ones(int64_t k, int64_t leading = 2) {
+  float of_ones(int64_t k, int64_t leading = 2, cudaDataType_t type = CUDA_R_32F) {
     const std::vector<float> a(64, 1), b(64, 1);
     std::vector<float> c(4, 1);
     const float alpha = 1, beta = 2;
     const cublasStatus_t status =
-        cublasGemmEx_64(handle_, CUBLAS_OP_N, CUBLAS_OP_T, 2, 2, k, &alpha, a.data(), CUDA_R_32F, leading, b.data(),
-                        CUDA_R_32F, 2, &beta, c.data(), CUDA_R_32F, 2, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        cublasGemmEx_64(handle_, CUBLAS_OP_N, CUBLAS_OP_T, 2, 2, k, &alpha, a.data(), type, leading, b.data(), type, 2,
+                        &beta, c.data(), type, 2, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     if (status != CUBLAS_STATUS_SUCCESS) throw std::runtime_error(cublasGetStatusString(status));
     return c[0];
   }
@@ -132,6 +132,7 @@ void run(const std::string& name) {
   if (name == "product") return expect(Product().of_ones(3), 5);
   if (name == "leading dimension") return expect(Product().of_ones(3, 1), 5);
   if (name == "factors on the host") return expect(Product(true, CUBLAS_POINTER_MODE_HOST).of_ones(3), 5);
+  if (name == "sums in half precision") return expect(Product().of_ones(3, 2, CUDA_R_16BF), 5);
   if (name == "modes not restored") return unrestored_modes();
   if (name == "nothing to add up") return expect(Product().of_ones(0), 2);
   throw std::runtime_error("no fault has this name");

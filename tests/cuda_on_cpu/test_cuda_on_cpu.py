@@ -131,6 +131,7 @@ FAULTS = {
     "product": r"",
     "leading dimension": r"CUBLAS_STATUS_INVALID_VALUE",
     "factors on the host": r"the pointer mode is that of the host",
+    "sums in half precision": r"may add up in half precision",
     "modes not restored": r"the modes of torch's handle were not restored",
     "nothing to add up": r"got 1\.0+, not 2",
 }

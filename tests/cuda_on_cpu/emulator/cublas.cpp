@@ -61,6 +61,10 @@ cublasStatus_t gemm(cublasHandle_t handle, cublasOperation_t transa, cublasOpera
     throw std::runtime_error(
         "emulated cuBLAS: the factors lie on the device, but the pointer mode is that of the host");
   }
+  const bool half = A.type == CUDA_R_16F || A.type == CUDA_R_16BF;
+  if (half && (handle->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) == 0) {
+    throw std::runtime_error("emulated cuBLAS: the product may add up in half precision, whatever torch allows");
+  }
   const auto leads = [](int64_t leading, int64_t rows) { return leading >= std::max<int64_t>(1, rows); };
   if (m < 0 || n < 0 || k < 0 || batch < 0 || !leads(A.leading, transa == CUBLAS_OP_N ? m : k) ||
       !leads(B.leading, transb == CUBLAS_OP_N ? k : n) || !leads(C.leading, m)) {
