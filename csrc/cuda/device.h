@@ -85,7 +85,8 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
       expand_(y, ONE, false, h, B, bias, scales);
     } else {
       // s_d goes into B, which then has the size of W: s_d h can overflow float16 while B, and with it 1/s_d, is small.
-      addmm(y, cast(*bias, dtype), h, scaled(cast(B, dtype), {scales, S_D}), 1, 1);
+      const Tensor rows = cast(transposed(B), dtype);
+      addmm(y, cast(*bias, dtype), h, transposed(scaled(rows, {scales, S_D})), 1, 1);
     }
     gemm_(y, x, W, scales, ONE, S_W);
     return y;

@@ -56,11 +56,11 @@ def norms(table: Table) -> None:
         table.add(f"map_scales_many, 20 layers of rank {rank}", ops.map_scales_many, *layers)
 
 
-def linear(table: Table, dtype: torch.dtype, with_bias: bool) -> None:
+def linear(table: Table, dtype: torch.dtype, with_bias: bool, rank: int) -> None:
     x, weight = torch.randn(32, 80).to(dtype), torch.randn(96, 80).to(dtype)
     bias = torch.randn(96).to(dtype) if with_bias else None
-    args = adapter(96, 80, 8)
-    what = f"{str(dtype)[6:]}{', bias' if with_bias else ''}"
+    args = adapter(96, 80, rank)
+    what = f"rank {rank}, {str(dtype)[6:]}{', bias' if with_bias else ''}"
     y, h, *given = table.add(f"map_linear, {what}", ops.map_linear, x, weight, bias, *args)
     table.add(f"map_linear_given, {what}", ops.map_linear_given, x, weight, bias, *args, *given)
     saved = (y, x, h, weight, *args[:2], *given)
@@ -102,7 +102,8 @@ def main() -> None:
     norms(table)
     for dtype in (torch.float32, torch.bfloat16):
         for with_bias in (False, True):
-            linear(table, dtype, with_bias)
+            linear(table, dtype, with_bias, 8)
+            linear(table, dtype, with_bias, 32)
             for name in CONVOLUTIONS:
                 conv(table, dtype, with_bias, name)
         weights(table, dtype)
