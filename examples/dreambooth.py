@@ -239,9 +239,10 @@ def prepare(args: argparse.Namespace) -> Task:
 
 @torch.no_grad()
 def prediction(denoiser: nn.Module, inputs: dict[str, Any], task: Task) -> Tensor:
-    """What the denoiser predicts without training noise, float32."""
+    """What the denoiser predicts without training noise, float32; without autocast, whose rounding would hide W'."""
     denoiser.eval()
-    with task.runtime.autocast():
+    exact = next(denoiser.parameters()).dtype == torch.float32
+    with (Runtime.of(denoiser) if exact else task.runtime).autocast():
         return denoiser(**inputs)[0].float()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .methods import Adapter
+from .ops.registration import autocasting
 from .surgery import disabled, record
 from .surgery.merge import held_elsewhere, memory_map_of
 from .tables import render
@@ -279,7 +280,7 @@ def _check_readers(
     memory = memory_map_of(model)
     held = [s for s in sites if s.adapter.base_weight is not None and not held_elsewhere(s.adapter, memory)]
     bases = [s.adapter.base_weight for s in held if s.adapter.base_weight is not None]
-    if any(base.dtype in (torch.bfloat16, torch.float16) for base in bases):
+    if any(base.dtype in (torch.bfloat16, torch.float16) or autocasting(base.device.type) for base in bases):
         return "readers of the weights were not checked: in half precision the rounding of W' hides them"
     wanted = _seeded(call)
     with disabled(model):

@@ -273,6 +273,20 @@ def test_verify_leaves_rebound_buffers_inputs_and_random_states() -> None:
     assert states == (random.getstate(), numpy.random.get_state()[1].tolist())
 
 
+def test_the_rounding_of_autocast_is_no_alarm() -> None:
+    """Of a small update: where W' stands in the place of W, it is W' that autocast rounds, and not W and the update."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6)))
+    mapsurgery.patch(model, "*", rank=2)
+    with torch.no_grad():
+        for layer in model:
+            layer.adapter.B.normal_(std=1e-4)
+    x = torch.randn(8, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mapsurgery.verify(model, x)
+    assert not found.failures and "half precision" in found.notes[0]
+    assert mapsurgery.verify(model, x).notes == ()
+
+
 def test_a_large_scaling_saturates_nothing() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.Tanh())])
