@@ -133,6 +133,10 @@ fuzz() { "$PYTHON" tests/cuda_on_cpu/fuzz.py --device "$DEVICE" --seconds 12 --s
 # blocks of torch's allocator, so that is switched off.
 sanitize() {
     local sanitizer
+    if [[ $DEVICE == cpu ]]; then
+        echo "compute-sanitizer checks GPUs: nothing was checked"
+        return
+    fi
     sanitizer=$(command -v compute-sanitizer || find /usr/local/cuda*/bin -name compute-sanitizer 2>/dev/null | head -1)
     if [[ -z $sanitizer ]]; then
         echo "compute-sanitizer was not found: nothing was checked"

@@ -437,7 +437,7 @@ def test_gpu_all(tmp_path):
 
 
 STUB = """#!/usr/bin/env bash
-# Stands for Python and for compute-sanitizer: says what it was called with, and leaves the files of a benchmark.
+# Stands for Python and for what a GPU machine has: says what it was called with, and leaves the files of a benchmark.
 echo "called: $*"
 while [[ $# -gt 1 ]]; do
     [[ $1 == --out ]] && touch "$2/a.csv" "$2/a.json" "$2/a.md"
@@ -456,12 +456,12 @@ done
 )
 def test_gpu_all_fits_two_commands(tmp_path, command, stages):
     """Most valuable first, 400 seconds each, and few files: a machine with a GPU may be lent for minutes only."""
-    for name in ("python", "compute-sanitizer"):
+    for name in ("python", "compute-sanitizer", "nvidia-smi"):
         (tmp_path / name).write_text(STUB)
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     out = tmp_path / "out"
-    done = run_gpu_all(out, command, PYTHON=str(tmp_path / "python"), PATH=path, PACK="1", PREBUILT="1")
+    done = run_gpu_all(out, command, DEVICE="cuda", PYTHON=str(tmp_path / "python"), PATH=path, PACK="1", PREBUILT="1")
     assert done.returncode == 0, done.stdout
     started = re.findall(r"^=== (\w+) \(at most (\d+) s\)$", done.stdout, re.MULTILINE)
     assert [stage for stage, _ in started] == stages.split()
