@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, without a network: build, tests, fuzzing, compute-sanitizer, benchmarks.
 #
-#   benchmarks/gpu_all.sh                       # all of it: `first`, then `second`; at most 14 minutes
+#   benchmarks/gpu_all.sh                       # all of it: `first`, then `second`; at most 800 s
 #   benchmarks/gpu_all.sh first                 # what is worth most; at most 400 s
 #   benchmarks/gpu_all.sh second                # the rest; at most 400 s
 #   benchmarks/gpu_all.sh install kernels train # only these stages, in this order
@@ -11,8 +11,9 @@
 # by name only: all_tests scaling reuse surgery ops_compiled train_checkpoint
 #
 # Each stage has a time limit, is interrupted there so that it prints what failed, and leaves what it had written. One
-# that fails or runs out of time does not stop the next, but makes the exit code 1. Output goes to log.txt, the outcomes
-# to summary.txt (printed last), the names of failed tests to failed.json, results beside them.
+# that fails or runs out of time does not stop the next, but makes the exit code 1; Ctrl-C stops it and all that would
+# follow. Output goes to log.txt, the outcomes to summary.txt (printed last), the names of failed tests to failed.json,
+# results beside them.
 #
 # Environment:
 #   OUT              output folder (default benchmarks/results)
@@ -22,6 +23,7 @@
 #   FAILED           failed.json of another run, for the stage `failed` (default: the last run's here)
 #   DEVICE           cuda (default), or cpu to try the script out on tiny shapes
 #   LIMIT_<stage>    seconds for a stage, as in LIMIT_train=300
+#   TOTAL            seconds for all stages together (default 400 for each of `first` and `second`, else no limit)
 #   FUZZ_SEED        another number, other random calls (default 1)
 #   JOBS             processes that tests are spread over, where pytest-xdist is installed (default 8)
 set -uo pipefail
@@ -78,7 +80,7 @@ run_tests() {
     shift
     "$PYTHON" -m pytest -q --maxfail=50 --durations=5 "${spread[@]}" "$@"
     local code=$?
-    [[ -f .pytest_cache/v/cache/lastfailed ]] && cp .pytest_cache/v/cache/lastfailed "$OUT/failed.json"
+    cp .pytest_cache/v/cache/lastfailed "$OUT/failed.json" 2>/dev/null || echo '{}' >"$OUT/failed.json"
     return "$code"
 }
 
@@ -186,7 +188,7 @@ train_checkpoint() {
     bench train_step --dtype bf16 --repeats 9 --checkpoint --tag checkpoint --models vit_base llama_8b -- "${TINY_STEPS[@]}"
 }
 
-TINY_OPS=(--size tiny --repeats 2 --min-ms 1)
+TINY_OPS=(--size tiny --repeats 2 --min-ms 1 --implementations op autograd base)
 
 # Also replayed from CUDA graphs.
 ops() { bench ops --dtype bf16 --repeats 5 --implementations op autograd base -- "${TINY_OPS[@]}"; }
@@ -233,19 +235,24 @@ if [[ ${1:-} == --stage ]]; then
     exit
 fi
 
+[[ $# -gt 0 ]] || set -- first second
 chosen=()
-for name in "${@:-$FIRST $SECOND}"; do
-    for stage in $name; do
-        case $stage in
-            first) chosen+=($FIRST) ;;
-            second) chosen+=($SECOND) ;;
-            *)
-                limit_of "$stage" >/dev/null || { echo "no stage is called '$stage'; see the head of $0" >&2; exit 2; }
-                chosen+=("$stage")
-                ;;
-        esac
-    done
+total=0
+for name in "$@"; do
+    case $name in
+        first) chosen+=($FIRST) total=$((total + 400)) ;;
+        second) chosen+=($SECOND) total=$((total + 400)) ;;
+        *)
+            limit_of "$name" >/dev/null || { echo "no stage is called '$name'; see the head of $0" >&2; exit 2; }
+            chosen+=("$name")
+            ;;
+    esac
 done
+TOTAL=${TOTAL:-$total} # 0: no limit
+if [[ -n $FAILED && ! -f $FAILED ]]; then
+    echo "FAILED: there is no file $FAILED" >&2
+    exit 2
+fi
 
 mkdir -p "$OUT" || exit 2
 if [[ ${PACK:-} == 1 ]]; then
@@ -254,24 +261,51 @@ fi
 export RESULTS=$results
 : >"$OUT/log.txt"
 : >"$OUT/summary.txt"
+echo '{}' >"$OUT/failed.json"
+
+# Each stage is a job of its own, in a process group that gets the signals: one that a shell starts in the background
+# without job control would ignore Ctrl-C, and the terminal's would miss it.
+set -m
+GRACE=15 # seconds between the interrupt and the end
+job=0 interrupted=0
+trap 'interrupted=1; [[ $job -eq 0 ]] || kill -INT -- "-$job"' INT TERM
 failures=0
 for stage in "${chosen[@]}"; do
     limit=$(limit_of "$stage")
+    left=$((TOTAL - SECONDS - GRACE))
+    if [[ $TOTAL -gt 0 && $left -lt ${limit%.*} ]]; then
+        limit=$((left > 0 ? left : 0))
+    fi
+    if [[ $limit == 0 || $interrupted -eq 1 ]]; then
+        printf '%-17s %s\n' "$stage" "NOT RUN" >>"$OUT/summary.txt"
+        failures=1
+        continue
+    fi
     echo "=== $stage (at most $limit s)" | tee -a "$OUT/log.txt"
     start=$SECONDS
-    timeout --signal=INT --kill-after=15 "$limit" "$root/benchmarks/gpu_all.sh" --stage "$stage" 2>&1 |
-        tee -a "$OUT/log.txt"
-    code=${PIPESTATUS[0]}
+    timeout --signal=INT --kill-after="$GRACE" "$limit" "$root/benchmarks/gpu_all.sh" --stage "$stage" \
+        > >(trap '' INT && tee -a "$OUT/log.txt") 2>&1 &
+    job=$!
+    wait "$job"
+    code=$?
+    if [[ $interrupted -eq 1 ]]; then # the trap ended the first wait
+        wait "$job"
+        code=130
+    fi
+    job=0
     case $code in
         0) outcome=ok ;;
         124 | 137) outcome="OUT OF TIME" ;;
+        130) outcome=INTERRUPTED ;;
         *) outcome=FAILED ;;
     esac
     [[ $code -eq 0 ]] || failures=1
-    printf '%-17s %-12s exit code %3d  %4d s of %d\n' "$stage" "$outcome" "$code" $((SECONDS - start)) "$limit" \
+    printf '%-17s %-12s exit code %3d  %4d s of %s\n' "$stage" "$outcome" "$code" $((SECONDS - start)) "$limit" \
         >>"$OUT/summary.txt"
     [[ ${PACK:-} == 1 ]] && tar -czf "$OUT/results.tar.gz" -C "$results" .
 done
+wait # for the last of the output
 echo "=== summary"
 cat "$OUT/summary.txt"
+[[ $interrupted -eq 0 ]] || exit 130
 exit "$failures"

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -415,12 +417,25 @@ def test_statistics():
     assert common.paired_ratio([2.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
 
 
-def run_gpu_all(folder: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess:
+def start_gpu_all(folder: Path, *stages: str, **environment: str) -> subprocess.Popen:
     """benchmarks/gpu_all.sh on the CPU."""
     variables = {**os.environ, "DEVICE": "cpu", "PYTHON": sys.executable, "OUT": str(folder), **environment}
     variables["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
     command = ["bash", str(BENCHMARKS / "gpu_all.sh"), *stages]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, cwd=folder.parent, timeout=300)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    # A process that was started in the background ignores Ctrl-C, and hands that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, env=variables, text=True, cwd=folder.parent, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_gpu_all(folder: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess:
+    """The same, to its end."""
+    script = start_gpu_all(folder, *stages, **environment)
+    stdout, stderr = script.communicate(timeout=300)
+    return subprocess.CompletedProcess(script.args, script.returncode, stdout, stderr)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
@@ -469,8 +484,40 @@ def test_gpu_all_fits_two_commands(tmp_path, command, stages):
     assert len(list(out.iterdir())) <= 8
     with tarfile.open(out / "results.tar.gz") as packed:
         assert {Path(name).name for name in packed.getnames()} >= {"a.csv", "a.json", "a.md"}
+    assert json.loads((out / "failed.json").read_text()) == {}
     if command == "second":
         assert "--tool racecheck --kernel-name kns=mapsurgery" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+@pytest.mark.parametrize("what", ["a stage that hangs", "Ctrl-C", "no time left"])
+def test_gpu_all_ends_in_time(tmp_path, what):
+    """What hangs is ended, Ctrl-C ends everything, and the stages share one total; each is told in the summary."""
+    hang = "#!/usr/bin/env bash\ntrap 'echo asked to stop; exit 7' INT\necho started\nwhile true; do sleep 0.1; done\n"
+    (tmp_path / "python").write_text(hang)
+    (tmp_path / "python").chmod(0o755)
+    settings = {
+        "a stage that hangs": {"LIMIT_info": "1", "LIMIT_fuzz": "1"},
+        "Ctrl-C": {},
+        "no time left": {"TOTAL": "10"},  # less than a stage that hangs may take to end
+    }[what]
+    out = tmp_path / "out"
+    script = start_gpu_all(out, "info", "fuzz", PYTHON=str(tmp_path / "python"), **settings)
+    if what == "Ctrl-C":
+        while not (out / "log.txt").exists() or "started" not in (out / "log.txt").read_text():
+            time.sleep(0.05)
+        script.send_signal(signal.SIGINT)
+    printed, _ = script.communicate(timeout=60)
+    outcomes = {
+        "a stage that hangs": ["info OUT OF TIME exit code 124", "fuzz OUT OF TIME exit code 124"],
+        "Ctrl-C": ["info INTERRUPTED exit code 130", "fuzz NOT RUN"],
+        "no time left": ["info NOT RUN", "fuzz NOT RUN"],
+    }[what]
+    summary = (out / "summary.txt").read_text()
+    assert printed.endswith(summary) and script.returncode == (130 if what == "Ctrl-C" else 1)
+    for line, outcome in zip(summary.splitlines(), outcomes, strict=True):
+        assert " ".join(line.split()).startswith(outcome)
+    assert printed.count("asked to stop") == {"a stage that hangs": 2, "Ctrl-C": 1, "no time left": 0}[what]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")

@@ -4,6 +4,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <cmath>
+
 #include "common/aten.h"
 #include "common/effective_weight.h"
 #include "common/factor_grads.h"
@@ -18,6 +20,20 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   struct Guard {
     explicit Guard(const Tensor&) {}
   };
+
+  // As in aten.h. Small products of torch 2.14 forget a factor of NaN, which would hide that a training diverged.
+  static void addmm(Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
+    Aten::addmm(out, self, a, b, beta, alpha);
+    fill_if_nan(out, beta + alpha);
+  }
+  static void baddbmm_(Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
+    if (alpha == 0) {  // in half precision it then forgets beta, too, but not for products of nothing
+      Aten::baddbmm_(out, columns_of(a, 0), rows_of(b, 0), beta, 1);
+    } else {
+      Aten::baddbmm_(out, a, b, beta, alpha);
+    }
+    fill_if_nan(out, beta + alpha);
+  }
 
   // lowrank_norm.cpp
   static std::tuple<Tensor, Tensor, Tensor> map_scales(const Tensor& A, const Tensor& B, const Tensor& alpha,
@@ -111,8 +127,6 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
       thin::expand_each_(std::nullopt, out, keep_factor, matrix_of(a, 0), s_d, b);
     } else if (is_one_of_rows(out) && thin::handles(rows_of_one(out), a.size(2))) {
       thin::expand_(rows_of_one(out), keep_factor, rows_of_one(b), s_d, transposed(matrix_of(a, 0)));
-    } else if (s_d == 0) {  // torch 2.14 then ignores keep_factor in half precision, but not for products of nothing
-      baddbmm_(out, columns_of(a, 0), rows_of(b, 0), keep_factor, 1);
     } else {
       baddbmm_(out, a, b, keep_factor, s_d);
     }
@@ -156,6 +170,9 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // A batch (1, C, L) that is (L, C) in memory: channels last.
   static bool is_one_of_rows(const Tensor& t) { return t.size(0) == 1 && t.stride(1) == 1; }
   static Tensor rows_of_one(const Tensor& t) { return transposed(matrix_of(t, 0)); }
+  static void fill_if_nan(Tensor& out, double factor) {
+    if (std::isnan(factor)) torch::stable::fill_(out, factor);
+  }
   // The first rows or columns of each matrix of a batch.
   static Tensor rows_of(const Tensor& t, int64_t count) {
     return view(t, {t.size(0), count, t.size(2)}, strides_of(t));

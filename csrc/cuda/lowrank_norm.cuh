@@ -133,12 +133,13 @@ __global__ void __launch_bounds__(kThreads) small_kernel(const __grid_constant__
     int i = 0, j = threadIdx.x;
     while (j >= kSmallRank - i) j -= kSmallRank - i++;
     j += i;
+    const bool exists = j < layer.rank;  // beyond it zeros were multiplied, and infinity times 0 is NaN
     acc_t a = 0, b = 0;
-    for (int share = 0; share < kShares; ++share) {
+    for (int share = 0; exists && share < kShares; ++share) {
       a += shares[threadIdx.x][share];
       b += shares[kPairs + threadIdx.x][share];
     }
-    if (j < layer.rank) {
+    if (exists) {
       layer.gram_a[i * layer.rank + j] = layer.gram_a[j * layer.rank + i] = a;
       layer.gram_b[i * layer.rank + j] = layer.gram_b[j * layer.rank + i] = b;
     }

@@ -336,11 +336,25 @@ def _conv_with(
         y, h = _conv(x, W.reshape(weight.shape), *conv), x.new_empty(0)
     else:
         s_w, s_d = scales[S_W].to(x.dtype), scales[S_D].to(x.dtype)
-        h = _conv(x, _down(A.to(x.dtype), weight, groups), *conv)
+        h = _ordered(_conv(x, _down(A.to(x.dtype), weight, groups), *conv), x, weight, conv)
         ones, zeros = [1] * spatial, [0] * spatial
         y = s_w * _conv(x, weight.to(x.dtype), *conv)
         y = y + _conv(s_d * h, _up(B.to(x.dtype), spatial), ones, zeros, ones, groups)
     return (y if bias is None else y + _channels(bias.to(x.dtype), spatial)), h
+
+
+def _ordered(h: Tensor, x: Tensor, weight: Tensor, conv) -> Tensor:
+    """h as the native kernels leave it in memory: a 1x1 convolution, a product for each sample, keeps the order of x.
+
+    Traced graphs are planned for these strides, and torch.convolution chooses others for some inputs.
+    """
+    stride, padding, _, groups = conv
+    if groups != 1 or any(size != 1 for size in weight.shape[2:]) or any(padding):
+        return h
+    read = x[(..., *(slice(None, None, step) for step in stride))]
+    if not read.is_contiguous() and read.stride(1) == 1 and read.shape[1] > 1:
+        return h.movedim(1, -1).contiguous().movedim(-1, 1)
+    return h.contiguous()
 
 
 def map_conv_given(
