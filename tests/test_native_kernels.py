@@ -325,6 +325,50 @@ def test_products_with_thin_matrices_in_convolutions(device, dtype, rank, stride
     check_conv(x, weight, None, args, ([stride] * 2, [0] * 2, [1] * 2, 1, False))
 
 
+@pytest.mark.parametrize("K, m", [(3, 34000), (34000, 3)])
+def test_a_wide_layer_of_many_rows(device, K, m):
+    """More blocks along the columns than a GPU runs at once: each goes through several tiles of rows."""
+    weight, x = torch.randn(m, K, device=device), torch.randn(300, K, device=device)
+    check_linear(x, weight, None, adapter(m, K, 2, weight, torch.float32, tau=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [8, 16])
+def test_rows_at_an_odd_address(device, dtype, rank):
+    """Of a width that could be read in wide accesses, if it did not start between two of them."""
+    weight = torch.randn(64, 128, device=device).to(dtype)
+    x = torch.randn(40 * 128 + 1, device=device).to(dtype)[1:].view(40, 128)
+    check_linear(x, weight, None, adapter(64, 128, rank, weight, torch.float32))
+
+
+@pytest.mark.parametrize("rank", [3, 8, 16, 33])
+def test_h_of_any_strides(device, rank):
+    """As torch.compile may keep it."""
+    weight, x = torch.randn(64, 128, device=device), torch.randn(40, 128, device=device)
+    args = adapter(64, 128, rank, weight, torch.float32)
+    y, h, *saved = ops.map_linear(x, weight, None, *args)
+    want = ops.map_linear_backward(y, x, h, weight, *args[:2], *saved, *ALL_NEEDED)
+    got = ops.map_linear_backward(y, x, strided(h, "sliced"), weight, *args[:2], *saved, *ALL_NEEDED)
+    assert_all_close(got, [exact(grad) for grad in want], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [2, 8, 17])
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_magnitude_that_is_nan_shows_in_every_output(device, dtype, rank, name):
+    """However few the rows: torch's small products on a CPU forget a factor of NaN."""
+    weight, place = torch.randn(12, 10, device=device).to(dtype), {"alpha": 2, "beta": 3}[name]
+    args = list(adapter(12, 10, rank, weight, factor_dtype(dtype)))
+    args[place] = args[place] * float("nan")
+    kernel, conv = weight.reshape(12, 10, 1, 1), ([1, 1], [0, 0], [1, 1], 1, False)
+    for rows in (1, 2, 5, 40):
+        x = torch.randn(rows, 10, device=device).to(dtype)
+        y, h, *saved = ops.map_linear(x, weight, None, *args)
+        dx = ops.map_linear_backward(torch.ones_like(y), x, h, weight, *args[:2], *saved, *ALL_NEEDED)[0]
+        assert y.isnan().all() and dx.isnan().all()
+        assert ops.map_conv(x[:, :, None, None], kernel, None, *args, *conv)[0].isnan().all()
+
+
 @pytest.mark.parametrize("T", [4, 40])
 def test_rank_0_is_the_base_alone(device, T):
     weight, x = torch.randn(6, 5, device=device), torch.randn(T, 5, device=device)
@@ -521,15 +565,23 @@ def test_gradients_of_any_layout_through_a_pointwise_convolution(device, layout,
 
 
 @pytest.mark.parametrize("weight_space", [True, False])
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("channels_last", ["x", "weight", "x and weight", "neither"])
-def test_traced_convolutions_have_the_strides_of_real_ones(device, weight_space, kernel, channels_last):
+@pytest.mark.parametrize("kernel_stride", [(1, 1), (1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("order", ["x", "weight", "x and weight", "neither", "x outermost last"])
+def test_traced_convolutions_have_the_strides_of_real_ones(device, weight_space, kernel_stride, spatial, order):
     """A compiled graph is planned for the strides of fake tensors, and what comes next reads with them."""
-    x, weight = torch.randn(2, 6, 9, 8, device=device), torch.randn(8, 6, kernel, kernel, device=device)
-    x = x.contiguous(memory_format=torch.channels_last) if "x" in channels_last.split() else x
-    weight = weight.contiguous(memory_format=torch.channels_last) if "weight" in channels_last else weight
-    args = adapter(8, 6 * kernel**2, 3, weight, torch.float32, tau=0.1)
-    conv = ([1, 1], [kernel // 2] * 2, [1, 1], 1, weight_space)
+
+    def channels_last(t: Tensor) -> Tensor:
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    kernel, stride = kernel_stride
+    x = torch.randn(2, 6, *[9, 8, 7][:spatial], device=device)
+    weight = torch.randn(8, 6, *[kernel] * spatial, device=device)
+    x = channels_last(x) if "x" in order.split("and")[0].split() else x
+    x = x.movedim(0, -1).contiguous().movedim(-1, 0) if order == "x outermost last" else x
+    weight = channels_last(weight) if "weight" in order else weight
+    args = adapter(8, 6 * kernel**spatial, 3, weight, torch.float32, tau=0.1)
+    conv = ([stride] * spatial, [kernel // 2] * spatial, [1] * spatial, 1, weight_space)
 
     def run(x, weight, args):
         y, h, *saved = ops.map_conv(x, weight, None, *args, *conv)

@@ -60,9 +60,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
   const auto column = [&](int v) { return aligned ? lane * kWide + v : v * kLanes + lane; };
   const int columns = static_cast<int>(min(static_cast<int64_t>(kTile), e.columns - first));  // of the block
 
-  // A factor of 0 drops what it meets, infinities as well.
   const acc_t keep = e.scales.template load<acc_t>(e.keep), s_d = e.scales.template load<acc_t>(S_D);
-  const bool sums = e.x != nullptr, keeps = e.reads && keep != 0, updates = s_d != 0;
+  const bool sums = e.x != nullptr, keeps = e.reads && keep != 0;  // BLAS drops what meets 0
 
   // s_d times the block's part of the right factor, and the bias as one row more; then each thread's own part of them.
   __shared__ acc_t tile[R + 1][kTile + 4];                             // + 4: no bank conflicts
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
       const int row = k / R, j = k % R;
       const int64_t at = (start + row) * e.rank + j;
       const acc_t value = j < e.rank ? static_cast<acc_t>(e.left[at]) : acc_t(0);
-      left[row][j] = updates ? value : acc_t(0);
+      left[row][j] = value;
       if (sums && blockIdx.x == 0 && j < e.rank) with_h += value * static_cast<acc_t>(e.h[at]);
     }
     __syncthreads();

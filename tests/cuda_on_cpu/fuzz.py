@@ -91,8 +91,8 @@ class Case:
         return self.rng.choice([*(edge for edge in edges if edge <= most), self.rng.randint(1, most)])
 
     def rank(self) -> int:
-        edges = [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65, 96, 128, 200, 256, 257, 300]
-        return self.rng.choice([*edges, self.rng.randint(1, 64)])
+        edges = [17, 31, 32, 33, 48, 64, 65, 96, 128, 200, 256, 257, 300]
+        return self.rng.randint(1, 17) if self.happens(0.6) else self.rng.choice([*edges, self.rng.randint(1, 64)])
 
     def normal(self, *shape: int, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
         made = torch.randn(shape, generator=self.generator, dtype=torch.float64) * factor
