@@ -79,7 +79,7 @@ struct Cuda : Aten<aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out, aoti_torch
       }
       return y;
     }
-    // The bias and the update come first, and the large product is added to them: the sum is rounded once.
+    // The bias and the update come first: of the sum, what the large product adds is rounded once.
     Tensor y = empty({x.size(0), W.size(1)}, dtype, x);
     if (expands(y, h.size(1))) {
       expand_(y, ONE, false, h, B, bias, scales);
