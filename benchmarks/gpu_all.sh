@@ -19,7 +19,8 @@
 #   OUT              output folder (default benchmarks/results)
 #   PACK=1           results in one file, results.tar.gz
 #   PYTHON           interpreter with torch (default python3); a relative path starts at the repository
-#   PREBUILT=1       use the libraries that lie in mapsurgery/, built elsewhere, if they work
+#   PREBUILT=1       use the libraries that lie in mapsurgery/, built elsewhere, if they work (the C++ example's tests
+#                    need mapsurgery/share beside them)
 #   FAILED           failed.json of another run, for the stage `failed` (default: the last run's here)
 #   DEVICE           cuda (default), or cpu to try the script out on tiny shapes
 #   LIMIT_<stage>    seconds for a stage, as in LIMIT_train=300
