@@ -33,7 +33,7 @@ OUT=$(realpath -m "${OUT:-$root/benchmarks/results}")
 [[ -n ${FAILED:-} ]] && FAILED=$(realpath -m "$FAILED")
 cd "$root" || exit 2
 
-export OUT FAILED=${FAILED:-}
+export OUT
 export PYTHON=${PYTHON:-python3}
 export DEVICE=${DEVICE:-cuda}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -101,11 +101,7 @@ kernels() {
 }
 
 failed() {
-    local cache=.pytest_cache/v/cache
-    if [[ -n $FAILED ]]; then
-        mkdir -p "$cache" && cp "$FAILED" "$cache/lastfailed" || return
-    fi
-    if ! grep -qs true "$cache/lastfailed"; then
+    if ! grep -qs true .pytest_cache/v/cache/lastfailed; then
         echo "no test failed before"
         return
     fi
@@ -250,9 +246,9 @@ for name in "$@"; do
     esac
 done
 TOTAL=${TOTAL:-$total} # 0: no limit
-if [[ -n $FAILED && ! -f $FAILED ]]; then
-    echo "FAILED: there is no file $FAILED" >&2
-    exit 2
+if [[ -n ${FAILED:-} ]]; then # taken over first: it may lie in OUT, which starts anew
+    [[ -f $FAILED ]] || { echo "FAILED: there is no file $FAILED" >&2; exit 2; }
+    mkdir -p .pytest_cache/v/cache && cp "$FAILED" .pytest_cache/v/cache/lastfailed || exit 2
 fi
 
 mkdir -p "$OUT" || exit 2

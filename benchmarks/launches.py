@@ -64,6 +64,7 @@ NOTES = (
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Profiles every method on every layer, one after the other."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)

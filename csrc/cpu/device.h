@@ -24,7 +24,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // As in aten.h. Small products of torch 2.14 forget a factor of NaN, which would hide that a training diverged.
   static void addmm(Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
     Aten::addmm(out, self, a, b, beta, alpha);
-    fill_if_nan(out, beta + alpha);
+    fill_if_nan(out, beta, alpha);
   }
   static void baddbmm_(Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
     if (alpha == 0) {  // in half precision it then forgets beta, too, but not for products of nothing
@@ -32,7 +32,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     } else {
       Aten::baddbmm_(out, a, b, beta, alpha);
     }
-    fill_if_nan(out, beta + alpha);
+    fill_if_nan(out, beta, alpha);
   }
 
   // lowrank_norm.cpp
@@ -170,8 +170,8 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // A batch (1, C, L) that is (L, C) in memory: channels last.
   static bool is_one_of_rows(const Tensor& t) { return t.size(0) == 1 && t.stride(1) == 1; }
   static Tensor rows_of_one(const Tensor& t) { return transposed(matrix_of(t, 0)); }
-  static void fill_if_nan(Tensor& out, double factor) {
-    if (std::isnan(factor)) torch::stable::fill_(out, factor);
+  static void fill_if_nan(Tensor& out, double beta, double alpha) {
+    if (std::isnan(beta) || std::isnan(alpha)) torch::stable::fill_(out, std::nan(""));
   }
   // The first rows or columns of each matrix of a batch.
   static Tensor rows_of(const Tensor& t, int64_t count) {

@@ -43,11 +43,6 @@ struct Pair {
 template <class T, class U>
 using common_acc_t = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<U, double>, double, float>;
 
-template <class T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 // out = scale in; in and out may be the same.
 template <class T>
 __global__ void scale_kernel(const T* in, T* out, int64_t n, Numbers scales, int index) {

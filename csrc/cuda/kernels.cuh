@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/scales.h"
 #include "common/tensor.h"
@@ -16,6 +17,11 @@ inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
 }
 
 // Blocks for n items, `per_block` each; kernels loop, so that a bounded number serves any n.
@@ -66,33 +72,14 @@ struct Numbers {
 
   template <class acc_t>
   __device__ acc_t load(int64_t i) const {
-    switch (kind) {
-      case Kind::kDouble:
-        return static_cast<acc_t>(static_cast<const double*>(data)[i]);
-      case Kind::kBFloat16:
-        return static_cast<acc_t>(static_cast<float>(static_cast<const BFloat16*>(data)[i]));
-      case Kind::kHalf:
-        return static_cast<acc_t>(static_cast<float>(static_cast<const Half*>(data)[i]));
-      default:
-        return static_cast<acc_t>(static_cast<const float*>(data)[i]);
-    }
+    acc_t value = 0;
+    typed([&](const auto* numbers) { value = static_cast<acc_t>(numbers[i]); });
+    return value;
   }
 
   template <class acc_t>
   __device__ void store(int64_t i, acc_t value) const {
-    switch (kind) {
-      case Kind::kDouble:
-        static_cast<double*>(data)[i] = static_cast<double>(value);
-        break;
-      case Kind::kBFloat16:
-        static_cast<BFloat16*>(data)[i] = static_cast<BFloat16>(static_cast<float>(value));
-        break;
-      case Kind::kHalf:
-        static_cast<Half*>(data)[i] = static_cast<Half>(static_cast<float>(value));
-        break;
-      default:
-        static_cast<float*>(data)[i] = static_cast<float>(value);
-    }
+    typed([&](auto* numbers) { numbers[i] = static_cast<std::remove_pointer_t<decltype(numbers)>>(value); });
   }
 };
 

@@ -18,11 +18,6 @@ constexpr int64_t kMostGramBlocks = 512;
 constexpr unsigned kMostReduceBlocks = 64;
 constexpr int64_t kSmallLength = 24 * 1024;  // of both factors: beyond it, several blocks are quicker than one
 
-template <class acc_t>
-acc_t* data_of(const Tensor& t) {
-  return static_cast<acc_t*>(t.data_ptr());
-}
-
 struct Slices {
   int64_t size, count;
 

@@ -2,6 +2,8 @@
 // an activation instead of two or three, and one launch for all gradients of the factors. The factors are read in their
 // own dtype: nothing is cast beforehand, and s_d h, which can overflow float16, is never stored.
 
+#include <type_traits>
+
 #include "cuda/device.h"
 #include "cuda/kernels.cuh"
 #include "cuda/launch.cuh"
@@ -38,16 +40,34 @@ struct Expansion {
   T* out;
   const T* left;  // (rows, rank), contiguous
   Matrix right;   // (rank, columns)
-  Numbers bias;
-  int64_t bias_stride;
-  int64_t rows, columns, tile_rows;
-  int rank;
   Numbers scales;
+  int64_t rows, columns, tile_rows = 0;
+  int rank;
   ScaleIndex keep;
-  bool reads, writes;  // whether out holds numbers, and whether it gets new ones
-  const T *x, *h;      // like out and left; null: no sums
-  double* sums;        // those of each block: <x, out>, then <left, h>
+  bool reads = true, writes = true;  // whether out holds numbers, and whether it gets new ones
+  Numbers bias;
+  int64_t bias_stride = 0;
+  const T *x = nullptr, *h = nullptr;  // like out and left; null: no sums
+  double* sums = nullptr;              // those of each block: <x, out>, then <left, h>
+
+  Expansion(const Tensor& out, const Tensor& left, const Tensor& right, const Tensor& scales, ScaleIndex keep)
+      : out(data_of<T>(out)),
+        left(data_of<const T>(left)),
+        right(right),
+        scales(scales),
+        rows(out.size(0)),
+        columns(out.size(1)),
+        rank(static_cast<int>(right.size(0))),
+        keep(keep) {}
 };
+
+constexpr int kFewRanks = 8, kMostRanks = 16;
+
+// Calls f with the number of ranks that a kernel is built for, as a constant.
+template <class F>
+auto dispatch_rank(int64_t rank, F&& f) {
+  return rank <= kFewRanks ? f(std::integral_constant<int, kFewRanks>()) : f(std::integral_constant<int, kMostRanks>());
+}
 
 // aligned: the columns of a thread are one access of out and of x.
 template <class T, int R, bool aligned>
@@ -168,36 +188,30 @@ bool fits(const T* data, int64_t length, size_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % bytes == 0 && length * sizeof(T) % bytes == 0;
 }
 
-template <class T, int R>
-void launch_expand(const Expansion<T>& e, dim3 grid, cudaStream_t stream) {
-  constexpr size_t bytes = kColumns<T, R> * sizeof(T);
-  if (fits(e.out, e.columns, bytes) && (e.x == nullptr || fits(e.x, e.columns, bytes))) {
-    launch<expand_kernel<T, R, true>>(grid, kThreads, stream, e);
-  } else {
-    launch<expand_kernel<T, R, false>>(grid, kThreads, stream, e);
-  }
-}
-
 // Runs an expansion; where it sums, returns the blocks' sums (blocks, 2).
 template <class T>
 Tensor expand(Expansion<T> e, const Tensor& like) {
-  const int64_t wide = kLanes * (e.rank <= 8 ? kColumns<T, 8> : kColumns<T, 16>);
-  const int64_t x = (e.columns + wide - 1) / wide, most = std::max<int64_t>(1, kBlocks / x);
-  // Tiles as large as fit, but so that all blocks have rows.
-  const int64_t share = (e.rows + most - 1) / most;
-  e.tile_rows = std::min(kMostTileRows, (share + kPass - 1) / kPass * kPass);
-  const dim3 grid(static_cast<unsigned>(x), blocks_for(e.rows, e.tile_rows, most));
-  Tensor sums;
-  if (e.x != nullptr) {
-    sums = empty({static_cast<int64_t>(grid.x) * grid.y, 2}, ScalarType::Double, like);
-    e.sums = static_cast<double*>(sums.data_ptr());
-  }
-  if (e.rank <= 8) {
-    launch_expand<T, 8>(e, grid, current_stream(like));
-  } else {
-    launch_expand<T, 16>(e, grid, current_stream(like));
-  }
-  return sums;
+  return dispatch_rank(e.rank, [&](auto R) {
+    constexpr int kRanks = decltype(R)::value;
+    constexpr int64_t wide = kLanes * kColumns<T, kRanks>;
+    const int64_t x = (e.columns + wide - 1) / wide, most = std::max<int64_t>(1, kBlocks / x);
+    // Tiles as large as fit, but so that all blocks have rows.
+    const int64_t share = (e.rows + most - 1) / most;
+    e.tile_rows = std::min(kMostTileRows, (share + kPass - 1) / kPass * kPass);
+    const dim3 grid(static_cast<unsigned>(x), blocks_for(e.rows, e.tile_rows, most));
+    Tensor sums;
+    if (e.x != nullptr) {
+      sums = empty({static_cast<int64_t>(grid.x) * grid.y, 2}, ScalarType::Double, like);
+      e.sums = data_of<double>(sums);
+    }
+    constexpr size_t bytes = kColumns<T, kRanks> * sizeof(T);
+    if (fits(e.out, e.columns, bytes) && (e.x == nullptr || fits(e.x, e.columns, bytes))) {
+      launch<expand_kernel<T, kRanks, true>>(grid, kThreads, current_stream(like), e);
+    } else {
+      launch<expand_kernel<T, kRanks, false>>(grid, kThreads, current_stream(like), e);
+    }
+    return sums;
+  });
 }
 
 // Gradients of the factors with what the norm adds, s_d dA - c RADIAL gram_b A and s_d dB - c RADIAL B gram_a, and of
@@ -208,10 +222,25 @@ struct Gradients {
   Numbers out_A, out_B;  // contiguous
   int64_t K, m;
   int rank;
-  const acc_t *gram_a, *gram_b, *scales, *value;
-  const double* sums;
-  int64_t blocks;
-  acc_t *dalpha, *dbeta;  // null: not needed, or known
+  const acc_t *gram_a, *gram_b, *scales;
+  const acc_t* value = nullptr;
+  const double* sums = nullptr;
+  int64_t blocks = 0;
+  acc_t *dalpha = nullptr, *dbeta = nullptr;  // of the sums; null: not needed
+
+  Gradients(const Tensor& dA, const Tensor& dB, const Saved& saved, const FactorGrads& grads)
+      : dA(dA),
+        dB(dB),
+        A(saved.A),
+        B(saved.B),
+        out_A(grads.A),
+        out_B(grads.B),
+        K(saved.A.size(1)),
+        m(saved.B.size(0)),
+        rank(static_cast<int>(saved.rank())),
+        gram_a(data_of<acc_t>(saved.gram_a)),
+        gram_b(data_of<acc_t>(saved.gram_b)),
+        scales(data_of<acc_t>(saved.scales)) {}
 };
 
 // Each thread takes a column of A, or a row of B.
@@ -288,37 +317,26 @@ LowRankGrads gradients(const Tensor& dA, const Tensor& dB, const Dot* c, const T
   if (need_alpha) grads.alpha = empty({1}, acc, scales);
   dispatch_accumulate(acc, [&](auto type) {
     using acc_t = typename decltype(type)::type;
-    const auto data = [](const Tensor& t) { return static_cast<acc_t*>(t.data_ptr()); };
-    const Gradients<acc_t> g{Matrix(dA),
-                             Matrix(dB),
-                             Matrix(A),
-                             Matrix(B),
-                             Numbers(grads.factors.A),
-                             Numbers(grads.factors.B),
-                             A.size(1),
-                             B.size(0),
-                             static_cast<int>(A.size(0)),
-                             data(saved.gram_a),
-                             data(saved.gram_b),
-                             data(scales),
-                             c != nullptr ? data(c->value) : nullptr,
-                             sums != nullptr ? static_cast<const double*>(sums->data_ptr()) : nullptr,
-                             sums != nullptr ? sums->size(0) : 0,
-                             need_alpha ? data(grads.alpha) : nullptr,
-                             data(grads.factors.beta)};
+    Gradients<acc_t> g(dA, dB, saved, grads.factors);
+    if (c != nullptr) {
+      g.value = data_of<acc_t>(c->value);
+    } else {
+      g.sums = data_of<double>(*sums);
+      g.blocks = sums->size(0);
+      g.dbeta = data_of<acc_t>(grads.factors.beta);
+      if (need_alpha) g.dalpha = data_of<acc_t>(grads.alpha);
+    }
     const auto blocks = [](int64_t n) { return static_cast<unsigned>((n + kThreads - 1) / kThreads); };
     const unsigned grid = blocks(g.K) + blocks(g.m);
     if (grid == 0) return;
-    if (g.rank <= 8) {
-      launch<gradients_kernel<acc_t, 8>>(grid, kThreads, current_stream(A), g);
-    } else {
-      launch<gradients_kernel<acc_t, 16>>(grid, kThreads, current_stream(A), g);
-    }
+    dispatch_rank(g.rank, [&](auto R) {
+      launch<gradients_kernel<acc_t, decltype(R)::value>>(grid, kThreads, current_stream(A), g);
+    });
   });
   return grads;
 }
 
-bool is_thin(int64_t rank) { return rank >= 1 && rank <= 16; }
+bool is_thin(int64_t rank) { return rank >= 1 && rank <= kMostRanks; }
 
 }  // namespace
 
@@ -328,11 +346,13 @@ void Cuda::expand_(const Tensor& out, ScaleIndex keep, bool reads, const Tensor&
                    const std::optional<Tensor>& bias, const Tensor& scales) {
   const Tensor rows = as_contiguous(left);
   dispatch_floating(out.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    expand<T>({static_cast<T*>(out.data_ptr()), static_cast<const T*>(rows.data_ptr()), Matrix(right),
-               bias ? Numbers(*bias) : Numbers(), bias ? bias->stride(0) : 0, out.size(0), out.size(1), 0,
-               static_cast<int>(right.size(0)), Numbers(scales), keep, reads, true, nullptr, nullptr, nullptr},
-              out);
+    Expansion<typename decltype(type)::type> e(out, rows, right, scales, keep);
+    e.reads = reads;
+    if (bias) {
+      e.bias = Numbers(*bias);
+      e.bias_stride = bias->stride(0);
+    }
+    expand(e, out);
   });
 }
 
@@ -345,11 +365,11 @@ LowRankGrads Cuda::down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB,
   const Tensor x = in_layout_of(X, GW), left = as_contiguous(GB), h = as_contiguous(H);
   const Tensor sums = dispatch_floating(GW.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
-    return expand<T>(
-        {data(GW), data(left), Matrix(saved.A), Numbers(), 0, GW.size(0), GW.size(1), 0, static_cast<int>(saved.rank()),
-         Numbers(saved.scales), S_W, true, need_x, data(x), data(h), nullptr},
-        GW);
+    Expansion<T> e(GW, left, saved.A, saved.scales, S_W);
+    e.writes = need_x;
+    e.x = data_of<const T>(x);
+    e.h = data_of<const T>(h);
+    return expand(e, GW);
   });
   return gradients(dA, dB, nullptr, &sums, saved, need_alpha);
 }
