@@ -351,7 +351,9 @@ def _ordered(h: Tensor, x: Tensor, weight: Tensor, conv) -> Tensor:
     stride, padding, _, groups = conv
     if groups != 1 or any(size != 1 for size in weight.shape[2:]) or any(padding):
         return h
-    read = x[(..., *(slice(None, None, step) for step in stride))]
+    read = x
+    for i, step in enumerate(stride):
+        read = read[(slice(None),) * (i + 2) + (slice(None, None, step),)]
     if not read.is_contiguous() and read.stride(1) == 1 and read.shape[1] > 1:
         return h.movedim(1, -1).contiguous().movedim(-1, 1)
     return h.contiguous()
