@@ -4,24 +4,28 @@ Models often read ``layer.weight.dtype`` or ``.shape`` and no more: that must no
 weight. A `LazyWeight` has the metadata and the place in the autograd graph from the start; the dispatcher hands every
 operation on it to ``__torch_dispatch__``, which puts W' itself in its place. Because autograd stands above that, no
 reader (a custom Function, a fused kernel of torch) can get W' without its gradient.
+
+W' is computed: what is written into it would be lost. So a write into it, or into a view of it, raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
-from . import stacked
-from .autograd import weight_gradients
-
-_ops = torch.ops.mapsurgery
+_LOST = (
+    "the weight of an adapted layer is computed (W'), what is written to it is lost. Write into the frozen weight, "
+    "`model.get_parameter(name)`, or call mapsurgery.merge or mapsurgery.unpatch first; to change a copy, .clone() it"
+)
 
 
 class LazyWeight(Tensor):
@@ -49,23 +53,34 @@ class LazyWeight(Tensor):
                 self._value = self._compute()
         return self._value
 
-    def _written(self, func: Any, args: Any, kwargs: Any) -> LazyWeight:
-        """An operation that writes into W', which is lost: right only if it changes no number (as RWKV's x / 1)."""
-        after = self.value().clone()
-        func(after, *args[1:], **kwargs)
-        if not torch.equal(after, self.value()):
-            raise RuntimeError(
-                f"{func}: the weight of an adapted layer is computed (W'), what is written to it is lost"
-            )
-        return self
-
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares its default as a static function
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        lazy = args[0] if func._schema.is_mutable and args and isinstance(args[0], LazyWeight) else None
-        args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs or {}))
-        return func(*args, **kwargs) if lazy is None else lazy._written(func, args, kwargs)
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            return _written(func, args, kwargs)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "meta":
+            args, kwargs = tree_map_only(LazyWeight, _on_meta, (args, kwargs))  # tools that offload W: no numbers needed
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map_only(Tensor, _guarded, result) if _is_view(func) else result
+
+    # Assignments past the dispatcher.
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise RuntimeError(f"`weight.data = ...`: {_LOST}")
+
+    def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
+        if requires_grad != self.requires_grad:
+            raise RuntimeError(f"`weight.requires_grad_({requires_grad})`: {_LOST}")
+        return self
 
     # What reads memory without an operation: kernels that take a pointer, other libraries.
     def data_ptr(self) -> int:
@@ -75,13 +90,15 @@ class LazyWeight(Tensor):
         return self.value().untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.value().numpy(force=force)
+        array = self.value().numpy(force=force)
+        array.flags.writeable = False
+        return array
 
     def tolist(self) -> Any:
         return self.value().tolist()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value().__dlpack__(*args, **kwargs)
+        raise BufferError(f"__dlpack__ hands out memory: {_LOST}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.value().__reduce_ex__(protocol)
@@ -93,118 +110,133 @@ class LazyWeight(Tensor):
         return repr(self.value())
 
 
-@dataclass(frozen=True)
-class _Definition:
-    """What a lazy weight computes, of tensors (weight as matrix or stack, A, B, alpha, beta, ||W||_F) and numbers."""
-
-    forward: Callable[..., tuple[Tensor, ...]]
-    gradients: Callable[..., tuple[Tensor | None, ...]]
-    flatten: int
-    """Dimension from which the weight is flattened to its matrix, or to each matrix of a stack."""
+def _is_view(func: Any) -> bool:
+    """Whether what an operation returns is in the memory of its input."""
+    return any(result.alias_info is not None for result in func._schema.returns)
 
 
-_TENSORS = 6
-_MATRIX = _Definition(
-    lambda *inputs: _ops.effective_weight.default(*inputs, None),  # None: in the dtype of the weight
-    lambda tensors, rest, saved, needs, grad: weight_gradients(tensors, (*rest, None), saved, (*needs, False), grad),
-    1,
-)
-_STACK = _Definition(stacked.forward, stacked.gradients, 2)
+def _guarded(view: Tensor) -> LazyWeight:
+    """A view of W', into which nothing can be written either."""
+    return LazyWeight(view, lambda: view)
 
 
-class _LazyFunction(torch.autograd.Function):
-    """W' with a closed-form backward, of which the forward waits."""
-
-    @staticmethod
-    def forward(ctx: Any, definition: _Definition, like: Tensor, transposed: bool, *inputs: Any) -> Tensor:
-        saved: list[Tensor] = []  # filled by the computation; the context must not hold the result itself
-        ctx.save_for_backward(*inputs[:_TENSORS])
-        ctx.definition, ctx.transposed, ctx.rest, ctx.saved = definition, transposed, inputs[_TENSORS:], saved
-        return _lazy(definition, like, transposed, inputs, saved)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        definition, tensors, rest = ctx.definition, ctx.saved_tensors, ctx.rest
-        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding with sparse=True
-        grad = grad.t() if ctx.transposed else grad.flatten(definition.flatten)
-        # Nothing is saved where nobody used the numbers of W'.
-        saved = ctx.saved or definition.forward(*tensors, *rest)[1:]
-        grads = definition.gradients(tensors, rest, saved, ctx.needs_input_grad[3:], grad)
-        return (None, None, None, *grads[: _TENSORS + len(rest)])
+def _on_meta(lazy: LazyWeight) -> Tensor:
+    return torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
 
 
-def _lazy(
-    definition: _Definition, like: Tensor, transposed: bool, inputs: tuple[Any, ...], saved: list[Tensor]
-) -> LazyWeight:
-    versions = _versions(inputs)
+def _written(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation that writes into its arguments; into W' only if it changes no number (as RWKV's x / 1)."""
+    copies: list[tuple[LazyWeight, Tensor]] = []
 
-    def compute() -> Tensor:
-        _refuse_changed(inputs, versions)
-        value, *rest = definition.forward(*inputs)
-        saved[:] = rest
-        value = value.t() if transposed else value.reshape(like.shape)
-        return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
+    def copied(lazy: LazyWeight) -> Tensor:
+        copies.append((lazy, lazy.value().clone()))
+        return copies[-1][1]
 
-    return LazyWeight(like.detach(), compute)
+    def plain(argument: Any, value: Any) -> Any:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        return tree_map_only(LazyWeight, copied if written else LazyWeight.value, value)
+
+    schema = func._schema.arguments
+    by_name = {argument.name: argument for argument in schema}
+    positional = [plain(argument, value) for argument, value in zip(schema, args, strict=False)]
+    result = func(*positional, **{name: plain(by_name[name], value) for name, value in kwargs.items()})
+    if not all(torch.equal(copy, lazy.value()) for lazy, copy in copies):
+        raise RuntimeError(f"{func}: {_LOST}")
+    originals = {id(copy): lazy for lazy, copy in copies}
+    return tree_map_only(Tensor, lambda t: originals.get(id(t), t), result)
 
 
-class _LazyResult(torch.autograd.Function):
-    """What a differentiable function of tensors computes, of which the forward waits; backward computes it anew."""
+class _Waiting(torch.autograd.Function):
+    """What a differentiable function of tensors computes, of which the forward waits.
+
+    The graph of the function is made when its value is, and holds what its operators save: not the value.
+    """
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], like: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.function = function
-        return _waiting(function, like, tensors)
+        ctx.function, ctx.needs = function, [t.requires_grad for t in tensors]
+        ctx.graph = graph = _Graph()
+        return _lazy(like, tensors, lambda: graph.run(function, tensors, ctx.needs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding with sparse=True
-        create_graph = torch.is_grad_enabled()
-        needs = ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            inputs = [
-                t if create_graph else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, needs, strict=True)
-            ]
-            result = ctx.function(*inputs)
-            wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(result, wanted, grad, create_graph=create_graph, allow_unused=True))
-        return (None, None, *(next(found) if need else None for need in needs))
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: gradients with a graph of their own
+            wanted = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
+            value = ctx.function(*tensors)
+            found = torch.autograd.grad(value, wanted, grad, create_graph=True, allow_unused=True)
+        else:
+            found = ctx.graph.gradients(ctx.function, tensors, ctx.needs, grad)
+        rest = iter(found)
+        return (None, None, *(next(rest) if need else None for need in ctx.needs))
 
 
-def _waiting(function: Callable[..., Tensor], like: Tensor, tensors: tuple[Tensor, ...]) -> LazyWeight:
+class _Graph:
+    """The graph of one computation: its root, and the leaves that its gradients are of."""
+
+    edge: GradientEdge | None = None
+    leaves: list[Tensor]
+
+    def run(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: list[bool]) -> Tensor:
+        """The value of the function, without a gradient."""
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+        with _autograd():
+            result = function(*inputs)
+        self.edge, self.leaves = get_gradient_edge(result), [t for t in inputs if t.requires_grad]
+        return result.detach()
+
+    def gradients(
+        self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: list[bool], grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if self.edge is None:  # nobody used the numbers of W'
+            self.run(function, tensors, needs)
+        # The graph is freed with the context: a second backward finds it.
+        return torch.autograd.grad([self.edge], self.leaves, [grad], retain_graph=True, allow_unused=True)
+
+
+_AUTOGRAD = DispatchKeySet(DispatchKey.ADInplaceOrView)
+for _key in (DispatchKey.AutogradFunctionality, DispatchKey.AutogradOther, DispatchKey.AutogradNestedTensor):
+    _AUTOGRAD = _AUTOGRAD | DispatchKeySet(_key)
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """A block with autograd, also where ``__torch_dispatch__`` runs, which is below it."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD), torch.enable_grad():
+        yield
+
+
+def _lazy(like: Tensor, tensors: tuple[Tensor, ...], function: Callable[[], Tensor]) -> LazyWeight:
     versions = _versions(tensors)
 
     def compute() -> Tensor:
-        _refuse_changed(tensors, versions)
-        value = function(*(t.detach() for t in tensors))
+        if _versions(tensors) != versions:
+            raise RuntimeError(
+                "the adapter or its base was changed in place after this `weight` was read and before it was used: "
+                "read it again, or use it (.clone()) before the change"
+            )
+        value = function()
         return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
     return LazyWeight(like.detach(), compute)
 
 
-def lazy_result(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """function(*tensors), computed when it is first read; differentiable by autograd of the function.
+def lazy(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), computed when it is first read; differentiable by the function's own autograd.
 
     Args: like has the shape, strides, dtype and device of the result.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _LazyResult.apply(function, like, *tensors)
-    return _waiting(function, like, tensors)
+        return _Waiting.apply(function, like, *tensors)
+    return _lazy(like, tensors, lambda: function(*(t.detach() for t in tensors)))
 
 
-def _refuse_changed(tensors: tuple[Any, ...], versions: list[int]) -> None:
-    if _versions(tensors) != versions:
-        raise RuntimeError(
-            "the adapter or its base was changed in place after this `weight` was read and before it was used: "
-            "read it again, or use it (.clone()) before the change"
-        )
-
-
-def _versions(inputs: tuple[Any, ...]) -> list[int]:
+def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
     """How often each tensor was changed in place; inference tensors do not count that."""
-    return [t._version for t in inputs if isinstance(t, Tensor) and not t.is_inference()]
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 def can_wait(weight: Tensor) -> bool:
@@ -217,16 +249,3 @@ def can_wait(weight: Tensor) -> bool:
         and _get_current_dispatch_mode() is None
         and type(weight) in (torch.nn.Parameter, Tensor)
     )
-
-
-def lazy_weight(weight: Tensor, transposed: bool, is_stack: bool, matrix: Tensor, *factors: Any) -> Tensor:
-    """W' in the layout of `weight`, computed when it is first read: `effective_weight`, or `stacked_weight`.
-
-    Args: weight of the layer, whose shape, strides and dtype W' has; transposed: it is the transpose of `matrix`;
-    matrix: (m, K), or with is_stack (E, m, K); factors: A, B, alpha, beta, weight_norm, tau, relative.
-    """
-    definition, inputs = _STACK if is_stack else _MATRIX, (matrix, *factors)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:_TENSORS]):
-        return _LazyFunction.apply(definition, weight, transposed, *inputs)
-    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
-    return _lazy(definition, weight, transposed, detached, [])

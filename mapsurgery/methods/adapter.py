@@ -1,4 +1,4 @@
-"""What every adapter is: the child module that holds a layer's frozen weight beside its own parameters."""
+"""What every adapter is: the child module of a layer that holds what is new, and is called with the frozen weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ..updates import Matrix, Update
 from .init import Init
 
 if TYPE_CHECKING:
-    from .given import GivenScales
     from .method import Method
 
 
@@ -53,32 +52,14 @@ def matrix_of(shape: Sequence[int], transposed: bool = False, stacked: bool = Fa
     return Matrix(m, K, (shape[0],) if stacked else (), kernel)
 
 
-def form_values(method: Method, update: Update, init: Init, rank: int) -> dict[str, float]:
-    """Numbers that say how an adapter's parameters are meant: adapters that differ in them cannot be exchanged."""
-    return {**method.form(init, rank), **update.form()}
-
-
-def same_form(own: dict[str, float], other: Sequence[float]) -> bool:
-    """Whether the numbers of another adapter are one's own, up to the rounding of float32."""
-    pairs = zip(own.values(), other, strict=False)
-    return len(own) == len(other) and all(abs(a - b) <= 1e-6 * abs(a) for a, b in pairs)
-
-
-def said_form(own: dict[str, float], values: Sequence[float]) -> str:
-    """The numbers of a form by their names, as far as these fit."""
-    names = list(own) if len(own) == len(values) else [f"number {i}" for i in range(len(values))]
-    return " ".join(f"{name}={value:.6g}" for name, value in zip(names, values, strict=True))
-
-
 class Adapter(nn.Module):
-    """A frozen weight W and the parameters that turn it into W'.
+    """The parameters that turn a frozen weight W into W'.
 
-    It knows nothing of models or layers: it holds the tensors, and computes W' and the products with W' that layers
-    need, by its method (how W and ΔW make W') and its update family (what ΔW is).
+    It knows nothing of models or layers, and holds no weight: the layer keeps W, and calls its adapter with it for the
+    products with W', which follow from the method (how W and ΔW make W') and the update family (what ΔW is).
 
     Args:
-        weight: (m, ...) with m outputs, or a stack (E, m, ...) of such. A Parameter is held, not copied; of any other
-            tensor (the result of a parametrisation) only shape and norm are taken, and every call is given its own.
+        weight: (m, ...) with m outputs, or a stack (E, m, ...) of such. Shape, dtype, device and norm are taken of it.
         method, update: how W' is made, and of what.
         rank: r, 1 <= r <= min(m, K), K the number of elements of weight by m.
         init: the start.
@@ -96,13 +77,13 @@ class Adapter(nn.Module):
         ValueError: the weight holds NaN or infinity, or the family cannot start from it.
 
     Attributes:
-        base_weight: the frozen weight, in the layer's own layout; None if it is computed anew for each call.
-        weight_norm: (1,) or (E,) buffer, ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on
-            meta.
+        weight_norm: (1,) or (E,), ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
+            No buffer: it is taken of the base, and is in no state_dict.
+        computed: W is the result of a parametrisation or hook, which each call computes anew, norm included.
         roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
         scaling: fixed factor of the update where the method has one, else 1.
-        watch: told of calls without autograd, where `surgery.gradient_source` put one.
-        given: inside `mapsurgery.reuse_norms`, the scales that calls take; else None.
+        watch: told of calls without autograd, where `surgery.cut_graphs` put one.
+        scales: inside `mapsurgery.reuse_norms`, what calls take instead of computing it; else None.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
     """
@@ -126,30 +107,24 @@ class Adapter(nn.Module):
         start: bool = True,
     ) -> None:
         super().__init__()
-        self.register_parameter("base_weight", weight if isinstance(weight, nn.Parameter) else None)
-        self.base_weight: nn.Parameter | None
-        self.shape, self.base_dtype = weight.shape, weight.dtype
+        self.shape = weight.shape
         self.method, self.update = method, update
         self.rank, self.init, self.dropout = rank, init, dropout
         self.transposed, self.stacked = transposed, stacked
         self.layer_name = name
         self.scaling = method.scaling(rank)
         self.enabled = True
-        self.given: GivenScales | None = None
+        self.scales: Any = None
         self.watch: Any = None
+        self.computed = not isinstance(weight, nn.Parameter)
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        norms = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
-        self.register_buffer("weight_norm", norms)
-        self.weight_norm: Tensor
-        # tau, relative and their like change what the parameters mean: a state_dict carries them, so that a mismatch is
-        # seen.
-        self.register_buffer("form", self._form(weight.device))
-        self.form: Tensor
+        self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
+        self._measured: tuple[Tensor, int] | None = None
         self._siblings = {} if siblings is None else siblings
         self._create({"device": weight.device, "dtype": dtype})
         if not self.pending:
-            self.take_norm(weight_norm, weight)
+            self.take_norm(weight, weight_norm)
             known = values or (lambda: self.matrix(weight.detach()))
             self.method.remember(self, known)
             self._start(known) if start else self._zero()
@@ -161,10 +136,8 @@ class Adapter(nn.Module):
         self._refuse_taken([*shapes, *own_shapes])
         for name, shape in shapes.items():
             value = torch.empty(shape, **place)
-            if name in self.update.frozen:
-                self.register_buffer(name, value)
-            else:
-                self.register_parameter(name, nn.Parameter(value))
+            # What is frozen is a Parameter too: tools treat buffers as statistics, and send them around in each forward.
+            self.register_parameter(name, nn.Parameter(value, requires_grad=name not in self.update.frozen))
         for name, shape in own_shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **place)))
         for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
@@ -194,55 +167,56 @@ class Adapter(nn.Module):
 
     # What layers call -------------------------------------------------------------------------------------------
 
-    def linear(self, x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
-        """x W'^T + bias; x (..., K), result (..., m). weight: W, where each call computes it."""
-        return self.method.linear(self, x, bias, *self.base(weight))
+    def forward(self, product: str, weight: Tensor | None, *args: Any) -> Tensor:
+        """A product with W', "linear", "conv", "embedding" or "around" of `Method`, or "effective_weight", W' itself.
 
-    def conv(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        """Convolution of x (N, C, *spatial) or (C, *spatial) with W'."""
-        return self.method.conv(self, x, bias, (stride, padding, dilation, groups), *self.base(weight))
+        W' is computed when it is first read, where that is possible (`ops.lazy`).
 
-    def embedding(self, ids: Tensor, padding_idx: int | None, weight: Tensor | None = None) -> Tensor:
-        """Rows of W' (m, K); ids (...), result (..., K). No gradient from rows at padding_idx."""
-        return self.method.embedding(self, ids, padding_idx, *self.base(weight))
-
-    def around(self, x: Tensor, output: Tensor, bias: Tensor | None, values: Callable[[], Tensor]) -> Tensor:
-        """x W'^T + bias, made of output (..., m) = x W^T + bias where a kernel of its own computes that; x (..., K).
-
-        Args: values: gives W (m, K), for methods that need its numbers.
+        Args:
+            weight: W in the layer's layout; None where a kernel of the layer's own holds it (around).
+            args: the product's other arguments.
         """
-        self.tell_watch()
-        return self.method.around(self, x, output, bias, values)
+        if self.watch is not None and not torch.is_grad_enabled():
+            self._tell_watch()
+        compute = getattr(self.method, product)
+        if weight is None:
+            return compute(self, *args, self.weight_norm)
+        norm = self.norm_of(weight)
+        if product == "effective_weight" and ops.can_wait(weight):
+            return self._when_read(weight, norm)
+        return compute(self, *args, weight, norm)
 
-    def effective_weight(self, weight: Tensor | None = None) -> Tensor:
-        """W' in the layout and dtype of the weight, differentiable."""
-        return self.method.effective_weight(self, *self.base(weight))
+    def _when_read(self, weight: Tensor, norm: Tensor) -> Tensor:
+        names = tuple(self.roles)
+        # What there is now: a tool may move the adapter's tensors away before W' is read.
+        now = self._holding({})
+
+        def compute(weight: Tensor, *values: Tensor) -> Tensor:
+            return self.method.effective_weight(now._holding(dict(zip(names, values, strict=True))), weight, norm)
+
+        return ops.lazy(weight, compute, weight, *(getattr(self, name) for name in names))
+
+    def _holding(self, tensors: dict[str, Tensor]) -> Adapter:
+        """The adapter with other tensors for its parameters: W' is computed of what autograd was given.
+
+        A shallow copy: other threads may be computing with the adapter itself.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.__dict__["_parameters"] = {n: t for n, t in self._parameters.items() if n not in tensors}
+        other.__dict__["_buffers"] = dict(self._buffers)
+        other.__dict__.update(tensors)
+        return other
 
     @torch.no_grad()
     def merge_into(self, weight: Tensor) -> None:
         """weight, holding W in the layer's layout, becomes W' in place."""
-        self.method.merge_into(self, weight, self._norm_for(weight))
+        self.method.merge_into(self, weight, self.norm_of(weight))
 
     @torch.no_grad()
     def unmerge_from(self, weight: Tensor) -> None:
         """weight, holding W' in the layer's layout, becomes W in place, up to the rounding of merging."""
-        self.method.unmerge_from(self, weight, self._norm_for(weight))
-
-    def _norm_for(self, weight: Tensor) -> Tensor:
-        return self.weight_norm if self.base_weight is not None else self.base(weight)[1]
-
-    def recoverable(self) -> bool:
-        """Whether W can be recovered from W'."""
-        return self.method.recoverable(self)
+        self.method.unmerge_from(self, weight, self.weight_norm)
 
     # What all share ---------------------------------------------------------------------------------------------
 
@@ -286,63 +260,93 @@ class Adapter(nn.Module):
         """The weight (or a tensor of its shape) as (m, K), a stack as (E, m, K): a view where strides allow."""
         return weight.t() if self.transposed else weight.flatten(2 if self.stacked else 1)
 
-    def tell_watch(self) -> None:
-        """The adapter runs."""
-        if self.watch is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    def _tell_watch(self) -> None:
+        """The adapter runs without autograd."""
+        if not torch.compiler.is_compiling():
             self.watch.saw(self)
 
-    def base(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """W and ||W||_F: the adapter's own, or those of a W that was computed for this call."""
-        if self.pending:
-            self.weight_arrived()
-        self.tell_watch()
-        held = self.base_weight
-        if held is not None and (weight is None or weight is held):
-            return held, self.weight_norm
-        assert weight is not None
-        # The model may have been cast since: a norm may be taken in a wider dtype only.
-        dtype = torch.promote_types(self.weight_norm.dtype, weight.dtype)
-        return weight, torch.linalg.vector_norm(weight.detach(), dtype=dtype).reshape(1)
+    # The norm of the base ---------------------------------------------------------------------------------------
 
-    def take_norm(self, norm: float | Sequence[float] | None = None, weight: Tensor | None = None) -> None:
+    def norm_of(self, weight: Tensor) -> Tensor:
+        """||W||_F of the W of a call, (1,) or (E,): the one that was measured, as long as W is what it was then.
+
+        That is seen by the Parameter's identity and torch's counter of writes; a graph holds what is known when it is
+        made. Where the norm of another Parameter differs by rounding alone (W was moved, cast, gathered), it is kept.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return _device_norm(weight, self.weight_norm.dtype, self.stacked) if self.computed else self.weight_norm
+        measured = self._measured
+        if measured is not None and weight is measured[0] and measured[1] == _version(weight):
+            return self.weight_norm
+        if self.pending and not weight.is_meta:
+            self.weight_arrived(weight)
+        if weight.is_meta or isinstance(weight, FakeTensor):
+            return self.weight_norm
+        if self.computed:
+            return _device_norm(weight, self.weight_norm.dtype, self.stacked)
+        if type(weight) is nn.Parameter:
+            self._measure_again(weight)
+            return self.weight_norm
+        found, known = _device_norm(weight, self.weight_norm.dtype, self.stacked), self.weight_norm.to(weight.device)
+        return torch.where((found - known).abs() <= self._rounding(weight) * known, known, found)
+
+    def _rounding(self, weight: Tensor) -> float:
+        """Relative change of ||W||_F that a cast may make: n roundings by at most eps/2, each independent."""
+        return 1e-6 + 4 * torch.finfo(weight.dtype).eps / (weight.numel() / self.matrices) ** 0.5
+
+    @torch.no_grad()
+    def _measure_again(self, weight: nn.Parameter, rescale: bool = True) -> None:
+        """W may be another: take its norm, and let magnitudes that are measured by it follow, if `rescale`."""
+        before = self.weight_norm
+        self.take_norm(weight)
+        if torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0):
+            self.weight_norm = before.to(weight.device)
+        elif rescale:
+            self.method.norm_changed(self, before.to(weight.device), lambda: self.matrix(weight.detach()))
+        self.method.remember(self, lambda: self.matrix(weight.detach()))
+
+    def take_norm(self, weight: Tensor, norm: float | Sequence[float] | None = None) -> None:
         """Set ||W||_F, measured here unless given. Under FakeTensorMode there is nothing to measure.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        if isinstance(self.weight_norm, FakeTensor):
+        self._measured = (weight, _version(weight)) if type(weight) is nn.Parameter else None
+        if isinstance(weight, FakeTensor) or weight.is_meta:
             return
         if norm is None:
-            weight = self.base_weight if weight is None else weight
-            assert weight is not None
             norm = frobenius_norms(weight.detach(), self.stacked)
         norms = torch.tensor(norm, dtype=torch.float64).reshape(-1)
         if not (norms < float("inf")).all():
+            self._measured = None
             raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")
-        self.weight_norm.copy_(norms)
+        self.weight_norm = norms.to(weight.device, self.weight_norm.dtype)
+
+    def base_loaded(self, weight: Tensor, with_adapter: bool) -> None:
+        """A checkpoint brought another W; with_adapter: and the adapter's own parameters, which are as they should be.
+
+        A shard is measured when it is gathered.
+        """
+        if type(weight) is not nn.Parameter:
+            self._measured = None
+        elif weight.is_meta:
+            return
+        elif not self.pending:
+            self._measure_again(weight, rescale=not with_adapter)
+        elif with_adapter:
+            self.take_norm(weight)
+            self.method.remember(self, lambda: self.matrix(weight.detach()))
+        else:
+            self.weight_arrived(weight)
 
     @torch.no_grad()
-    def weight_arrived(self) -> None:
-        """After the frozen weight was replaced by a checkpoint's: take its norm, finish a start that waited for it."""
-        if self.base_weight is None or self.base_weight.is_meta:
-            return
-        device = self.base_weight.device
-        if self.weight_norm.is_meta:
-            self.weight_norm = torch.empty_like(self.weight_norm, device=device)
-        self.form = self._form(device)
-        before = self.weight_norm.clone()
-        self.take_norm()
-        if not self.pending:
-            self.method.norm_changed(self, before, self._held)
-        self.method.remember(self, self._held)
-        if self.pending:
-            self._materialise(device)
-            self._start(self._held)
-            self.pending = False
-
-    def _held(self) -> Tensor:
-        assert self.base_weight is not None
-        return self.matrix(self.base_weight.detach())
+    def weight_arrived(self, weight: Tensor) -> None:
+        """The frozen weight is there, on which the start had to wait: take its norm, and start."""
+        self.take_norm(weight)
+        self._materialise(weight.device)
+        self.method.remember(self, lambda: self.matrix(weight.detach()))
+        self._start(lambda: self.matrix(weight.detach()))
+        self.pending = False
 
     def _materialise(self, device: torch.device) -> None:
         """Give the adapter's own tensors memory, where they are on meta."""
@@ -351,43 +355,23 @@ class Adapter(nn.Module):
             tensor = getattr(self, name)
             if tensor.is_meta:
                 fresh = torch.empty_like(tensor, device=device)
-                kept = isinstance(tensor, nn.Parameter)
-                setattr(self, name, nn.Parameter(fresh, requires_grad=tensor.requires_grad) if kept else fresh)
+                setattr(self, name, nn.Parameter(fresh, requires_grad=tensor.requires_grad))
         for name, drawn in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
             setattr(self, name, drawn)  # also where `to_empty` gave it memory: it has no numbers, and is shared no more
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
-        """`model.half()` must not round ||W||_F, nor tau: these move between devices only."""
-        norm = self.weight_norm
+        """`model.half()` must not round ||W||_F: it moves between devices only."""
         super()._apply(fn, recurse)
-        if self.base_weight is not None:
-            self.base_dtype = self.base_weight.dtype
+        norm, moved = self.weight_norm, fn(self.weight_norm)
         if not norm.is_meta:
-            self.weight_norm = norm.to(self.weight_norm.device)
-        elif not self.weight_norm.is_meta:
-            self.weight_norm = self.weight_norm.to(norm.dtype)
-        self.form = self._form(self.form.device)
+            self.weight_norm = moved if moved.dtype == norm.dtype and not moved.is_meta else norm.to(moved.device)
+        elif not moved.is_meta:
+            self.weight_norm = torch.full_like(moved, float("nan"), dtype=norm.dtype)
         return self
 
-    def _form(self, device: torch.device) -> Tensor:
-        return torch.tensor(list(self.form_values().values()), device=device, dtype=torch.float32)
-
-    def form_values(self) -> dict[str, float]:
-        """What `form` holds, by name."""
-        return form_values(self.method, self.update, self.init, self.rank)
-
     def __getstate__(self) -> dict[str, Any]:
-        """A copy made inside `mapsurgery.disabled` or `reuse_norms` knows nothing of it: the block's end is not its."""
-        return {**self.__dict__, "enabled": True, "given": None}
-
-    def refuse_other_form(self, form: Tensor) -> None:
-        """Raises ValueError unless `form`, of another adapter, is this one's."""
-        own, other = self.form_values(), form.flatten().tolist()
-        if not same_form(own, other):
-            raise ValueError(
-                f"{self.layer_name}: the adapter was trained with {said_form(own, other)}, "
-                f"this one has {said_form(own, list(own.values()))}; patch with the same method, update and init"
-            )
+        """A copy knows nothing of a block of `mapsurgery.disabled` or `reuse_norms` that is open, nor holds W."""
+        return {**self.__dict__, "enabled": True, "scales": None, "_measured": None}
 
     def _load_from_state_dict(
         self,
@@ -400,21 +384,25 @@ class Adapter(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """A checkpoint of the original model holds none of the adapter's own entries: then none is missing."""
-        shared = [name for name in self._parameters if name not in self.roles and name != "base_weight"]
-        own = [prefix + name for name in (*shared, *self.own_tensors(), "form", "weight_norm")]
+        own = [prefix + name for name in self._parameters]
         missing: list[str] = []
-        if own[-2] in state_dict:
-            try:
-                self.refuse_other_form(state_dict[own[-2]])
-            except ValueError as error:
-                error_msgs.append(str(error))
-                return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        base_only = not any(key in state_dict for key in own)
-        missing_keys.extend(key for key in missing if not (base_only and key in own))
-        if not base_only and not any(key in missing for key in own):
-            self.pending = False
-        elif prefix + "base_weight" in state_dict and own[-1] not in state_dict:
-            self.weight_arrived()
-        if self.base_weight is not None and not self.base_weight.is_meta:
-            self.method.remember(self, self._held)
+        if any(key in state_dict for key in own):
+            missing_keys.extend(missing)
+            self.pending = self.pending and bool(missing)
+
+
+def _version(weight: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count that."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _device_norm(weight: Tensor, dtype: torch.dtype, stacked: bool) -> Tensor:
+    """||W||_F (1,), or of each matrix of a stack (E,), without waiting for the device; at least in `dtype`."""
+    rows, dtype = weight.detach(), torch.promote_types(dtype, weight.dtype)
+    rows = rows.flatten(1) if stacked else rows.unsqueeze(0)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=dtype)
+    # In float32, torch's sum over a large matrix is off by 1e-3 on a CPU.
+    squares = [torch.ops.mapsurgery.squared_norm.default(row) for row in rows]
+    return torch.cat(squares).sqrt().to(dtype)
