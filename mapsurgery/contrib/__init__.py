@@ -1,7 +1,6 @@
-"""Training aids: what may be done to the adapters between the optimiser's steps."""
+"""Aids without a measured benefit, to be imported by name: no part of `mapsurgery` itself needs them."""
 
 from .beta_schedule import BetaSchedule, linear_warmup
-from .rank_allocator import RankAllocator, orthogonality_loss
 from .rebalancing import Rebalancing, rebalance
 
-__all__ = ["BetaSchedule", "RankAllocator", "Rebalancing", "linear_warmup", "orthogonality_loss", "rebalance"]
+__all__ = ["BetaSchedule", "Rebalancing", "linear_warmup", "rebalance"]

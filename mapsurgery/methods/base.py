@@ -101,7 +101,7 @@ class Adapter(nn.Module):
             meta.
         roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
         scaling: fixed factor of the update where the method has one, else 1.
-        watch: told of calls without autograd, where `surgery.gradient_source` put one.
+        watch: told of calls without autograd, where `surgery.cut_graphs` put one.
         given: inside `mapsurgery.reuse_norms`, the scales that calls take; else None.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
