@@ -31,7 +31,7 @@ from common import (
 from train_step import WORKLOADS, Candidate, make_base, make_candidate, prepare_candidate, seeded
 
 import mapsurgery
-from mapsurgery.methods.measures import MEASURES
+from mapsurgery import MEASURES
 
 NEVER = 2**62
 WITHOUT_RANK = [name for name in MEASURES if name != "effective_rank"]

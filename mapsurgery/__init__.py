@@ -9,33 +9,24 @@ Free functions on an ordinary model: `plan`, `patch`, `verify`, `param_groups`, 
 from importlib.metadata import PackageNotFoundError, version
 
 from . import plots
-from .export import Exported, export
-from .history import History
+from ._adapter_file import load, save
+from ._export import Exported, export
+from ._history import History
+from ._measures import MEASURES
+from ._native import cmake_prefix_path, native_info
+from ._optim import param_groups
+from ._rank_allocator import RankAllocator, orthogonality_loss
+from ._report import Report, report
+from ._state_dict import adapter_state_dict, load_adapter_state_dict
+from ._track import Tracker, track
+from ._verify import Verification, VerificationError, verify
 from .methods import Dora, Init, Lora, Map, Method, register_method
-from .native import cmake_prefix_path, native_info
-from .optim import param_groups
-from .report import Report, report
 from .reuse import reuse_norms
-from .state import adapter_state_dict, load_adapter_state_dict
-from .storage import load, save
-from .surgery import (
-    AdaptedLayer,
-    MapConv1d,
-    MapConv2d,
-    MapConv3d,
-    MapLinear,
-    Plan,
-    disabled,
-    merge,
-    patch,
-    plan,
-    unmerge,
-    unpatch,
-)
-from .tracking import Tracker, track
-from .training import BetaSchedule, RankAllocator, Rebalancing, linear_warmup, orthogonality_loss, rebalance
+from .surgery.adapted import AdaptedLayer
+from .surgery.merge import merge, unmerge
+from .surgery.patch import disabled, patch, unpatch
+from .surgery.plan import Plan, plan
 from .updates import FactoredUpdate, Update, register_update
-from .verify import Verification, VerificationError, verify
 
 try:
     __version__ = version("mapsurgery")
@@ -43,8 +34,8 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "MEASURES",
     "AdaptedLayer",
-    "BetaSchedule",
     "Dora",
     "Exported",
     "FactoredUpdate",
@@ -52,14 +43,9 @@ __all__ = [
     "Init",
     "Lora",
     "Map",
-    "MapConv1d",
-    "MapConv2d",
-    "MapConv3d",
-    "MapLinear",
     "Method",
     "Plan",
     "RankAllocator",
-    "Rebalancing",
     "Report",
     "Tracker",
     "Update",
@@ -69,7 +55,6 @@ __all__ = [
     "cmake_prefix_path",
     "disabled",
     "export",
-    "linear_warmup",
     "load",
     "load_adapter_state_dict",
     "merge",
@@ -79,7 +64,6 @@ __all__ = [
     "patch",
     "plan",
     "plots",
-    "rebalance",
     "register_method",
     "register_update",
     "report",

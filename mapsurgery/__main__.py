@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .native import native_info
+from ._native import native_info
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .history import History
-from .methods.measures import MEASURES
+from ._history import History
+from ._measures import MEASURES
+from ._track import Tracker
 from .surgery.globs import as_patterns, first_match, nearest
-from .tracking import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +31,7 @@ def heat_map(
     """Layers over recorded steps, coloured by a measure.
 
     Args:
-        measure: a key of `mapsurgery.methods.measures.MEASURES` that was recorded.
+        measure: a key of `mapsurgery.MEASURES` that was recorded.
         path: file to save the picture to, in a format that matplotlib knows by its ending.
         layers: globs of the layers to show.
 

@@ -411,7 +411,7 @@ from definition import image, net, to_generic_point
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-assert not mapsurgery.native.load()
+assert not mapsurgery._native.load()
 model = to_generic_point(mapsurgery.patch(net(), "*", rank=2))
 graphs = CompileCounterWithBackend("aot_eager")
 compiled = torch.compile(model, backend=graphs, fullgraph=True)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import register_parametrization
 
 import mapsurgery
+from mapsurgery import _export
 from mapsurgery.ops import decompositions, reference
 
 _DYNAMIC = ({0: torch.export.Dim("batch")},)
@@ -278,9 +279,8 @@ def test_what_was_written_is_told_and_the_model_is_left_as_it_was(options: dict[
 
 
 def test_a_merged_copy_shares_what_is_not_adapted() -> None:
-    merged_copy = sys.modules["mapsurgery.export"]._merged_copy
     model = to_generic_point(mapsurgery.patch(net().eval(), "body*", rank=2))
-    with merged_copy(model) as merged:
+    with _export._merged_copy(model) as merged:
         assert merged.stem.weight is model.stem.weight and merged.head.weight is model.head.weight
         assert type(merged.body[0]) is nn.Linear
         assert not torch.equal(merged.body[0].weight, model.body[0].adapter.base_weight)
@@ -294,9 +294,8 @@ def test_keyword_arguments_are_given_as_a_dictionary(tmp_path) -> None:
 
 
 def test_a_deviation_is_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["mapsurgery.export"]  # the name itself is the function
-    write = module._WRITERS["pt2"]
-    monkeypatch.setitem(module._WRITERS, "pt2", lambda *args: [output * 1.5 for output in write(*args)])
+    write = _export._WRITERS["pt2"]
+    monkeypatch.setitem(_export._WRITERS, "pt2", lambda *args: [output * 1.5 for output in write(*args)])
     result = mapsurgery.export(_patched(), tmp_path / "m.pt2", image())
     assert result.relative_deviation == pytest.approx(0.5, rel=1e-4) and result.deviation > 0
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mapsurgery
 from mapsurgery import updates
-from mapsurgery.surgery.quantisation import dequantised
+from mapsurgery.surgery.quantised.kinds import dequantised
 
 
 def net() -> nn.Sequential:
@@ -98,16 +98,6 @@ def test_a_quantised_base_runs_on_its_own_kernel(update: str, method: str) -> No
     assert all(p.grad.isfinite().all() for p in layer[0].adapter.own_parameters().values())
     mapsurgery.merge(layer, quantised="dequantise")
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@main_methods
-@main_updates
-def test_layers_are_built_adapted(update: str, method: str) -> None:
-    layer = mapsurgery.MapLinear(8, 6, rank=2, **options(method, update))
-    x = rows()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.adapter.base_weight, layer.bias))
-    trained = {name for name, p in layer.adapter.named_parameters() if p.requires_grad}
-    assert trained == set(layer.adapter.roles)
 
 
 @every_update

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from definition import Snapshot, image, net, to_generic_point, train_steps
 from torch import nn
 
 import mapsurgery
-
-patch_module = sys.modules["mapsurgery.surgery.patch"]  # the package's attribute of that name is the function
+from mapsurgery.surgery import patch as patching
 
 
 def _tied() -> nn.Module:
@@ -38,7 +36,7 @@ def test_patch_works_in_place_on_the_same_objects() -> None:
     assert mapsurgery.patch(model, ["stem", "body"], rank=2) is model
     for path, module in modules.items():
         assert model.get_submodule(path) is module
-    assert isinstance(held[0], nn.Conv2d) and isinstance(held[0], mapsurgery.MapConv2d)
+    assert isinstance(held[0], nn.Conv2d) and isinstance(held[0], mapsurgery.AdaptedLayer)
     assert model.stem.adapter.base_weight.data_ptr() == weights["stem.weight"]  # held, not copied
 
 
@@ -131,7 +129,7 @@ def test_one_module_in_two_places_is_adapted_once() -> None:
     model.append(model[0])
     snapshot = Snapshot(model)
     mapsurgery.patch(model, "2", rank=2)
-    assert model[0] is model[2] and isinstance(model[0], mapsurgery.MapLinear)
+    assert model[0] is model[2] and isinstance(model[0], mapsurgery.AdaptedLayer)
     assert not mapsurgery.verify(model, torch.randn(3, 4)).failures
     mapsurgery.unpatch(model)
     snapshot.assert_holds(model)
@@ -158,14 +156,14 @@ def test_a_patch_that_fails_midway_is_rolled_back(monkeypatch: pytest.MonkeyPatc
     model.stem.bias.requires_grad_(False)
     snapshot = Snapshot(model)
     calls = iter(range(10))
-    original = patch_module.attach
+    original = patching.attach
 
     def failing(layer: nn.Module, adapter: nn.Module) -> nn.Module:
         if next(calls) == at:
             raise error("midway")
         return original(layer, adapter)
 
-    monkeypatch.setattr(patch_module, "attach", failing)
+    monkeypatch.setattr(patching, "attach", failing)
     with pytest.raises(error, match="midway"):
         mapsurgery.patch(model, "*", rank=2)
     snapshot.assert_holds(model)

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import mapsurgery
 from mapsurgery.methods import Adapter
 from mapsurgery.ops import reference
-from mapsurgery.surgery import quantisation
-from mapsurgery.surgery.quantised import QuantisedLinear
+from mapsurgery.surgery.quantised import kinds
+from mapsurgery.surgery.quantised.layer import QuantisedLinear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*matmul_4bit.*:DeprecationWarning"),
@@ -233,12 +233,12 @@ def test_the_norm_is_that_of_the_dequantised_weight(case: Case) -> None:
 
 def test_an_unknown_weight_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Packed4(source())
-    monkeypatch.setattr(quantisation, "_PROBE_ELEMENTS", 7 * M)  # blocks of 7 inputs, the last of 1
-    torch.testing.assert_close(quantisation.dequantised(layer), layer.unpacked(), rtol=1e-6, atol=1e-7)
+    monkeypatch.setattr(kinds, "_PROBE_ELEMENTS", 7 * M)  # blocks of 7 inputs, the last of 1
+    torch.testing.assert_close(kinds.dequantised(layer), layer.unpacked(), rtol=1e-6, atol=1e-7)
     layer.bias.add_(1000)
-    torch.testing.assert_close(quantisation.dequantised(layer), layer.unpacked(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(kinds.dequantised(layer), layer.unpacked(), rtol=1e-3, atol=1e-5)
     half = Packed4(source()).half()
-    torch.testing.assert_close(quantisation.dequantised(half), half.unpacked().float(), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(kinds.dequantised(half), half.unpacked().float(), rtol=2e-3, atol=1e-4)
 
 
 def test_the_dequantised_weight_is_what_the_kernel_multiplies_with(case: Case) -> None:
@@ -494,7 +494,7 @@ def test_requantised_merge_keeps_the_kind_and_unmerge_takes_it_back(case: Case) 
     mapsurgery.merge(model, quantised="requantise", keep_base=True)
     assert model[1] is layer and type(layer) is type(before) and type(layer.weight) is type(before.weight)
     assert layer.weight.shape == before.weight.shape and layer.weight.dtype == before.weight.dtype
-    assert_near(quantisation.dequantised(layer), weight, 0.2 if "4" in case.name else 0.02)
+    assert_near(kinds.dequantised(layer), weight, 0.2 if "4" in case.name else 0.02)
     assert_near(model(data()), expected, 0.2 if "4" in case.name else 0.03)
     mapsurgery.unmerge(model)
     snapshot.assert_holds(model)
@@ -509,7 +509,7 @@ def test_requantising_an_unchanged_weight_changes_little(case: Case) -> None:
     mapsurgery.merge(model, quantised="requantise")
     # torchao's symmetric 4-bit scale is max/7.5, though 7 is the largest code: each time, the range shrinks by that
     error = 0.07 if case.name == "torchao_int4" else 0.01
-    assert (quantisation.dequantised(model[1]) - base).abs().max() <= error * base.abs().max()
+    assert (kinds.dequantised(model[1]) - base).abs().max() <= error * base.abs().max()
 
 
 def test_a_final_merge_keeps_nothing(case: Case) -> None:

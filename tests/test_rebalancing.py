@@ -10,8 +10,9 @@ from definition import image, net, train_steps
 from torch import nn
 
 import mapsurgery
+from mapsurgery.contrib import rebalance
+from mapsurgery.contrib.rebalancing import _exponents
 from mapsurgery.surgery import record
-from mapsurgery.training.rebalancing import _exponents
 
 FACTORS = {
     "lora": ["A", "B"],
@@ -51,7 +52,7 @@ def test_norms_become_equal_and_outputs_keep_every_bit(update: str, method: str)
     model = _trained(update, method).eval()
     weights, output = _weights(model), model(image())
     before = _norms(model, update)
-    found = mapsurgery.rebalance(model)
+    found = rebalance(model)
     assert list(found.exponents) == ["stem", "body.0", "body.2", "head"] and found.skipped == {}
     after = _norms(model, update)
     assert all(max(sizes) > 50 * min(sizes) for sizes in before)
@@ -64,13 +65,13 @@ def test_norms_become_equal_and_outputs_keep_every_bit(update: str, method: str)
 def test_the_exponents_are_said_and_the_norms_moved_by_them() -> None:
     model = _trained()
     own = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = mapsurgery.rebalance(model)
+    found = rebalance(model)
     for site in _sites(model):
         powers = found.exponents[site.path]
         assert set(powers) == {"A", "B"} and powers["A"][0] == -powers["B"][0] < 0
         for name, p in site.adapter.own_parameters().items():
             assert p.equal(own[site.entry(name)] * 2.0 ** powers.get(name, [0])[0])
-    again = mapsurgery.rebalance(model)
+    again = rebalance(model)
     assert all(powers == {"A": [0], "B": [0]} for powers in again.exponents.values())
 
 
@@ -97,7 +98,7 @@ def test_the_optimisers_state_is_that_of_a_run_with_the_new_factors(make: object
     model = _trained()
     optimizer = make([p for p in model.parameters() if p.requires_grad])  # type: ignore[operator]
     twin = copy.deepcopy(model)
-    powers = mapsurgery.rebalance(twin).exponents
+    powers = rebalance(twin).exponents
     other = make([p for p in twin.parameters() if p.requires_grad])  # type: ignore[operator]
     random = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -111,7 +112,7 @@ def test_the_optimisers_state_is_that_of_a_run_with_the_new_factors(make: object
         with torch.no_grad():  # the steps themselves are not invariant; the states are compared
             for p, value in zip(model.parameters(), saved, strict=True):
                 p.copy_(value)
-    mapsurgery.rebalance(model, optimizer)
+    rebalance(model, optimizer)
     compared = 0
     for site, new in zip(_sites(model), _sites(twin), strict=True):
         for name, p in site.adapter.own_parameters().items():
@@ -128,7 +129,7 @@ def test_gradients_that_are_there_are_scaled_along() -> None:
     model = _trained()
     model.zero_grad()
     model.eval()(image()).square().mean().backward()
-    mapsurgery.rebalance(model)
+    rebalance(model)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model(image()).square().mean().backward()
@@ -143,13 +144,13 @@ def test_an_optimiser_with_a_state_of_its_own_is_refused_before_anything_changes
     optimizer.step()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match="Rprop keeps 'prev' of stem's A"):
-        mapsurgery.rebalance(model, optimizer)
+        rebalance(model, optimizer)
     assert all(model.get_parameter(name).equal(p) for name, p in before.items())
 
 
 def test_layers_that_must_stay_say_why() -> None:
     model = mapsurgery.patch(net(), "*", rank=2)
-    assert set(mapsurgery.rebalance(model).skipped.values()) == {"a factor is 0 or not finite"}
+    assert set(rebalance(model).skipped.values()) == {"a factor is 0 or not finite"}
     train_steps(model, image())
     model.stem.adapter.A.requires_grad_(False)
     with torch.no_grad():
@@ -157,7 +158,7 @@ def test_layers_that_must_stay_say_why() -> None:
         model.body[0].adapter.A.mul_(1e30)
         model.body[0].adapter.B[0, 0] = 3e-38  # 2^k would leave the normal numbers, and round
         model.body[0].adapter.A[0, 0] = 1e-38 / 3
-    found = mapsurgery.rebalance(model)
+    found = rebalance(model)
     assert found.skipped == {
         "stem": "A is frozen",
         "body.0": "A cannot be scaled without rounding in torch.float32",
@@ -170,7 +171,7 @@ def test_layers_that_must_stay_say_why() -> None:
 def test_a_family_without_factors_to_scale_is_refused(update: str) -> None:
     model = mapsurgery.patch(net(), "*", rank=2, update=update)
     with pytest.raises(ValueError, match=f"the update {update} has no factors to be scaled"):
-        mapsurgery.rebalance(model)
+        rebalance(model)
 
 
 class _Stack(nn.Module):
@@ -189,7 +190,7 @@ def test_the_matrices_of_a_stack_are_scaled_one_by_one() -> None:
         adapter.B.normal_()
         adapter.A.mul_(torch.tensor([1000.0, 1.0, 0.0])[:, None, None])
         weight = model.up + 0
-        (powers,) = mapsurgery.rebalance(model).exponents.values()
+        (powers,) = rebalance(model).exponents.values()
         assert (model.up + 0).equal(weight)
     assert powers["A"][0] < -3 and abs(powers["A"][1]) < 3 and powers["A"][2] == 0
     assert powers["B"] == [-k for k in powers["A"]]

@@ -22,8 +22,8 @@ from definition import (
 from torch import nn
 
 import mapsurgery
+from mapsurgery._report import measurable_sites, measured
 from mapsurgery.methods import Adapter
-from mapsurgery.report import measurable_sites, measured
 from mapsurgery.tables import render
 
 

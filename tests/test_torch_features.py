@@ -76,16 +76,6 @@ def test_a_shallow_copy_shares_the_parameters() -> None:
     assert torch.equal(other(x), layer(x))
 
 
-def test_a_subclass_of_a_public_class_survives_copying() -> None:
-    layer = _Named(4, 4, rank=2)
-    for name, other in _copies(layer).items():
-        assert type(other) is _Named, name
-
-
-class _Named(mapsurgery.MapLinear):
-    """A user's own class."""
-
-
 @every_layer
 def test_functional_call_follows_the_given_parameters(case: Case) -> None:
     original, adapted, x = patched_case(case, dtype=torch.float64)

@@ -11,8 +11,7 @@ from definition import image, net, train_steps
 from torch import nn
 
 import mapsurgery
-from mapsurgery import tracking
-from mapsurgery.methods.measures import MEASURES
+from mapsurgery import MEASURES, _track
 
 
 def _model(**options: object) -> nn.Module:
@@ -69,10 +68,10 @@ def test_a_step_is_recorded_once_and_none_before_it() -> None:
 
 def test_nothing_is_computed_between_records_and_nothing_fetched_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    measured, fetch = tracking.measured, tracking.Tracker._fetch
-    monkeypatch.setattr(tracking, "measured", lambda *args: calls.append("measured") or measured(*args))
-    monkeypatch.setattr(tracking.Tracker, "_fetch", lambda self: calls.append("fetch") or fetch(self))
-    monkeypatch.setattr(tracking, "_MOST_ON_DEVICE", 3)
+    measured, fetch = _track.measured, _track.Tracker._fetch
+    monkeypatch.setattr(_track, "measured", lambda *args: calls.append("measured") or measured(*args))
+    monkeypatch.setattr(_track.Tracker, "_fetch", lambda self: calls.append("fetch") or fetch(self))
+    monkeypatch.setattr(_track, "_MOST_ON_DEVICE", 3)
     tracker = mapsurgery.track(_model(), every=4)
     for _ in range(8):
         tracker.update()

@@ -221,8 +221,6 @@ def test_a_frozen_magnitude_stays_from_patch_to_merge(names: str, update: str, t
     before.assert_holds(model)
 
 
-def test_a_layer_that_is_made_adapted_freezes_too() -> None:
-    layer = mapsurgery.MapLinear(8, 8, rank=2, method=mapsurgery.Map(train_alpha=False))
-    assert _frozen(layer) == {"": {"alpha"}}
+def test_a_switch_that_is_no_bool_is_refused() -> None:
     with pytest.raises(ValueError, match="train_alpha of method 'map' must be True or False, got 1"):
         mapsurgery.Map(train_alpha=1)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import _native
 from . import reference
 from .schemas import SCHEMAS
 
@@ -52,7 +52,7 @@ def _autocast_kernel(name: str, device: str) -> Callable[..., Any]:
 
 def register() -> None:
     """Called once, on import of `mapsurgery.ops`."""
-    if not native.load():
+    if not _native.load():
         definitions = torch.library.Library("mapsurgery", "DEF")
         _libraries.append(definitions)
         for name, schema in SCHEMAS.items():

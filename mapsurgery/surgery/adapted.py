@@ -9,8 +9,7 @@ Annotations are no strings here: torch.fx takes those of a traced layer's ``forw
 cannot pickle a graph that holds a string for a type.
 """
 
-from collections.abc import Mapping
-from types import MethodType
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,17 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..methods import Adapter, Init, Method, find_method
-from ..methods.base import check_dropout, check_rank
-from ..updates import Update, find_update
-
-CHILD = "adapter"
-
-
-def child_name(parameter: str) -> str:
-    """Name of the child module that holds the adapter of a layer's parameter."""
-    return CHILD if parameter == "weight" else f"{CHILD}_{parameter}"
-
+from ..methods import Adapter
+from .paths import CHILD, child_name
 
 _MEMO = "_mapsurgery_memo"
 """Plain attribute of an `AdaptedRaw` layer while its forward runs: what W' was when it was first read there."""
@@ -69,6 +59,8 @@ class AdaptedLayer(nn.Module):
     original_class: ClassVar[type[nn.Module]]
     adapted: ClassVar[tuple[str, ...]] = ("weight",)
     """Names of the adapted parameters."""
+    rebuild: ClassVar[Callable[[type[nn.Module], tuple[str, ...]], nn.Module]]
+    """Makes an empty object of the class again, from `original_class` and `adapted`; in each class of `attach`."""
 
     def adapter_of(self, parameter: str) -> Adapter:
         """The adapter of one of the adapted parameters."""
@@ -123,9 +115,9 @@ class AdaptedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes of adapted layers are made on demand: pickle rebuilds them from the original class."""
         default = super().__reduce_ex__(protocol)
-        if parametrize.is_parametrized(self) or type(self) is not adapted_class(self.original_class, self.adapted):
-            return default  # a user's own subclass of a public class can be imported; torch refuses parametrised ones
-        return _rebuild, (self.original_class, self.adapted), default[2]
+        if parametrize.is_parametrized(self) or "rebuild" not in vars(type(self)):
+            return default  # torch refuses parametrised ones; a subclass of an adapted class can be imported
+        return type(self).rebuild, (self.original_class, self.adapted), default[2]
 
 
 class FusedLinear(AdaptedLayer):
@@ -224,160 +216,3 @@ class AdaptedRecurrent(AdaptedLayer):
 
     def flatten_parameters(self) -> None:
         """W' is made anew for each call: there is no memory to lay out."""
-
-
-class _Constructed:
-    """Constructor of the public classes: that of the original layer, and the adapter's options by keyword."""
-
-    original_class: ClassVar[type[nn.Module]]
-
-    def __init__(
-        self,
-        *args: Any,
-        rank: int = 8,
-        method: str | Method = "map",
-        update: str | Update = "lora",
-        init: str | Init | None = None,
-        dropout: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
-        check_dropout(dropout)
-        layer = self.original_class(*args, **kwargs)
-        weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
-        check_rank(rank, limit=min(weight.shape[0], weight.numel() // weight.shape[0]))
-        dtype = adapter_dtype or default_dtype(weight.dtype)
-        how, what = find_method(method), find_update(update)
-        start = how.init_of(init)
-        what.refuse(start.kind == "random")
-        adapter = Adapter(weight, method=how, update=what, rank=rank, init=start, dropout=dropout, dtype=dtype)
-        for name in ("base_weight", *how.fixed()):
-            adapter.get_parameter(name).requires_grad_(False)
-        self.__dict__.update(attach(layer, {"weight": adapter}).__dict__)
-
-
-# `weight` is read-only here and a Parameter in the original classes, on purpose: assigning it would lose the adapter.
-class MapLinear(_Constructed, FusedLinear, nn.Linear):  # type: ignore[misc]
-    """nn.Linear adapted with MAP: (..., in_features) -> (..., out_features).
-
-    ``MapLinear(in_features, out_features, bias=True, ..., rank=8)`` makes a new one; `patch` turns a layer into one.
-    """
-
-    original_class = nn.Linear
-    weight = Effective("weight")
-
-
-class MapConv1d(_Constructed, FusedConv, nn.Conv1d):  # type: ignore[misc]
-    """nn.Conv1d adapted with MAP; takes nn.Conv1d's arguments and the adapter's options of `MapLinear`."""
-
-    original_class = nn.Conv1d
-    weight = Effective("weight")
-
-
-class MapConv2d(_Constructed, FusedConv, nn.Conv2d):  # type: ignore[misc]
-    """nn.Conv2d adapted with MAP; takes nn.Conv2d's arguments and the adapter's options of `MapLinear`."""
-
-    original_class = nn.Conv2d
-    weight = Effective("weight")
-
-
-class MapConv3d(_Constructed, FusedConv, nn.Conv3d):  # type: ignore[misc]
-    """nn.Conv3d adapted with MAP; takes nn.Conv3d's arguments and the adapter's options of `MapLinear`."""
-
-    original_class = nn.Conv3d
-    weight = Effective("weight")
-
-
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {
-    (cls.original_class, ("weight",)): cls for cls in (MapLinear, MapConv1d, MapConv2d, MapConv3d)
-}
-"""Original class and adapted parameters -> class of its adapted objects; grows as classes are met."""
-
-
-def default_dtype(weight: torch.dtype) -> torch.dtype:
-    """dtype of an adapter's parameters: float32, or float64 on a float64 weight."""
-    return torch.float64 if weight == torch.float64 else torch.float32
-
-
-def adapted_class(original: type[nn.Module], parameters: tuple[str, ...] = ("weight",)) -> type[AdaptedLayer]:
-    """The class that an object of class `original` has while these parameters of it are adapted."""
-    key = (original, parameters)
-    if key not in _CLASSES:
-        _CLASSES[key] = _made_class(original, parameters)
-    return _CLASSES[key]
-
-
-def _made_class(original: type[nn.Module], parameters: tuple[str, ...]) -> type[AdaptedLayer]:
-    from .layers import mixin_of  # layers.py names the mixins of this module
-
-    body: dict[str, Any] = {"original_class": original, "adapted": parameters, "__module__": original.__module__}
-    body |= {name: Effective(name) for name in parameters}
-    return type(f"Map{original.__name__}", (mixin_of(original, parameters), original), body)
-
-
-def _rebuild(original: type[nn.Module], parameters: tuple[str, ...] = ("weight",)) -> nn.Module:
-    cls = adapted_class(original, parameters)
-    return cls.__new__(cls)
-
-
-_ORDER = "_mapsurgery_order"
-"""Plain attribute of an adapted layer: the names of its parameters in their order, which state_dict is to keep."""
-
-
-def _class_for(layer: nn.Module, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
-    from .quantisation import kind_of  # these two name this module's AdaptedLayer
-    from .quantised import quantised_class
-
-    if parameters == ("weight",) and kind_of(layer) is not None:
-        return quantised_class(type(layer))
-    return adapted_class(type(layer), parameters)
-
-
-def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
-    """Turn a layer into its adapted form, in place: the weights are in the adapters already, and leave the layer.
-
-    Returns the same object. Nothing is changed if the class cannot be.
-    """
-    if parametrize.is_parametrized(layer):  # its class is its own, and must not be kept alive
-        layer.__class__ = _made_class(type(layer), tuple(adapters))
-    else:
-        layer.__class__ = _class_for(layer, tuple(adapters))  # first: the only step that can fail
-    assert isinstance(layer, AdaptedLayer)
-    rebind_forward(layer, layer.original_class)
-    # torch.fx keeps layers of torch whole, whom it knows by their module: then the adapted layer is in its graph.
-    layer.__dict__["__module__"] = layer.original_class.__module__
-    layer.__dict__[_ORDER] = tuple(layer._parameters)
-    layer.__dict__.pop("_flat_weights", None)  # of a recurrent layer; `detach` makes the list again
-    for name, adapter in adapters.items():
-        if adapter.base_weight is not None:  # a quantised weight stays
-            layer._parameters.pop(name, None)
-        layer._modules[child_name(name)] = adapter
-        adapter.train(layer.training)
-    return layer
-
-
-def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
-    """A forward that the object itself keeps (accelerate's hooks keep the one they wrap) is that of its new class.
-
-    Args: before: the class that the layer had until now.
-    """
-    for name in ("forward", "_old_forward"):
-        kept = layer.__dict__.get(name)
-        if isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is before.forward:
-            layer.__dict__[name] = MethodType(type(layer).forward, layer)
-
-
-def detach(layer: AdaptedLayer, weights: Mapping[str, nn.Parameter | None]) -> None:
-    """Undo `attach`, with each weight in its old place (None: it is computed, and was no parameter)."""
-    order = layer.__dict__.pop(_ORDER)
-    layer.__dict__.pop("__module__", None)
-    for name in layer.adapted:
-        del layer._modules[child_name(name)]
-    adapted = type(layer)
-    layer.__class__ = layer.original_class  # type: ignore[assignment]
-    rebind_forward(layer, adapted)
-    entries = {**layer._parameters, **{name: weight for name, weight in weights.items() if weight is not None}}
-    layer._parameters.clear()
-    layer._parameters.update({name: entries.pop(name) for name in order if name in entries} | entries)
-    if isinstance(layer, nn.RNNBase):
-        layer._init_flat_weights()

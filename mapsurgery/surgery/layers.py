@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import quantisation
 from .adapted import (
     AdaptedLayer,
     AdaptedRaw,
@@ -22,9 +21,10 @@ from .adapted import (
     FusedConv1D,
     FusedEmbedding,
     FusedLinear,
-    child_name,
 )
-from .baking import find_hook
+from .computed import find_hook
+from .paths import child_name
+from .quantised import kinds
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,8 +114,8 @@ def weight_of(module: nn.Module, name: str) -> Tensor | None:
 
     Of a quantised linear layer, a tensor of W's shape and dtype without its values.
     """
-    if name == "weight" and quantisation.kind_of(module) is not None:
-        return quantisation.stand_in(module)
+    if name == "weight" and kinds.kind_of(module) is not None:
+        return kinds.stand_in(module)
     held = module._parameters.get(name)
     if held is not None:
         return held
@@ -213,7 +213,7 @@ def why_not(module: nn.Module, name: str = "weight", raw: bool = False) -> str |
 
     Args: raw: the parameter was named by itself, so that the module may be of any type.
     """
-    if name == "weight" and quantisation.kind_of(module) is not None:
-        return _adapted_already(module, name) or _name_taken(module, name) or quantisation.why_not(module)
+    if name == "weight" and kinds.kind_of(module) is not None:
+        return _adapted_already(module, name) or _name_taken(module, name) or kinds.why_not(module)
     checks = _CHECKS if raw else (_wrong_type, *_CHECKS)
     return next((reason for check in checks if (reason := check(module, name)) is not None), None)

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..methods import Adapter
-from . import gradient_source, record
-from .adapted import AdaptedLayer, attach, detach
-from .baking import Unbaked, bake, can_bake, unbake
+from . import cut_graphs, record
+from .adapted import AdaptedLayer
+from .attach import attach, detach
+from .computed import Unbaked, bake, can_bake, unbake
+from .interrupts import uninterrupted
 from .patch import MERGED, base_weights, freeze, restore_requires_grad
-from .plan import module_paths, site_paths
-from .quantised import QuantisedLinear
+from .paths import module_paths, site_paths
+from .quantised.layer import QuantisedLinear
+from .quantised.merged import CHOICES, Replaced, Replacement, put_back, put_in, replacement
 from .record import Record
-from .requantised import CHOICES, Replaced, Replacement, put_back, put_in, replacement
-from .uninterrupted import uninterrupted
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,7 +95,7 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         adapters = [site.adapter for site in sites]
         targets = [(adapter, apart.get(adapter)) for adapter in adapters if adapter not in replacements]
         _in_place(targets, Adapter.merge_into, Adapter.unmerge_from)
-        gradient_source.uninstall(root)
+        cut_graphs.uninstall(root)
         for layer in {site.layer: None for site in record.all_sites(root)}:
             _become_merged(layer, apart, replacements, final)
         for adapter in adapters:
@@ -219,7 +220,7 @@ def unmerge(model: Model) -> Model:
         record.put(root, memory)
         adapters = record.adapters_of(root).values()
         freeze(root, adapters, memory.trained)
-        gradient_source.install(root, adapters)
+        cut_graphs.install(root, adapters)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +13,17 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter, Init, Method
 from ..updates import Update
-from . import gradient_source, record
-from .adapted import AdaptedLayer, attach, detach
+from . import cut_graphs, record
+from .adapted import AdaptedLayer
+from .attach import attach, detach
 from .config import Config, Patterns
+from .interrupts import uninterrupted
 from .layers import weight_of
-from .plan import Plan, build, make_plan
+from .paths import unwrapped
+from .plan import Plan, make_plan
+from .planned import PlannedLayer, norm_of
+from .quantised import kinds
 from .record import Record
-from .uninterrupted import uninterrupted
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,7 +99,7 @@ def patch(
         parameters=parameters,
         tied=tied,
     )
-    root = record.unwrapped(model) if isinstance(model, nn.Module) else model
+    root = unwrapped(model) if isinstance(model, nn.Module) else model
     apply_plan(root, make_plan(root, config))
     return model
 
@@ -115,6 +120,36 @@ def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
     return model
 
 
+def build(layer: PlannedLayer, config: Config, siblings: dict[Any, Any], start: bool = True) -> Adapter:
+    """The adapter of a planned layer, on its own weight; the layer is not changed.
+
+    Args: siblings: what the adapters of the model share; start: False where the adapter is about to be loaded.
+    """
+    weight = weight_of(layer.module, layer.parameter)
+    assert weight is not None
+    return Adapter(
+        weight,
+        method=config.method,
+        update=config.update,
+        rank=layer.rank,
+        init=config.init,
+        dropout=config.dropout,
+        dtype=layer.dtype or config.dtype or default_dtype(weight.dtype),
+        transposed=layer.transposed,
+        stacked=layer.stacked,
+        name=layer.path,
+        weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
+        values=partial(kinds.dequantised, layer.module) if layer.quantisation else None,
+        siblings=siblings,
+        start=start,
+    )
+
+
+def default_dtype(weight: torch.dtype) -> torch.dtype:
+    """dtype of an adapter's parameters: float32, or float64 on a float64 weight."""
+    return torch.float64 if weight == torch.float64 else torch.float32
+
+
 def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memory: Record) -> None:
     by_module: dict[nn.Module, dict[str, Adapter]] = {}
     for planned in plan.layers:
@@ -126,10 +161,10 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memo
         for module, own in by_module.items():
             done.append(attach(module, own))
         freeze(model, adapters.values(), memory.trained)
-        gradient_source.install(model, adapters.values())
+        cut_graphs.install(model, adapters.values())
         record.put(model, memory)
     except BaseException:
-        gradient_source.uninstall(model)
+        cut_graphs.uninstall(model)
         for layer in done:
             detach(layer, base_weights(layer))
         restore_requires_grad(model, memory)
@@ -202,7 +237,7 @@ def unpatch(model: Model) -> Model:
         for name, original in memory.originals.items():  # first: what can fail must leave the model patched
             if original is not None and name in tensors and tensors[name].shape == original.shape:
                 tensors[name].copy_(original)
-        gradient_source.uninstall(root)
+        cut_graphs.uninstall(root)
         for layer in layers:
             detach(layer, base_weights(layer))
         restore_requires_grad(root, memory)

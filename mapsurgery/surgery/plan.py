@@ -2,140 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from ..methods import Adapter, Init, Method
-from ..methods.base import frobenius_norms, matrix_of
-from ..tables import render
-from ..updates import Matrix, Update
-from . import quantisation
-from .adapted import AdaptedLayer, default_dtype
+from ..methods import Init, Method
+from ..updates import Update
+from .adapted import AdaptedLayer
 from .config import Config, Patterns
 from .globs import first_match, matches, nearest
-from .layers import LayerType, find_type, mixin_of, weight_of, why_not
-from .quantisation import Quantisation
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One parameter of one layer to adapt: in most layers, their weight.
-
-    Attributes:
-        parameter: its name in the layer.
-        paths: every name by which the model reaches it, the layer's path for a ``weight`` and the parameter's name for
-            others; the first is the one used in files.
-        layer_type: entry of the table of layer types; None for a raw parameter of any other module.
-        shape: of the parameter, as the layer holds it.
-        matrix: its shape as an adapter sees it, (m, K); of each matrix of a stack.
-        stacked: it is a stack (E, m, K) of matrices that are adapted one by one.
-        rank: after the limit of the update family, in most min(m, K); requested_rank before.
-        trainable: number of parameters that the adapter trains; 0 where the adapter is another layer's.
-        pattern: the first pattern that took it.
-        config: the arguments of the plan.
-        replaced: the layer's forward is to be one of ours; else its own runs on W', or on a quantised W.
-        groups: of a convolution whose forward is replaced.
-        path_kind: how it trains: "fused", on the operators; "beside", with products of W and ΔW in plain torch;
-            "weight", on W'; "base", where the layer's own forward runs on a quantised W.
-        shares: the name under which the adapter of a tied parameter is built already.
-        weight_norm, dtype: ||W||_F and the adapter's dtype where a file gives them; else measured and by `Config`.
-    """
-
-    module: nn.Module = field(repr=False)
-    parameter: str
-    paths: tuple[str, ...]
-    layer_type: LayerType | None
-    shape: tuple[int, ...]
-    matrix: Matrix
-    stacked: bool
-    rank: int
-    requested_rank: int
-    pattern: str
-    config: Config = field(repr=False, compare=False)
-    replaced: bool
-    groups: int | None
-    trainable: int = 0
-    notes: tuple[str, ...] = ()
-    shares: str | None = None
-    weight_norm: float | tuple[float, ...] | None = None
-    dtype: torch.dtype | None = None
-
-    @property
-    def path(self) -> str:
-        return self.paths[0]
-
-    @property
-    def type_name(self) -> str:
-        return type(self.module).__name__
-
-    @property
-    def transposed(self) -> bool:
-        return self.layer_type is not None and self.layer_type.transposed
-
-    @property
-    def quantisation(self) -> Quantisation | None:
-        """How the weight is quantised, if it is."""
-        return quantisation.kind_of(self.module) if self.parameter == "weight" else None
-
-    @property
-    def path_kind(self) -> str:
-        return self._way(training=True)
-
-    @property
-    def path_kind_in_eval(self) -> str:
-        """As `path_kind`, in eval mode: without dropout."""
-        return self._way(training=False)
-
-    def _way(self, training: bool) -> str:
-        if not self.replaced:
-            return "weight" if self.quantisation is None else "base"
-        if isinstance(self.module, nn.Embedding):  # rows of W and of ΔW: no operator computes these
-            return "beside"
-        c = self.config
-        stand_in = Adapter(
-            torch.empty(self.shape, device="meta"),
-            method=c.method,
-            update=c.update,
-            rank=self.rank,
-            init=c.init,
-            dropout=c.dropout,
-            transposed=self.transposed,
-        )
-        stand_in.train(training and self.drops)
-        return c.method.way(stand_in, self.groups)
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout applies: where the update has an input of numbers, and the forward is not the layer's."""
-        return (self.replaced or self.quantisation is not None) and not isinstance(self.module, nn.Embedding)
-
-    @property
-    def matrices(self) -> int:
-        return self.shape[0] if self.stacked else 1
-
-
-@dataclass(frozen=True)
-class SkippedModule:
-    """A module that a target pattern covers and that is not adapted, with the reason."""
-
-    paths: tuple[str, ...]
-    type_name: str
-    reason: str
-
-    @property
-    def path(self) -> str:
-        return self.paths[0]
+from .layers import find_type, weight_of, why_not
+from .paths import module_paths, site_paths, unwrapped
+from .plan_table import layers_table, shortened, skipped_table
+from .planned import PlannedLayer, SkippedModule, planned_layer
+from .quantised import kinds
+from .ties import resolve_ties
 
 
 @dataclass(frozen=True)
@@ -170,13 +56,9 @@ class Plan:
 
     def table(self, full: bool = False) -> str:
         """The plan as text; `full` gives every layer a row of its own."""
-        groups = _grouped(self.layers, full)
-        columns = ["layer", "n", "type", "weight", "way", "rank", "trainable", "pattern", "notes"]
-        rows = [_row(group) for group in groups]
-        parts = [render(f"{len(self.layers)} layers to adapt with {_said(self.config)}", columns, rows)]
+        parts = [layers_table(self.layers, self.config, full)]
         if self.skipped:
-            rows = [_skipped_row(group) for group in _grouped_skips(self.skipped, full)]
-            parts.append(render("not adapted", ["module", "n", "type", "reason"], rows))
+            parts.append(skipped_table(self.skipped, full))
         parts.append(self._totals())
         return "\n".join(parts)
 
@@ -184,80 +66,12 @@ class Plan:
         counts = ", ".join(f"{pattern!r} {count}" for pattern, count in self.counts.items())
         lines = [f"layers per pattern: {counts}"]
         if self.trained:
-            lines.append(f"trained in full: {_shortened(self.trained)} ({self.trained_parameters:,} parameters)")
+            lines.append(f"trained in full: {shortened(self.trained)} ({self.trained_parameters:,} parameters)")
         lines.append(
             f"trainable: {self.trainable_parameters:,} ({self.adapter_parameters:,} in adapters)"
             f" = {self.trainable_share:.3%} of the model's {self.model_parameters:,} parameters"
         )
         return "\n".join(lines)
-
-
-def _said(config: Config) -> str:
-    """The method, and the update family where it is not LoRA's."""
-    return config.method.name if config.update.name == "lora" else f"{config.method.name} on {config.update.name}"
-
-
-def _shortened(names: tuple[str, ...], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _family(path: str) -> str:
-    return re.sub(r"\d+", "#", path)
-
-
-def _span(paths: list[str]) -> str:
-    """One name for similar paths: "blocks.{0..11}.attn.qkv" where a single number differs."""
-    if len(paths) == 1:
-        return paths[0]
-    numbers = [re.findall(r"\d+", path) for path in paths]
-    varying = [i for i in range(len(numbers[0])) if len({n[i] for n in numbers}) > 1]
-    if len(varying) != 1:
-        return f"{paths[0]} .. {paths[-1]}"
-    at, pieces = varying[0], re.split(r"\d+", paths[0])
-    values = [int(n[at]) for n in numbers]
-    texts = list(numbers[0])
-    whole = values == list(range(values[0], values[0] + len(values)))
-    texts[at] = f"{{{values[0]}..{values[-1]}}}" if whole else f"{{{','.join(map(str, values))}}}"
-    return "".join(piece + text for piece, text in zip(pieces, [*texts, ""], strict=True))
-
-
-def _grouped(layers: tuple[PlannedLayer, ...], full: bool) -> list[list[PlannedLayer]]:
-    groups: dict[Any, list[PlannedLayer]] = {}
-    for i, layer in enumerate(layers):
-        alike = (_family(layer.path), layer.type_name, layer.shape, layer.rank, layer.pattern, len(layer.paths))
-        notes = (layer.shares is None, layer.groups, tuple(_family(note) for note in layer.notes))
-        key = i if full else (*alike, *notes)
-        groups.setdefault(key, []).append(layer)
-    return list(groups.values())
-
-
-def _row(group: list[PlannedLayer]) -> list[object]:
-    first = group[0]
-    name = _span([layer.path for layer in group])
-    aliases = "".join(f" = {alias}" for alias in first.paths[1:]) if len(group) == 1 else ""
-    also = [f"each under {len(first.paths)} names"] if len(first.paths) > 1 and not aliases else []
-    notes = "; ".join([*also, *first.notes])
-    shape = "x".join(map(str, first.shape))
-    trainable = sum(layer.trainable for layer in group)
-    way, in_eval = _WAYS[first.path_kind], _WAYS[first.path_kind_in_eval]
-    way = way if way == in_eval else f"{way}, in eval mode {in_eval}"
-    return [name + aliases, len(group), first.type_name, shape, way, first.rank, trainable, first.pattern, notes]
-
-
-_WAYS = {"fused": "fused", "beside": "beside W", "weight": "on W'", "base": "own kernel"}
-"""How a layer is computed, as docs/layers.md calls it."""
-
-
-def _grouped_skips(skipped: tuple[SkippedModule, ...], full: bool) -> list[list[SkippedModule]]:
-    groups: dict[Any, list[SkippedModule]] = {}
-    for i, skip in enumerate(skipped):
-        groups.setdefault(i if full else (_family(skip.path), skip.type_name, skip.reason), []).append(skip)
-    return list(groups.values())
-
-
-def _skipped_row(group: list[SkippedModule]) -> list[object]:
-    return [_span([skip.path for skip in group]), len(group), group[0].type_name, group[0].reason]
 
 
 def plan(
@@ -284,8 +98,6 @@ def plan(
     Raises:
         TypeError, ValueError: see `patch`. What takes reading the weights (NaN) is found by `patch` alone.
     """
-    from .record import unwrapped  # record.py stores this module's Config
-
     config = Config.checked(
         targets,
         exclude=exclude,
@@ -303,21 +115,13 @@ def plan(
     return make_plan(unwrapped(model) if isinstance(model, nn.Module) else model, config)
 
 
-def module_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Every module with all of its names, in the order of the first."""
-    names: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(path)
-    return {module: tuple(paths) for module, paths in names.items()}
-
-
 def make_plan(model: nn.Module, config: Config) -> Plan:
     """The plan for checked arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = module_paths(model)
     _refuse_patched(modules)
-    if not any(True for _ in model.parameters()) and not any(map(quantisation.kind_of, modules)):
+    if not any(True for _ in model.parameters()) and not any(map(kinds.kind_of, modules)):
         raise ValueError(f"the model ({type(model).__name__}) has no parameters: there is nothing to adapt")
     all_paths = [path for paths in modules.values() for path in paths]
     trained = _trained_parameters(model, config, all_paths)
@@ -331,8 +135,6 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
                 layers.append(_planned(module, name, sites, pattern, config))
             else:
                 skipped.append(SkippedModule(sites, type(module).__name__, reason))
-    from .ties import resolve_ties  # which plans further holders of a tied weight
-
     layers, tie_notes = resolve_ties(model, layers, config)
     counts = {p: _count(layers, p) for p in (*config.targets, *config.parameters)}
     _refuse_unmatched(config, counts, layers, skipped, model)
@@ -346,11 +148,6 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         trained_parameters=sum(p.numel() for p in trained.values()),
         model_parameters=count_parameters(model),
     )
-
-
-def site_paths(module_paths: Iterable[str], parameter: str) -> tuple[str, ...]:
-    """Names of a parameter that is adapted: that of its module for a ``weight``, its own for another."""
-    return tuple(p if parameter == "weight" else f"{p}.{parameter}".lstrip(".") for p in module_paths)
 
 
 def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dict[str, str]:
@@ -381,7 +178,7 @@ def _names(sites: tuple[str, ...], parameter: str) -> tuple[str, ...]:
 def _has_weights(module: nn.Module) -> bool:
     """Whether a module holds numbers of its own; a quantised or parametrised weight is none of its parameters."""
     named = "weight" in module._buffers or hasattr(type(module), "weight")
-    return named or bool(module._parameters) or quantisation.kind_of(module) is not None
+    return named or bool(module._parameters) or kinds.kind_of(module) is not None
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -393,7 +190,7 @@ def _refuse_patched(modules: dict[nn.Module, tuple[str, ...]]) -> None:
     patched = [paths[0] or "the model itself" for module, paths in modules.items() if isinstance(module, AdaptedLayer)]
     if patched:
         raise ValueError(
-            f"the model is patched already ({len(patched)} adapted layers: {_shortened(tuple(patched), 3)}); "
+            f"the model is patched already ({len(patched)} adapted layers: {shortened(tuple(patched), 3)}); "
             "call mapsurgery.unpatch or mapsurgery.merge first"
         )
 
@@ -446,42 +243,6 @@ def _planned(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str,
     asked = next((rank for glob, rank in config.rank_pattern.items() if first_match(sites, [glob])), config.rank)
     layer = planned_layer(module, name, sites, pattern, asked, config)
     return replace(layer, notes=_own_notes(layer, config))
-
-
-def planned_layer(
-    module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, asked: int, config: Config
-) -> PlannedLayer:
-    """The entry of a parameter that can be adapted (`why_not` gave no reason), its rank limited to what is possible."""
-    layer_type = find_type(type(module))
-    if layer_type is not None and name not in layer_type.parameters_of(module):
-        layer_type = None
-    weight = weight_of(module, name)
-    assert weight is not None
-    stacked = layer_type is None and weight.dim() == 3
-    matrix = matrix_of(weight.shape, layer_type is not None and layer_type.transposed, stacked)
-    rank = config.update.limited(asked, matrix)
-    shapes = parameter_shapes(config, matrix, rank)
-    trainable = sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed())
-    shape = tuple(weight.shape)
-    replaced = _is_replaced(module, name, layer_type)
-    groups = module.groups if replaced and isinstance(module, _ConvNd) else None
-    own = (layer_type, shape, matrix, stacked, rank, asked, pattern, config, replaced, groups, trainable)
-    return PlannedLayer(module, name, sites, *own)
-
-
-def _is_replaced(module: nn.Module, name: str, layer_type: LayerType | None) -> bool:
-    """Whether the forward of a layer is to be one of ours."""
-    if layer_type is None or (name == "weight" and quantisation.kind_of(module) is not None):
-        return False
-    fused = mixin_of(type(module), (name,)) is layer_type.fused
-    return fused and not getattr(module, "scale_grad_by_freq", False)
-
-
-def parameter_shapes(config: Config, matrix: Matrix, rank: int, frozen: bool = False) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's own parameters; with `frozen` of all that a file holds of it."""
-    of_update = config.update.shapes(matrix, rank)
-    kept = {name: shape for name, shape in of_update.items() if frozen or name not in config.update.frozen}
-    return kept | config.method.shapes(matrix)
 
 
 def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
@@ -551,37 +312,3 @@ def _refuse_uncounted(argument: str, pattern: str, count: int, skipped: list[Ski
         raise ValueError(f"{argument} pattern {pattern!r} matches nothing that can be adapted: {reasons}")
     if count == 0:
         raise ValueError(f"{argument} pattern {pattern!r} matches only modules without parameters of their own")
-
-
-def build(layer: PlannedLayer, config: Config, siblings: dict[Any, Any], start: bool = True) -> Adapter:
-    """The adapter of a planned layer, on its own weight; the layer is not changed.
-
-    Args: siblings: what the adapters of the model share; start: False where the adapter is about to be loaded.
-    """
-    weight = weight_of(layer.module, layer.parameter)
-    assert weight is not None
-    return Adapter(
-        weight,
-        method=config.method,
-        update=config.update,
-        rank=layer.rank,
-        init=config.init,
-        dropout=config.dropout,
-        dtype=layer.dtype or config.dtype or default_dtype(weight.dtype),
-        transposed=layer.transposed,
-        stacked=layer.stacked,
-        name=layer.path,
-        weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
-        values=partial(quantisation.dequantised, layer.module) if layer.quantisation else None,
-        siblings=siblings,
-        start=start,
-    )
-
-
-def norm_of(layer: PlannedLayer) -> float | list[float]:
-    """||W||_F of a planned layer, or one for each matrix of a stack; a quantised weight is dequantised for it."""
-    if layer.quantisation is not None:
-        return frobenius_norms(quantisation.dequantised(layer.module))
-    weight = weight_of(layer.module, layer.parameter)
-    assert weight is not None
-    return frobenius_norms(weight.detach(), layer.stacked)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..methods import Adapter
-from .adapted import AdaptedLayer, child_name
+from .adapted import AdaptedLayer
 from .config import Config
-from .plan import module_paths, site_paths
+from .paths import entry, module_paths, site_paths
 
 _ATTRIBUTE = "_mapsurgery"
 
@@ -62,11 +62,6 @@ class Site:
         return entry(self.layer_path, self.parameter, name)
 
 
-def entry(layer_path: str, parameter: str, name: str) -> str:
-    """Name in the model of a parameter of an adapter: "<layer>.adapter.A"."""
-    return ".".join(part for part in (layer_path, child_name(parameter), name) if part)
-
-
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that a state_dict of the model holds, by name; those of adapters left out."""
     return {
@@ -83,7 +78,7 @@ def put(model: nn.Module, record: Record) -> None:
 
 
 def drop(model: nn.Module) -> None:
-    model.__dict__.pop(_ATTRIBUTE, None)  # a model built of adapted layers has none
+    model.__dict__.pop(_ATTRIBUTE, None)  # a patch that failed has put none
 
 
 def own(model: nn.Module) -> Record | None:
@@ -100,10 +95,8 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = [(path, module) for path, module in model.named_modules() if own(module) is not None]
-    if not found and any(isinstance(module, Adapter) and module.watch is not None for module in model.modules()):
-        raise ValueError(f"the {type(model).__name__} is a part of a patched model: call this on the model itself")
     if not found and any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        return model, _of_constructed(model)
+        raise ValueError(f"the {type(model).__name__} is a part of a patched model: call this on the model itself")
     if not found:
         raise ValueError(f"the model ({type(model).__name__}) is not patched: call mapsurgery.patch first")
     if len(found) > 1:
@@ -112,34 +105,6 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     record = own(found[0][1])
     assert record is not None
     return found[0][1], record
-
-
-def _of_constructed(model: nn.Module) -> Record:
-    """The record of a model that was built of `MapLinear` and its like, not patched: what else it trains is saved."""
-    sites = all_sites(model)
-    adapter = sites[0].adapter
-    config = Config(
-        targets=tuple(s.path for s in sites),
-        rank=adapter.rank,
-        method=adapter.method,
-        update=adapter.update,
-        init=adapter.init,
-        dropout=adapter.dropout,
-    )
-    own_names = {site.entry(name) for site in sites for name in site.adapter.roles}
-    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad and name not in own_names)
-    return Record(config=config, layers=config.targets, trained=trained, requires_grad={})
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's wrapper or DataParallel's: names and paths are those of the model itself."""
-    while True:
-        if "_orig_mod" in model._modules:  # torch.compile's OptimizedModule, without importing the compiler
-            model = model.get_submodule("_orig_mod")
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def intact_sites(root: nn.Module, memory: Record) -> list[Site]:

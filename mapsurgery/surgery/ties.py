@@ -9,7 +9,8 @@ from torch import nn
 from .config import Config
 from .globs import first_match
 from .layers import why_not
-from .plan import PlannedLayer, module_paths, planned_layer, site_paths
+from .paths import module_paths, site_paths
+from .planned import PlannedLayer, planned_layer
 
 Notes = dict[str, tuple[str, ...]]
 

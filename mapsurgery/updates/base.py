@@ -58,7 +58,7 @@ class Update:
             `param_groups` tells them apart.
         frozen: names of further tensors that are not trained and travel with the adapter.
         linear_in: groups of tensors such that ΔW is linear in each: factors on the groups whose product is 1 leave ΔW
-            (`mapsurgery.rebalance`). The first of a group is trained. Names that a layer lacks are passed over.
+            (`mapsurgery.contrib.rebalance`). The first of a group is trained. Names that a layer lacks are passed over.
     """
 
     name: ClassVar[str] = ""

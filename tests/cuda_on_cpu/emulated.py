@@ -102,9 +102,9 @@ def build(variant: str, folder: Path) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir()
     for path in original.iterdir():
-        if path.suffix not in (".so", ".pyc") and path.name not in ("__pycache__", "native.py"):
+        if path.suffix not in (".so", ".pyc") and path.name not in ("__pycache__", "_native.py"):
             (copy / path.name).symlink_to(path)
-    shutil.copy(original / "native.py", copy)  # no link, which would resolve to the original folder
+    shutil.copy(original / "_native.py", copy)  # no link, which would resolve to the original folder
     link(objects, copy / LIBRARY, flags)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...methods.base import matrix_shape
-from ...surgery import quantisation
 from ...surgery.adapted import AdaptedLayer, FusedConv, FusedEmbedding, FusedLinear
 from ...surgery.layers import find_type, mixin_of, weight_of
+from ...surgery.quantised import kinds
 
 PREFIX = "base_model.model."
 """What the names of a PeftModel's parameters begin with."""
@@ -88,8 +88,8 @@ def _product(sizes: tuple[int, ...]) -> int:
 def layout_of(module: nn.Module, parameter: str, dora: bool) -> Layout | str:
     """The layout of a parameter of a layer, adapted or not; or, as what follows its name, why there is none."""
     cls = module.original_class if isinstance(module, AdaptedLayer) else type(module)
-    if parameter == "weight" and quantisation.kind_of(module) is not None:
-        return _linear(quantisation.stand_in(module).shape)
+    if parameter == "weight" and kinds.kind_of(module) is not None:
+        return _linear(kinds.stand_in(module).shape)
     if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):  # the latter is its out_proj
         return "is of an nn.MultiheadAttention, to whose out_proj PEFT 0.21 adds the update twice"
     mixin = mixin_of(cls, (parameter,))

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...methods import Dora, Lora
-from ...surgery import quantisation, record
+from ...surgery import record
 from ...surgery.adapted import AdaptedLayer
 from ...surgery.config import Config
 from ...surgery.layers import weight_of, why_not
 from ...surgery.patch import apply_plan, unpatch
-from ...surgery.plan import Plan, PlannedLayer, count_parameters, module_paths, planned_layer, site_paths
+from ...surgery.paths import module_paths, site_paths
+from ...surgery.plan import Plan, count_parameters
+from ...surgery.planned import PlannedLayer, planned_layer
+from ...surgery.quantised import kinds
 from .layout import (
     CONFIG_FILE,
     PREFIX,
@@ -245,8 +248,8 @@ def _planned(
 
 
 def _matrix(module: nn.Module, weight: Tensor, layout: Layout) -> Tensor:
-    if quantisation.kind_of(module) is not None:
-        return quantisation.dequantised(module)
+    if kinds.kind_of(module) is not None:
+        return kinds.dequantised(module)
     return weight.t() if layout.transposed else weight.flatten(1)
 
 

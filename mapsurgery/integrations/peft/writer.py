@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...files import write_whole
+from ..._atomic_write import write_whole
+from ..._state_dict import changed_buffers
 from ...methods import Adapter, Dora, Lora
-from ...state import changed_buffers
 from ...surgery import record
 from ...surgery.adapted import AdaptedLayer
 from ...surgery.record import Record, Site

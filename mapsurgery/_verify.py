@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from .methods import Adapter
 from .ops.registration import autocasting
-from .surgery import disabled, record
+from .surgery import record
 from .surgery.merge import held_elsewhere, memory_map_of
+from .surgery.patch import disabled
 from .tables import render
 
 _UPDATE = ("down", "up")

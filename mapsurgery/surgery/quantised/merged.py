@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapted import rebind_forward
-from .quantisation import Quantisation, dequantised, device_of, kind_of
-from .quantised import QuantisedLinear
+from ..attach import rebind_forward
+from .kinds import Quantisation, dequantised, device_of, kind_of
+from .layer import QuantisedLinear
 
 CHOICES = ("refuse", "dequantise", "requantise")
 
@@ -22,7 +22,7 @@ class Replaced:
     original_class: type[nn.Module]
     attributes: dict[str, Any]
     computed: ClassVar[tuple[str, ...]] = ("weight",)
-    """As in `baking.Unbaked`."""
+    """As in `computed.Unbaked`."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import write_whole
+from ._atomic_write import write_whole
 
 FORMAT = "mapsurgery-history"
 
@@ -23,7 +23,7 @@ class History:
     Attributes:
         steps: (n,) int64, rising.
         layers: paths of the L layers.
-        values: measure (a key of `mapsurgery.methods.measures.MEASURES`) -> (n, L) float64, on the CPU.
+        values: measure (a key of `mapsurgery.MEASURES`) -> (n, L) float64, on the CPU.
     """
 
     steps: Tensor

@@ -14,25 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import write_whole
+from ._atomic_write import write_whole
+from ._state_dict import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
+from .methods import Init
 from .methods.base import form_values, said_form, same_form
-from .state import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .surgery import record
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
 from .surgery.patch import apply_plan, unpatch
-from .surgery.plan import (
-    Plan,
-    PlannedLayer,
-    count_parameters,
-    module_paths,
-    norm_of,
-    parameter_shapes,
-    planned_layer,
-    site_paths,
-)
-from .surgery.quantisation import kind_of
-from .surgery.quantised import QuantisedLinear
+from .surgery.paths import entry, module_paths, site_paths
+from .surgery.plan import Plan, count_parameters
+from .surgery.planned import PlannedLayer, norm_of, parameter_shapes, planned_layer
+from .surgery.quantised.kinds import kind_of
+from .surgery.quantised.layer import QuantisedLinear
 
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 1
@@ -212,8 +206,6 @@ def _names(path: str, metadata: Mapping[str, str], key: str) -> tuple[str, ...]:
 
 
 def _config(path: str, value: dict[str, Any]) -> Config:
-    from .methods import Init
-
     try:
         dtype = value["dtype"]
         torch_dtype = None if dtype is None else getattr(torch, dtype)
@@ -247,7 +239,7 @@ def _norms(layer: dict[str, Any]) -> list[float]:
 
 def _entry(layer: dict[str, Any], role: str) -> str:
     """Name of a tensor of a layer's adapter."""
-    return record.entry(layer["layer"], layer["parameter"], role)
+    return entry(layer["layer"], layer["parameter"], role)
 
 
 def _roles(file: _File, layer: dict[str, Any]) -> tuple[str, ...]:

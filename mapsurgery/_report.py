@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .methods.measures import MEASURES, measure
+from ._measures import MEASURES, measure
 from .surgery import record
+from .surgery.paths import unwrapped
 from .surgery.record import Site
 from .tables import render
 
@@ -32,7 +33,7 @@ class Report:
     """Numbers per layer. ``print(report)`` shows the table.
 
     Attributes:
-        layers: path -> {"rank", and the numbers of `mapsurgery.methods.measures.MEASURES`}: "weight_norm" is ||W||_F;
+        layers: path -> {"rank", and the numbers of `mapsurgery.MEASURES`}: "weight_norm" is ||W||_F;
             "alpha" and "beta" are the magnitudes of the base and the update, "update_norm" and "change" the norms of
             the update term and of W' - W, all in units of ||W||_F (1 for a zero weight); "scaling" and "direction" the
             shares of ||W' - W||_F^2 along W and across it; "magnitude_change" and "direction_change" the means over
@@ -74,7 +75,7 @@ def measurable_sites(model: nn.Module) -> list[Site]:
     Raises:
         ValueError: the model is not patched, or a weight is still on meta.
     """
-    model = record.unwrapped(model) if isinstance(model, nn.Module) else model
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     sites = record.one_per_adapter(record.all_sites(model))
     for site in sites:
         held = site.adapter.base_weight

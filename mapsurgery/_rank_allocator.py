@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import Adapter
-from ..named import positive
-from ..surgery import record
-from ..updates import AdaLora
+from .methods import Adapter
+from .named import positive
+from .surgery import record
+from .updates import AdaLora
 
 
 class RankAllocator:

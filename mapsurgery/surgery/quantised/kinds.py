@@ -9,14 +9,14 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..methods import Adapter
-from .adapted import AdaptedLayer
+from ...methods import Adapter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -94,9 +94,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def own_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The forward of the base, without hooks, of a layer that is adapted or not."""
-    if isinstance(module, AdaptedLayer):
-        return lambda x: module.original_class.forward(module, x)
-    return module.forward
+    original = getattr(type(module), "original_class", None)  # of an adapted layer
+    return module.forward if original is None else partial(original.forward, module)
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer
-from .quantisation import dequantised
+from ..adapted import AdaptedLayer
+from .kinds import dequantised
 
 
 class QuantisedLinear(AdaptedLayer):

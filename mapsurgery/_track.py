@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .history import History, joined
-from .methods.measures import MEASURES
-from .report import measurable_sites, measured
-from .surgery.adapted import child_name
+from ._history import History, joined
+from ._measures import MEASURES
+from ._report import measurable_sites, measured
+from .surgery.paths import child_name
 
 _MOST_ON_DEVICE = 256
 """Records that wait on the device before they are brought to the host unasked."""
@@ -134,7 +134,7 @@ def track(
     Args:
         model: patched; torch.compile's wrapper and DataParallel's may be around it.
         every: steps from one record to the next.
-        measures: keys of `mapsurgery.methods.measures.MEASURES`; all by default.
+        measures: keys of `mapsurgery.MEASURES`; all by default.
         history: of an interrupted run, to be continued.
 
     Raises:

@@ -19,7 +19,7 @@ class BetaSchedule:
     Beta is set when the schedule is made, for step 0, and by each `step()`, which belongs after the optimiser's step::
 
         mapsurgery.patch(model, targets, method=mapsurgery.Map(train_beta=False))
-        schedule = mapsurgery.BetaSchedule(model, mapsurgery.linear_warmup(0.1, steps=200))
+        schedule = BetaSchedule(model, linear_warmup(0.1, steps=200))
 
     The softening tau of the start "soft" stays what `Init` made it, whatever beta becomes.
 

@@ -1,0 +1,173 @@
+"""The entries of a plan: what becomes of one parameter of one layer, or why nothing does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..methods import Adapter
+from ..methods.base import frobenius_norms, matrix_of
+from ..updates import Matrix
+from .config import Config
+from .layers import LayerType, find_type, mixin_of, weight_of
+from .quantised import kinds
+from .quantised.kinds import Quantisation
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One parameter of one layer to adapt: in most layers, their weight.
+
+    Attributes:
+        parameter: its name in the layer.
+        paths: every name by which the model reaches it, the layer's path for a ``weight`` and the parameter's name for
+            others; the first is the one used in files.
+        layer_type: entry of the table of layer types; None for a raw parameter of any other module.
+        shape: of the parameter, as the layer holds it.
+        matrix: its shape as an adapter sees it, (m, K); of each matrix of a stack.
+        stacked: it is a stack (E, m, K) of matrices that are adapted one by one.
+        rank: after the limit of the update family, in most min(m, K); requested_rank before.
+        trainable: number of parameters that the adapter trains; 0 where the adapter is another layer's.
+        pattern: the first pattern that took it.
+        config: the arguments of the plan.
+        replaced: the layer's forward is to be one of ours; else its own runs on W', or on a quantised W.
+        groups: of a convolution whose forward is replaced.
+        path_kind: how it trains: "fused", on the operators; "beside", with products of W and ΔW in plain torch;
+            "weight", on W'; "base", where the layer's own forward runs on a quantised W.
+        shares: the name under which the adapter of a tied parameter is built already.
+        weight_norm, dtype: ||W||_F and the adapter's dtype where a file gives them; else measured and by `Config`.
+    """
+
+    module: nn.Module = field(repr=False)
+    parameter: str
+    paths: tuple[str, ...]
+    layer_type: LayerType | None
+    shape: tuple[int, ...]
+    matrix: Matrix
+    stacked: bool
+    rank: int
+    requested_rank: int
+    pattern: str
+    config: Config = field(repr=False, compare=False)
+    replaced: bool
+    groups: int | None
+    trainable: int = 0
+    notes: tuple[str, ...] = ()
+    shares: str | None = None
+    weight_norm: float | tuple[float, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    @property
+    def type_name(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def transposed(self) -> bool:
+        return self.layer_type is not None and self.layer_type.transposed
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How the weight is quantised, if it is."""
+        return kinds.kind_of(self.module) if self.parameter == "weight" else None
+
+    @property
+    def path_kind(self) -> str:
+        return self._way(training=True)
+
+    @property
+    def path_kind_in_eval(self) -> str:
+        """As `path_kind`, in eval mode: without dropout."""
+        return self._way(training=False)
+
+    def _way(self, training: bool) -> str:
+        if not self.replaced:
+            return "weight" if self.quantisation is None else "base"
+        if isinstance(self.module, nn.Embedding):  # rows of W and of ΔW: no operator computes these
+            return "beside"
+        c = self.config
+        stand_in = Adapter(
+            torch.empty(self.shape, device="meta"),
+            method=c.method,
+            update=c.update,
+            rank=self.rank,
+            init=c.init,
+            dropout=c.dropout,
+            transposed=self.transposed,
+        )
+        stand_in.train(training and self.drops)
+        return c.method.way(stand_in, self.groups)
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout applies: where the update has an input of numbers, and the forward is not the layer's."""
+        return (self.replaced or self.quantisation is not None) and not isinstance(self.module, nn.Embedding)
+
+    @property
+    def matrices(self) -> int:
+        return self.shape[0] if self.stacked else 1
+
+
+@dataclass(frozen=True)
+class SkippedModule:
+    """A module that a target pattern covers and that is not adapted, with the reason."""
+
+    paths: tuple[str, ...]
+    type_name: str
+    reason: str
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+
+def planned_layer(
+    module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, asked: int, config: Config
+) -> PlannedLayer:
+    """The entry of a parameter that can be adapted (`why_not` gave no reason), its rank limited to what is possible."""
+    layer_type = find_type(type(module))
+    if layer_type is not None and name not in layer_type.parameters_of(module):
+        layer_type = None
+    weight = weight_of(module, name)
+    assert weight is not None
+    stacked = layer_type is None and weight.dim() == 3
+    matrix = matrix_of(weight.shape, layer_type is not None and layer_type.transposed, stacked)
+    rank = config.update.limited(asked, matrix)
+    shapes = parameter_shapes(config, matrix, rank)
+    trainable = sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed())
+    shape = tuple(weight.shape)
+    replaced = _is_replaced(module, name, layer_type)
+    groups = module.groups if replaced and isinstance(module, _ConvNd) else None
+    own = (layer_type, shape, matrix, stacked, rank, asked, pattern, config, replaced, groups, trainable)
+    return PlannedLayer(module, name, sites, *own)
+
+
+def _is_replaced(module: nn.Module, name: str, layer_type: LayerType | None) -> bool:
+    """Whether the forward of a layer is to be one of ours."""
+    if layer_type is None or (name == "weight" and kinds.kind_of(module) is not None):
+        return False
+    fused = mixin_of(type(module), (name,)) is layer_type.fused
+    return fused and not getattr(module, "scale_grad_by_freq", False)
+
+
+def parameter_shapes(config: Config, matrix: Matrix, rank: int, frozen: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's own parameters; with `frozen` of all that a file holds of it."""
+    of_update = config.update.shapes(matrix, rank)
+    kept = {name: shape for name, shape in of_update.items() if frozen or name not in config.update.frozen}
+    return kept | config.method.shapes(matrix)
+
+
+def norm_of(layer: PlannedLayer) -> float | list[float]:
+    """||W||_F of a planned layer, or one for each matrix of a stack; a quantised weight is dequantised for it."""
+    if layer.quantisation is not None:
+        return frobenius_norms(kinds.dequantised(layer.module))
+    weight = weight_of(layer.module, layer.parameter)
+    assert weight is not None
+    return frobenius_norms(weight.detach(), layer.stacked)

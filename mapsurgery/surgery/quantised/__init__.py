@@ -1,0 +1,1 @@
+"""Layers with a quantised weight: how they are read and written, adapted and merged."""

@@ -1,0 +1,109 @@
+"""The layers of the package: each imports only what stands below it, in no circle, and no function hides a module."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mapsurgery
+
+ROOT = Path(mapsurgery.__file__).parent
+
+FLOORS = (
+    ("_native", "tables", "named", "_atomic_write"),
+    ("ops",),
+    ("updates",),
+    ("methods",),
+    ("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
+    ("surgery.adapted", "surgery.layers", "surgery.quantised", "surgery.quantised.kinds", "surgery.quantised.layer"),
+    ("surgery.config", "surgery.planned", "surgery.plan", "surgery.plan_table", "surgery.ties"),
+    ("surgery.attach", "surgery.record", "surgery.patch", "surgery.merge", "surgery.quantised.merged"),
+    (
+        *("_adapter_file", "_state_dict", "_report", "_measures", "_track", "_history", "_verify", "_export", "_optim"),
+        *("_rank_allocator", "reuse", "plots"),
+    ),
+    ("integrations", "contrib", "__main__", ""),
+)
+"""From the ground up; the name of a package stands for its modules that are not named themselves, "" for the root."""
+
+PATHS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that runs, what stands inside functions included."""
+    yield node
+    children = node.orelse if _type_checking(node) else ast.iter_child_nodes(node)
+    for child in children:
+        yield from _nodes(child)
+
+
+def _imports(name: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    found: set[str] = set()
+    package = name if PATHS[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in _nodes(ast.parse(PATHS[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("mapsurgery").lstrip(".") for alias in node.names if _ours(alias.name)}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0 and not _ours(node.module or ""):
+                continue
+            above = package.split(".") if package and node.level else []
+            above = above[: len(above) - max(0, node.level - 1)]
+            stated = node.module or ""
+            base = ".".join([*above, *([stated] if node.level else stated.split(".")[1:])]).strip(".")
+            for alias in node.names:
+                module = f"{base}.{alias.name}".lstrip(".")
+                found.add(module if module in PATHS else base)
+    return found
+
+
+def _ours(name: str) -> bool:
+    return name.partition(".")[0] == "mapsurgery"
+
+
+def _floor(name: str) -> int:
+    listed = {entry: i for i, floor in enumerate(FLOORS) for entry in floor}
+    while name not in listed and "." in name:
+        name = name.rpartition(".")[0]
+    assert name in listed, f"{name} has no place in FLOORS"
+    return listed[name]
+
+
+def test_every_module_imports_only_what_stands_below_it() -> None:
+    upward = [
+        f"{name or 'mapsurgery'} imports {other}"
+        for name in PATHS
+        for other in _imports(name)
+        if _floor(other) > _floor(name)
+    ]
+    assert not upward
+
+
+def test_there_is_no_circle() -> None:
+    TopologicalSorter({name: _imports(name) - {name} for name in PATHS}).prepare()  # raises CycleError with its names
+
+
+def test_nothing_inside_imports_the_package_itself() -> None:
+    assert not [name for name in PATHS if "" in _imports(name) and name]
+
+
+@pytest.mark.parametrize("name", [n for n, path in PATHS.items() if path.name == "__init__.py"])
+def test_no_name_hides_a_module(name: str) -> None:
+    package = importlib.import_module(f"mapsurgery.{name}".rstrip("."))
+    below = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    hidden = [n for n in below if not inspect.ismodule(getattr(package, n, package))]
+    assert not hidden, f"{package.__name__} hides its modules {hidden}"
