@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._atomic_write import write_whole
-from ._state_dict import FORM, adapter_state_dict, changed_buffers, load_adapter_state_dict
+from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .methods import Init
-from .methods.base import form_values, said_form, same_form
 from .surgery import record
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
@@ -29,7 +28,8 @@ from .surgery.quantised.kinds import kind_of
 from .surgery.quantised.layer import QuantisedLinear
 
 FORMAT = "mapsurgery"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = ("1", "2")  # 1 has one tensor more for each layer, "form", which says what the configuration says as well
 
 Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]
@@ -91,6 +91,8 @@ def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
     adapter = site.adapter
     if adapter.weight_norm.is_meta or adapter.pending:
         raise ValueError(f"{site.path}: its weight is not loaded (meta device): there is no adapter to save yet")
+    weight = weight_of(site.layer, site.parameter)
+    assert weight is not None
     norms = adapter.weight_norm.tolist()
     kind = kind_of(site.layer) if isinstance(site.layer, QuantisedLinear) else None
     return {
@@ -99,7 +101,7 @@ def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
         "tied": [[s.layer_path, s.parameter] for s in holders if s.adapter is adapter and s.path != site.path],
         "type": site.layer.original_class.__name__,
         "shape": list(adapter.shape),
-        "dtype": str(adapter.base_dtype).removeprefix("torch."),
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "quantised": kind.name if kind else "",
         "rank": adapter.rank,
         "weight_norm": norms if adapter.stacked else norms[0],
@@ -178,12 +180,15 @@ def _read(path: str) -> _File:
         tensors=tensors,
     )
     _check_consistent(file)
+    if metadata["format_version"] == "1":
+        for layer in file.layers.values():
+            file.tensors.pop(_entry(layer, "form"), None)
     return file
 
 
 def _check_version(path: str, found: str | None) -> None:
-    if found != str(FORMAT_VERSION):
-        raise ValueError(f"{path} has format version {found!r}; this mapsurgery reads version {FORMAT_VERSION}")
+    if found not in _READABLE:
+        raise ValueError(f"{path} has format version {found!r}; this mapsurgery reads {' and '.join(_READABLE)}")
 
 
 def _json(path: str, metadata: Mapping[str, str], key: str, kind: type) -> Any:
@@ -247,7 +252,7 @@ def _roles(file: _File, layer: dict[str, Any]) -> tuple[str, ...]:
     prefix = _entry(layer, "") + "."
     found = {name.removeprefix(prefix) for name in file.tensors if name.startswith(prefix)}
     known = {*file.config.update.roles, *file.config.update.frozen, *file.config.method.roles}
-    return (*sorted(found & known), FORM)
+    return tuple(sorted(found & known))
 
 
 def _check_consistent(file: _File) -> None:
@@ -362,20 +367,15 @@ def _problem_with_factors(layer: PlannedLayer, described: dict[str, Any], file: 
     if len(_norms(described)) != layer.matrices:
         return f"is {layer.matrices} matrices here, the file has {len(_norms(described))}"
     shapes = parameter_shapes(file.config, layer.matrix, rank, frozen=True)
-    form = form_values(file.config.method, file.config.update, file.config.init, rank)
-    unknown = sorted({*_roles(file, described)} - {*shapes, FORM})
+    unknown = sorted({*_roles(file, described)} - {*shapes})
     if unknown:
         return f"has tensors that rank {rank} does not have here: {', '.join(unknown)}"
-    for role, shape in (*shapes.items(), (FORM, (len(form),))):
+    for role, shape in shapes.items():
         tensor = file.tensors.get(_entry(described, role))
         if tensor is None:
             return f"needs {role} of shape {shape} for rank {rank}, the file has no tensor {_entry(described, role)}"
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             return f"needs {role} of shape {shape} for rank {rank}, the file's is {tuple(tensor.shape)} {tensor.dtype}"
-    found = file.tensors[_entry(described, FORM)].tolist()
-    if not same_form(form, found):
-        wanted = said_form(form, list(form.values()))
-        return f"says {said_form(form, found)}, but the file's configuration {wanted} ({file.config.init})"
     return None
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .methods import Adapter
 from .surgery import record
 from .surgery.merge import merge
 
@@ -209,7 +208,7 @@ def _itself(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _merged_copy(model: nn.Module) -> Iterator[nn.Module]:
     """A merged copy that holds adapted weights of its own and shares the other tensors."""
-    adapted = {id(t) for m in model.modules() if isinstance(m, Adapter) for t in (m.base_weight,) if t is not None}
+    adapted = {id(site.base) for site in record.all_sites(model)}
     shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in adapted}
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     try:

@@ -78,7 +78,7 @@ def measurable_sites(model: nn.Module) -> list[Site]:
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     sites = record.one_per_adapter(record.all_sites(model))
     for site in sites:
-        held = site.adapter.base_weight
+        held = site.layer._parameters.get(site.parameter)
         if site.adapter.weight_norm.is_meta or (held is not None and held.is_meta):
             raise ValueError(f"{site.path}: its weight is not loaded (meta device)")
     return sites
@@ -91,6 +91,7 @@ def measured(sites: Sequence[Site], names: Sequence[str] = tuple(MEASURES)) -> T
     numbers = [
         number.to(device, non_blocking=True)
         for site in sites
-        for number in measure(site.adapter, *site.adapter.base(site.layer.given_base(site.parameter)), names)
+        for base in (site.base,)
+        for number in measure(site.adapter, base, site.adapter.norm_of(base), names)
     ]
     return torch.cat(numbers).double().reshape(len(sites), len(names))

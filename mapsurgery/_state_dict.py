@@ -29,14 +29,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for site in record.intact_sites(root, memory):
         for name in site.adapter.own_tensors():
             state[site.entry(name)] = getattr(site.adapter, name).detach()
-        state[site.entry(FORM)] = site.adapter.form
     for name in record.trained_names(root, memory):
         state[name] = root.get_parameter(name).detach()
     return state | {name: root.get_buffer(name) for name in changed_buffers(root, memory)}
-
-
-FORM = "form"
-"""Buffer of an adapter that says how its parameters are meant (tau and relative of MAP, scaling of LoRA)."""
 
 
 def changed_buffers(root: nn.Module, memory: Record) -> list[str]:
@@ -74,12 +69,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     ]
     if problems:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems[:10]))
-    forms = {site.entry(FORM): site.adapter for site in record.one_per_adapter(record.all_sites(root))}
-    for name, adapter in forms.items():
-        adapter.refuse_other_form(state[name])
     for name, tensor in state.items():
-        if name not in forms:
-            places[name][0].copy_(tensor)
+        places[name][0].copy_(tensor)
     return model
 
 
@@ -104,5 +95,4 @@ def places_of(root: nn.Module, memory: Record) -> dict[str, tuple[Tensor, bool]]
     for site in record.one_per_adapter(record.all_sites(root)):
         for name in site.adapter.own_tensors():
             places[site.entry(name)] = (getattr(site.adapter, name), False)
-        places[site.entry(FORM)] = (site.adapter.form, False)
     return places | {name: (root.get_parameter(name), False) for name in record.trained_names(root, memory)}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .methods import Adapter
 from .ops.registration import autocasting
 from .surgery import record
-from .surgery.merge import held_elsewhere, memory_map_of
+from .surgery.merge import held_elsewhere, layers_by_adapter, memory_map_of
 from .surgery.patch import disabled
 from .tables import render
 
@@ -278,9 +278,9 @@ def _check_readers(
 
     Returns a note where this cannot be told.
     """
-    memory = memory_map_of(model)
-    held = [s for s in sites if s.adapter.base_weight is not None and not held_elsewhere(s.adapter, memory)]
-    bases = [s.adapter.base_weight for s in held if s.adapter.base_weight is not None]
+    spans, layers = memory_map_of(model), layers_by_adapter(model)
+    held = [s for s in sites if not s.adapter.computed and not held_elsewhere(s.base, layers[s.adapter], spans)]
+    bases = [site.base for site in held]
     if any(base.dtype in (torch.bfloat16, torch.float16) or autocasting(base.device.type) for base in bases):
         return "readers of the weights were not checked: in half precision the rounding of W' hides them"
     wanted = _seeded(call)
@@ -289,7 +289,7 @@ def _check_readers(
     copies = [base.detach().clone() for base in bases]
     try:
         for site, base in zip(held, bases, strict=True):
-            site.adapter.merge_into(base.detach())
+            site.adapter.merge_into(base.detach(), site.adapter.norm_of(base))
             site.adapter.enabled = False
         found = _seeded(call)
     finally:

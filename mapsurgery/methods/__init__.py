@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..named import parse, register
-from .base import Adapter
+from .adapter import Adapter
 from .dora import Dora
 from .init import Init
 from .lora import Lora

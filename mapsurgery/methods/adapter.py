@@ -209,14 +209,14 @@ class Adapter(nn.Module):
         return other
 
     @torch.no_grad()
-    def merge_into(self, weight: Tensor) -> None:
-        """weight, holding W in the layer's layout, becomes W' in place."""
-        self.method.merge_into(self, weight, self.norm_of(weight))
+    def merge_into(self, weight: Tensor, norm: Tensor) -> None:
+        """weight, holding W in the layer's layout, becomes W' in place. Args: norm: ||W||_F."""
+        self.method.merge_into(self, weight, norm)
 
     @torch.no_grad()
-    def unmerge_from(self, weight: Tensor) -> None:
+    def unmerge_from(self, weight: Tensor, norm: Tensor) -> None:
         """weight, holding W' in the layer's layout, becomes W in place, up to the rounding of merging."""
-        self.method.unmerge_from(self, weight, self.weight_norm)
+        self.method.unmerge_from(self, weight, norm)
 
     # What all share ---------------------------------------------------------------------------------------------
 

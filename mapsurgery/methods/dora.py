@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,15 +75,14 @@ class Dora(Lora):
         p.__dict__["_merged_rows"] = rows, empty  # neither can be told from W'
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
-        rows, empty = (t.to(weight.device) for t in p.__dict__.pop("_merged_rows"))
+        rows, empty = (t.to(weight.device) for t in p.__dict__["_merged_rows"])
         recovered = self._recovered(p, weight, Coefficients(None, p.scaling, rows))
         put_matrix(p, weight, recovered.masked_fill_(empty.unsqueeze(-1), 0))  # a rest of rounding would be a direction
 
-    def recoverable(self, p: Parameters) -> bool:
-        W = p.base_weight
+    def recoverable(self, p: Parameters, W: Any, norm: Tensor) -> bool:
         if W is None:  # merged
             return bool(p.__dict__["_merged_rows"][0].all())
-        rows = self.coefficients(p, lambda: p.matrix(W), p.weight_norm).rows
+        rows = self.coefficients(p, lambda: p.matrix(W), norm).rows
         return rows is not None and bool(rows.all())
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:

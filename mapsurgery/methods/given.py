@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 
 if TYPE_CHECKING:
-    from .base import Adapter
+    from .adapter import Adapter
 
 _NOT_READ = ("base_weight", "form")
 """Tensors of an adapter on which no norm of the update depends: W itself is there by its norm alone."""

@@ -126,8 +126,6 @@ class Map(Method):
         if factors is None:
             return super().effective_weight(p, W, norm)
         matrix, inputs = p.matrix(W), (*factors, *self._numbers(p, norm))
-        if ops.can_wait(W):
-            return ops.lazy_weight(W, p.transposed, p.stacked, matrix, *inputs)
         if p.stacked:
             return ops.stacked_weight(matrix, *inputs).reshape(W.shape)
         result = ops.effective_weight(matrix, *inputs)
@@ -154,7 +152,7 @@ class Map(Method):
             scalars = (t[e : e + 1] for t in (alpha, beta, norm))
             _one_in_place(operation, weight[e], False, A[e], B[e], *scalars, *rest)
 
-    def recoverable(self, p: Parameters) -> bool:
+    def recoverable(self, p: Parameters, W: Any, norm: Tensor) -> bool:
         return bool(p.alpha.all())
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
@@ -165,12 +163,8 @@ class Map(Method):
         return {name: value / unit for name, value in numbers.items()}
 
 
-def _given(p: Parameters, x: Tensor, norm: Tensor) -> ops.Given | None:
-    """Scales and Gram matrices of the block of `mapsurgery.reuse_norms` that is open, if one is."""
-    given = p.given  # once: another thread may close the block
-    if given is None or not isinstance(x, Tensor):  # a proxy of torch.fx, whose graph would hold them for ever
-        return None
-    return given.for_call(p, norm)
+def _given(p: Parameters, x: Tensor, norm: Tensor) -> None:
+    return None
 
 
 def _one_in_place(operation: Callable[..., None], weight: Tensor, transposed: bool, A: Tensor, *others: Any) -> None:

@@ -94,7 +94,7 @@ class Method:
         """The arguments of `ops.map_scales`, where the calls of a layer may be given its result; else None."""
         return None
 
-    def recoverable(self, p: Parameters) -> bool:
+    def recoverable(self, p: Parameters, W: Any, norm: Tensor) -> bool:
         """Whether W can be recovered from W'."""
         return True
 
@@ -184,14 +184,14 @@ class Method:
         return combined_rows(ids, padding_idx, W, rows, c.base, c.update, per_row)
 
     def around(
-        self, p: Parameters, x: Tensor, output: Tensor, bias: Tensor | None, values: Callable[[], Tensor]
+        self, p: Parameters, x: Tensor, output: Tensor, bias: Tensor | None, values: Callable[[], Tensor], norm: Tensor
     ) -> Tensor:
         """output + (f - 1) (output - bias) + rows · update · x ΔW^T, f = rows · base.
 
         f - 1 keeps its digits where a half type would round f to 1, and where it is 0 the base's own output is left bit
         for bit.
         """
-        c = self.coefficients(p, values, p.weight_norm)
+        c = self.coefficients(p, values, norm)
         update = p.update.apply(p, F.dropout(x, p.dropout, p.training), _cast(c.update, x.dtype))
         if c.rows is not None:
             update = update * c.rows.to(update.dtype)
@@ -203,15 +203,7 @@ class Method:
 
     def effective_weight(self, p: Parameters, W: Tensor, norm: Tensor) -> Tensor:
         """W' in the layout and dtype of the weight."""
-        tensors = {name: getattr(p, name) for name in p.roles}
-        if not ops.can_wait(W):
-            return self._computed(p, W, norm).to(W.dtype)
-
-        def compute(W: Tensor, *values: Tensor) -> Tensor:
-            holding = _holding(p, dict(zip(tensors, values, strict=True)))
-            return self._computed(holding, W, norm).to(W.dtype)
-
-        return ops.lazy_result(W, compute, W, *tensors.values())
+        return self._computed(p, W, norm).to(W.dtype)
 
     def _computed(self, p: Parameters, W: Tensor, norm: Tensor) -> Tensor:
         """W' in the layout of the weight, in float32 or wider."""

@@ -27,7 +27,7 @@ from . import flops  # noqa: E402
 
 flops.register()
 
-from .lazy import can_wait, lazy_result, lazy_weight  # noqa: E402
+from .lazy import can_wait, lazy  # noqa: E402
 from .reference import accumulate_dtype, magnitudes, safe_sqrt  # noqa: E402
 from .registration import full_precision  # noqa: E402
 from .stacked import stacked_weight  # noqa: E402
@@ -38,8 +38,7 @@ __all__ = [
     "effective_weight",
     "frobenius_norm",
     "full_precision",
-    "lazy_result",
-    "lazy_weight",
+    "lazy",
     "lowrank_norm",
     "magnitudes",
     "map_conv",

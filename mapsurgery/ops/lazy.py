@@ -62,7 +62,9 @@ class LazyWeight(Tensor):
             return _written(func, args, kwargs)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "meta":
-            args, kwargs = tree_map_only(LazyWeight, _on_meta, (args, kwargs))  # tools that offload W: no numbers needed
+            args, kwargs = tree_map_only(
+                LazyWeight, _on_meta, (args, kwargs)
+            )  # tools that offload W: no numbers needed
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs))
         result = func(*args, **kwargs)

@@ -1,14 +1,14 @@
 """Adapted layers: the class that a layer's object is given while it is adapted.
 
-The object stays the same, and an instance of its original class. Each adapted parameter lives in a child module,
-``adapter`` (``adapter_<parameter>`` for one that is not called ``weight``), under a name of its own, and its old name
-computes W': whoever reads it gets the adapted weight, and every name of ``named_parameters()`` still leads by attribute
-access to that very Parameter.
+The object stays the same, and an instance of its original class. Its frozen weight stays the Parameter that it was,
+under its own name, in ``named_parameters()`` and in every checkpoint. What is new is in a child module, ``adapter``
+(``adapter_<parameter>`` for a parameter that is not called ``weight``). Whoever reads the weight as an attribute gets W'.
 
 Annotations are no strings here: torch.fx takes those of a traced layer's ``forward`` into its graph, and torch 2.11
 cannot pickle a graph that holds a string for a type.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,15 +19,24 @@ from torch.nn.utils import parametrize
 
 from ..methods import Adapter
 from .paths import CHILD, child_name
+from .sharded import is_shard
 
 _MEMO = "_mapsurgery_memo"
 """Plain attribute of an `AdaptedRaw` layer while its forward runs: what W' was when it was first read there."""
+
+_ASK_FOR_PARAMETER = {
+    "get_parameter": "torch.nn.modules.module",
+    "reset_sharded_param": "torch.distributed.fsdp._fully_shard._fsdp_param",
+    "set_module_tensor_to_device": "accelerate.utils.modeling",  # which replaces it in `_parameters`
+}
+"""Functions, and the modules they are in, that read an attribute for the Parameter under this name, not for its numbers."""
 
 
 class Effective:
     """What an adapted parameter's name reads as: W', differentiable; the frozen W inside `mapsurgery.disabled`.
 
     W' is computed when an operation first uses it (`mapsurgery.ops.lazy`): its dtype, shape and device cost nothing.
+    The Parameter itself is what a reader gets that asks for it, or while it is a shard of FSDP2 or on meta.
     """
 
     def __init__(self, parameter: str) -> None:
@@ -36,21 +45,30 @@ class Effective:
     def __get__(self, layer: "AdaptedLayer | None", owner: type | None = None) -> Any:
         if layer is None:
             return self
-        adapter = layer.adapter_of(self.parameter)
         weight = layer.base_of(self.parameter)
-        if not adapter.enabled:
+        adapter = layer.adapter_of(self.parameter)
+        if not adapter.enabled or weight.is_meta:
             return weight
+        if not torch.compiler.is_compiling():
+            reader = sys._getframe(1)
+            asked = _ASK_FOR_PARAMETER.get(reader.f_code.co_name)
+            if (asked is not None and asked == reader.f_globals.get("__name__")) or is_shard(weight):
+                return weight
         memo = layer.__dict__.get(_MEMO)
         if memo is None:
-            return adapter.effective_weight(weight)
+            return adapter("effective_weight", weight)
         key = (self.parameter, torch.is_grad_enabled())
         if key not in memo:
-            memo[key] = adapter.effective_weight(weight)
+            memo[key] = adapter("effective_weight", weight)
         return memo[key]
 
+    # nn.Module registers a Parameter past this. A plain tensor is what a hook computes anew, or a wrapper puts in the
+    # Parameter's place for a while.
     def __set__(self, layer: "AdaptedLayer", value: Any) -> None:
-        # nn.Module assigns through __setattr__; this makes the class attribute stronger than an instance's.
-        layer.__setattr__(self.parameter, value)
+        layer.__dict__[self.parameter] = value
+
+    def __delete__(self, layer: "AdaptedLayer") -> None:
+        del layer.__dict__[self.parameter]
 
 
 class AdaptedLayer(nn.Module):
@@ -63,12 +81,13 @@ class AdaptedLayer(nn.Module):
     """Makes an empty object of the class again, from `original_class` and `adapted`; in each class of `attach`."""
 
     def adapter_of(self, parameter: str) -> Adapter:
-        """The adapter of one of the adapted parameters."""
-        return self._modules[child_name(parameter)]  # type: ignore[return-value]
+        """The adapter of one of the adapted parameters; a plain attribute where another layer's is shared."""
+        name = child_name(parameter)
+        return self._modules[name] if name in self._modules else self.__dict__[name]  # type: ignore[return-value]
 
     def base_of(self, parameter: str) -> Tensor:
-        """The frozen W: the adapter's own, or as the layer's parametrisation or hook computes it."""
-        held = self.adapter_of(parameter).base_weight
+        """The frozen W: the layer's Parameter, or what its parametrisation or hook computes."""
+        held = self._parameters.get(parameter)
         if held is not None:
             return held
         if parameter in self.__dict__:
@@ -77,24 +96,7 @@ class AdaptedLayer(nn.Module):
 
     def base_learns(self, parameter: str) -> bool:
         """Whether the frozen W was unfrozen."""
-        held = self.adapter_of(parameter).base_weight
-        return (self.base_of(parameter) if held is None else held).requires_grad
-
-    def given_base(self, parameter: str = "weight") -> Tensor | None:
-        """W where it is computed for each call, None where the adapter holds it."""
-        return None if self.adapter_of(parameter).base_weight is not None else self.base_of(parameter)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in type(self).adapted:
-            if self.adapter_of(name).base_weight is None:
-                self.__dict__[name] = value  # a hook's newly computed W
-                return
-            raise AttributeError(
-                f"{self.adapter_of(name).layer_name or type(self).__name__}: `{name}` of an adapted layer is computed "
-                f"(W'); write into `{child_name(name)}.base_weight` and call `{child_name(name)}.take_norm()`, or call "
-                "mapsurgery.unpatch or mapsurgery.merge first"
-            )
-        super().__setattr__(name, value)
+        return self.base_of(parameter).requires_grad
 
     def extra_repr(self) -> str:
         adapter = self.adapter_of(self.adapted[0])
@@ -105,18 +107,20 @@ class AdaptedLayer(nn.Module):
         return f"{super().extra_repr()}, {what}{how}rank={adapter.rank}{start}".removeprefix(", ")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the original model calls the frozen weight by its original name."""
-        for name in self.adapted:
-            original, moved = f"{prefix}{name}", f"{prefix}{child_name(name)}.base_weight"
-            if original in state_dict and moved not in state_dict:
-                state_dict[moved] = state_dict.pop(original)
+        """A checkpoint brings another W, and another ||W||_F."""
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self.adapted:
+            if prefix + name in state_dict:
+                below = f"{prefix}{child_name(name)}."
+                self.adapter_of(name).base_loaded(
+                    self.base_of(name), with_adapter=any(key.startswith(below) for key in state_dict)
+                )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes of adapted layers are made on demand: pickle rebuilds them from the original class."""
         default = super().__reduce_ex__(protocol)
-        if parametrize.is_parametrized(self) or "rebuild" not in vars(type(self)):
-            return default  # torch refuses parametrised ones; a subclass of an adapted class can be imported
+        if parametrize.is_parametrized(self):
+            return default  # torch refuses parametrised ones
         return type(self).rebuild, (self.original_class, self.adapted), default[2]
 
 
@@ -126,11 +130,12 @@ class FusedLinear(AdaptedLayer):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        adapter: Adapter = self._modules[CHILD]  # type: ignore[assignment]
+        adapter = self._modules.get(CHILD) or self.adapter_of("weight")  # the former spares calls
         # The operator knows no nested tensors, F.linear on W' does. `is True`: torch.fx's proxies have no truth.
         if not adapter.enabled or input.is_nested is True:
             return super().forward(input)
-        return adapter.linear(input, self.bias, self.given_base())
+        weight = self._parameters.get("weight")
+        return adapter("linear", self.base_of("weight") if weight is None else weight, input, self.bias)
 
 
 class FusedConv(AdaptedLayer):
@@ -150,7 +155,7 @@ class FusedConv(AdaptedLayer):
             return super().forward(input)
         input, padding = self._padded(input)
         settings = (self.stride, padding, self.dilation, self.groups)
-        return adapter.conv(input, self.bias, *settings, self.given_base())
+        return adapter("conv", self.base_of("weight"), input, self.bias, settings)
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The input padded where the operator cannot (other modes, uneven 'same'), and the zero padding left to it."""
@@ -174,7 +179,7 @@ class FusedEmbedding(AdaptedLayer):
         adapter = self.adapter_of("weight")
         if not adapter.enabled or self.scale_grad_by_freq:  # which scales the gradient of W' itself
             return super().forward(input)
-        return adapter.embedding(input, self.padding_idx, self.given_base())
+        return adapter("embedding", self.base_of("weight"), input, self.padding_idx)
 
 
 class AdaptedRaw(AdaptedLayer):

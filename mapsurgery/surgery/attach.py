@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MethodType
 from typing import Any
 
@@ -40,20 +40,21 @@ def _rebuild(original: type[nn.Module], parameters: tuple[str, ...] = ("weight",
     return cls.__new__(cls)
 
 
-_ORDER = "_mapsurgery_order"
-"""Plain attribute of an adapted layer: the names of its parameters in their order, which state_dict is to keep."""
-
-
 def _class_for(layer: nn.Module, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
     if parameters == ("weight",) and kind_of(layer) is not None:
         return quantised_class(type(layer))
     return adapted_class(type(layer), parameters)
 
 
-def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
-    """Turn a layer into its adapted form, in place: the weights are in the adapters already, and leave the layer.
+def attach(layer: nn.Module, adapters: Mapping[str, Adapter], shared: Collection[str] = ()) -> AdaptedLayer:
+    """Turn a layer into its adapted form, in place; its parameters stay as they are.
 
     Returns the same object. Nothing is changed if the class cannot be.
+
+    Args:
+        adapters: of the layer's parameters, by name.
+        shared: names of those whose adapter is a child of another layer: it is no child of this one, so that a
+            state_dict holds it once.
     """
     if parametrize.is_parametrized(layer):  # its class is its own, and must not be kept alive
         layer.__class__ = _made_class(type(layer), tuple(adapters))
@@ -63,13 +64,13 @@ def attach(layer: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedLayer:
     rebind_forward(layer, layer.original_class)
     # torch.fx keeps layers of torch whole, whom it knows by their module: then the adapted layer is in its graph.
     layer.__dict__["__module__"] = layer.original_class.__module__
-    layer.__dict__[_ORDER] = tuple(layer._parameters)
     layer.__dict__.pop("_flat_weights", None)  # of a recurrent layer; `detach` makes the list again
     for name, adapter in adapters.items():
-        if adapter.base_weight is not None:  # a quantised weight stays
-            layer._parameters.pop(name, None)
-        layer._modules[child_name(name)] = adapter
-        adapter.train(layer.training)
+        if name in shared:
+            layer.__dict__[child_name(name)] = adapter
+        else:
+            layer._modules[child_name(name)] = adapter
+            adapter.train(layer.training)
     return layer
 
 
@@ -84,17 +85,14 @@ def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
             layer.__dict__[name] = MethodType(type(layer).forward, layer)
 
 
-def detach(layer: AdaptedLayer, weights: Mapping[str, nn.Parameter | None]) -> None:
-    """Undo `attach`, with each weight in its old place (None: it is computed, and was no parameter)."""
-    order = layer.__dict__.pop(_ORDER)
+def detach(layer: AdaptedLayer) -> None:
+    """Undo `attach`."""
     layer.__dict__.pop("__module__", None)
     for name in layer.adapted:
-        del layer._modules[child_name(name)]
+        layer._modules.pop(child_name(name), None)
+        layer.__dict__.pop(child_name(name), None)
     adapted = type(layer)
     layer.__class__ = layer.original_class  # type: ignore[assignment]
     rebind_forward(layer, adapted)
-    entries = {**layer._parameters, **{name: weight for name, weight in weights.items() if weight is not None}}
-    layer._parameters.clear()
-    layer._parameters.update({name: entries.pop(name) for name in order if name in entries} | entries)
     if isinstance(layer, nn.RNNBase):
         layer._init_flat_weights()

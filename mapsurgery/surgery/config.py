@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..methods import Init, Map, Method, find_method
-from ..methods.base import check_dropout, check_rank
+from ..methods.adapter import check_dropout, check_rank
 from ..named import plain
 from ..updates import LoraUpdate, Update, find_update
 from .globs import as_patterns

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
@@ -11,35 +10,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..methods import Adapter
-from . import cut_graphs, record
+from . import record
 from .adapted import AdaptedLayer
 from .attach import attach, detach
-from .computed import Unbaked, bake, can_bake, unbake
+from .computed import bake, can_bake
 from .interrupts import uninterrupted
-from .patch import MERGED, base_weights, freeze, restore_requires_grad
-from .paths import module_paths, site_paths
+from .patch import MERGED, become_patched, become_plain
+from .paths import child_name, module_paths, site_paths
 from .quantised.layer import QuantisedLinear
-from .quantised.merged import CHOICES, Replaced, Replacement, put_back, put_in, replacement
+from .quantised.merged import CHOICES, Replacement, put_in, replacement
 from .record import Record
+from .undo import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _MERGED_RECORD = "_mapsurgery_merged_record"
-
-
-@dataclass
-class Merged:
-    """What a merged layer keeps, to be unmerged with.
-
-    Attributes:
-        adapters: without their weights, by the parameter's name.
-        bases: the untouched base weights, where there are any.
-        before: the layer with its parametrisation, where W was computed, or with its quantised weight.
-    """
-
-    adapters: dict[str, Adapter]
-    bases: dict[str, nn.Parameter]
-    before: Unbaked | Replaced | None
 
 
 @torch.no_grad()
@@ -66,7 +51,7 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
             weight is computed by a hook that is not torch's, or is quantised (see `quantised`), or `keep_base` and
             `final` are both asked for. Nothing is merged then.
 
-    Should merging fail midway all the same, the model stays patched, and what was merged is taken back as by `unmerge`.
+    Each weight is merged in a copy first, one at a time: should one fail, the model is as it was, to the bit.
     """
     if keep_base and final:
         raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")
@@ -78,54 +63,61 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         _refuse_unmergeable(site)
     packed = [site for site in sites if isinstance(site.layer, QuantisedLinear)]
     replacements = _replacements(root, packed, quantised)
-    memory_map = memory_map_of(model)
-    apart = {
-        site.adapter: _copy_of(site.layer.base_of(site.parameter))
-        for site in sites
-        if site.adapter not in replacements
-        # Multiplied by 0, a weight could not be recovered should a later layer fail.
-        and (
-            keep_base
-            or site.adapter.base_weight is None
-            or held_elsewhere(site.adapter, memory_map)
-            or not site.adapter.recoverable()
-        )
-    }
+    layers = layers_by_adapter(root)
+    spans = memory_map_of(model)
+    apart: dict[Adapter, nn.Parameter] = {}
+    in_place: list[tuple[Adapter, Tensor, Tensor]] = []
+    for site in sites:
+        adapter = site.adapter
+        if adapter in replacements:
+            continue
+        base, norm = site.base, adapter.norm_of(site.base)
+        # Multiplied by 0, a weight could not be recovered.
+        recoverable = adapter.method.recoverable(adapter, base, norm)
+        if keep_base or adapter.computed or not recoverable or held_elsewhere(base, layers[adapter], spans):
+            apart[adapter] = _copy_of(base)
+            adapter.merge_into(apart[adapter].detach(), norm)
+        else:
+            in_place.append((adapter, base.detach(), norm))
     with uninterrupted():
-        adapters = [site.adapter for site in sites]
-        targets = [(adapter, apart.get(adapter)) for adapter in adapters if adapter not in replacements]
-        _in_place(targets, Adapter.merge_into, Adapter.unmerge_from)
-        cut_graphs.uninstall(root)
-        for layer in {site.layer: None for site in record.all_sites(root)}:
+        _in_place(in_place, Adapter.merge_into, Adapter.unmerge_from)
+        merged = {site.layer: None for site in record.all_sites(root)}
+        become_plain(root, memory)
+        for layer in merged:
             _become_merged(layer, apart, replacements, final)
-        for adapter in adapters:
-            adapter.base_weight = None
-        restore_requires_grad(root, memory)
-        record.drop(root)
         if not final:
             root.__dict__[_MERGED_RECORD] = memory
     return model
 
 
-def _in_place(
-    targets: list[tuple[Adapter, nn.Parameter | None]],
-    operation: Callable[[Adapter, Tensor], None],
-    inverse: Callable[[Adapter, Tensor], None],
-) -> None:
-    """Run an operation on each adapter's weight, or on the copy that is given for it; on failure take it back."""
-    done: list[Adapter] = []
+_Operation = Callable[[Adapter, Tensor, Tensor], None]
+
+
+def _in_place(targets: list[tuple[Adapter, Tensor, Tensor]], operation: _Operation, inverse: _Operation) -> None:
+    """Run an operation on each weight, with its norm, after a rehearsal on copies: what can fail fails there.
+
+    Numbers in a weight's own dtype can be taken back only up to its rounding, and a second copy of all weights is too
+    much to ask for. So the copies are made one by one, and thrown away.
+    """
+    for adapter, weight, norm in targets:
+        operation(adapter, weight.clone(memory_format=torch.preserve_format), norm)
+    done: list[tuple[Adapter, Tensor, Tensor]] = []
     try:
-        for adapter, copy in targets:
-            weight = adapter.base_weight if copy is None else copy
-            assert weight is not None
-            operation(adapter, weight.detach())
-            if copy is None:
-                done.append(adapter)
-    except BaseException:
-        for adapter in done:
-            assert adapter.base_weight is not None
-            inverse(adapter, adapter.base_weight.detach())
+        for target in targets:
+            operation(*target)
+            done.append(target)
+    except BaseException:  # the device itself failed
+        for target in done:
+            inverse(*target)
         raise
+
+
+def layers_by_adapter(root: nn.Module) -> dict[Adapter, set[nn.Module]]:
+    """The layers of each adapter: several of a tied weight."""
+    found: dict[Adapter, set[nn.Module]] = {}
+    for site in record.all_sites(root):
+        found.setdefault(site.adapter, set()).add(site.layer)
+    return found
 
 
 def _copy_of(base: Tensor) -> nn.Parameter:
@@ -162,22 +154,25 @@ def _become_merged(
     final: bool,
 ) -> None:
     """The original class again, on the merged weights: the layer's own, copies, or what replaces quantised ones."""
-    if isinstance(layer, QuantisedLinear):
-        adapter = layer.adapter_of("weight")
-        detach(layer, {"weight": None})
-        replaced = put_in(layer, replacements[adapter])
-        if not final:
-            layer.__dict__[MERGED] = Merged({"weight": adapter}, {}, replaced)
-        return
     adapters = {name: layer.adapter_of(name) for name in layer.adapted}
-    held = base_weights(layer)
-    merged = {name: None if weight is None else apart.get(adapters[name], weight) for name, weight in held.items()}
-    detach(layer, merged)
-    computed = {name: apart[adapters[name]] for name, weight in held.items() if weight is None}
-    before = bake(layer, computed) if computed else None
+    before = Snapshot(adapters, tuple(name for name in adapters if child_name(name) not in layer._modules))
+    packed = isinstance(layer, QuantisedLinear)
+    detach(layer)
+    if packed or any(adapter.computed for adapter in adapters.values()):
+        before.quantised = packed
+        before.keep(layer)
+    for name, adapter in adapters.items():
+        if packed:
+            put_in(layer, replacements[adapter])
+        elif adapter.computed:
+            bake(layer, name, apart[adapter])
+        elif adapter in apart:
+            base = layer._parameters[name]
+            assert base is not None
+            before.bases[name] = base
+            layer._parameters[name] = apart[adapter]
     if not final:
-        bases = {name: weight for name, weight in held.items() if weight is not None and adapters[name] in apart}
-        layer.__dict__[MERGED] = Merged(adapters, bases, before)
+        layer.__dict__[MERGED] = before
 
 
 @torch.no_grad()
@@ -197,50 +192,40 @@ def unmerge(model: Model) -> Model:
     root, memory = _find_merged(model)
     layers = {path: m for path, m in root.named_modules() if MERGED in m.__dict__}
     _refuse_incomplete(root, memory)
+    targets: dict[Adapter, tuple[Adapter, Tensor, Tensor]] = {}
     for path, layer in layers.items():
-        kept: Merged = layer.__dict__[MERGED]
-        for name, adapter in kept.adapters.items():
-            if kept.before is None and name not in kept.bases and not adapter.recoverable():
+        before: Snapshot = layer.__dict__[MERGED]
+        for name, adapter in before.adapters.items():
+            weight = layer._parameters[name]
+            assert weight is not None
+            if before.layer_class is not None or name in before.bases:
+                continue
+            if not adapter.method.recoverable(adapter, None, adapter.weight_norm):
                 raise ValueError(
                     f"{path}: its base was multiplied by 0, so the merged weight holds nothing of it any more"
                 )
+            adapter.to(weight.device)
+            targets[adapter] = (adapter, weight.detach(), adapter.weight_norm)
     with uninterrupted():
-        in_place: dict[Adapter, None] = {}
+        _in_place(list(targets.values()), Adapter.unmerge_from, Adapter.merge_into)
         for layer in layers.values():
-            in_place |= dict.fromkeys(_give_weights_back(layer, layer.__dict__[MERGED]))
-        _in_place([(adapter, None) for adapter in in_place], Adapter.unmerge_from, Adapter.merge_into)
-        for layer in layers.values():
-            kept = layer.__dict__.pop(MERGED)
-            if isinstance(kept.before, Replaced):
-                put_back(layer, kept.before)
-            elif kept.before is not None:
-                unbake(layer, kept.before)
-            attach(layer, kept.adapters)
+            _become_adapted(layer, layer.__dict__.pop(MERGED))
         del root.__dict__[_MERGED_RECORD]
-        record.put(root, memory)
-        adapters = record.adapters_of(root).values()
-        freeze(root, adapters, memory.trained)
-        cut_graphs.install(root, adapters)
+        become_patched(root, record.adapters_of(root).values(), memory)
     return model
 
 
-def _give_weights_back(layer: nn.Module, kept: Merged) -> list[Adapter]:
-    """The adapters hold their weights again, where the model is now; the layer's own are not changed yet.
-
-    Returns those of which the weight is still W'.
-    """
-    merged: list[Adapter] = []
-    for name, adapter in kept.adapters.items():
+def _become_adapted(layer: nn.Module, before: Snapshot) -> None:
+    """Undo `_become_merged`, where the layer is now; its own weights hold W again."""
+    for name, adapter in before.adapters.items():
         weight = layer._parameters[name]
         assert weight is not None
-        adapter.base_weight = None
         adapter.to(weight.device)
-        if name in kept.bases:
-            adapter.base_weight = _on(kept.bases[name], weight)
-        elif kept.before is None or name not in kept.before.computed:
-            adapter.base_weight = weight
-            merged.append(adapter)
-    return merged
+        if name in before.bases:
+            layer._parameters[name] = _on(before.bases[name], weight)
+    if before.layer_class is not None:
+        before.put_back(layer)
+    attach(layer, before.adapters, before.shared)
 
 
 def _on(base: nn.Parameter, weight: Tensor) -> nn.Parameter:
@@ -251,14 +236,12 @@ def _on(base: nn.Parameter, weight: Tensor) -> nn.Parameter:
 
 def _refuse_unmergeable(site: record.Site) -> None:
     adapter = site.adapter
-    if adapter.weight_norm.is_meta or (adapter.base_weight is not None and adapter.base_weight.is_meta):
+    if adapter.weight_norm.is_meta or (not isinstance(site.layer, QuantisedLinear) and site.base.is_meta):
         raise ValueError(f"{site.path}: the weight is on meta; load the model's weights before merging")
     for name, parameter in adapter.own_parameters().items():
         if not parameter.isfinite().all():
             raise ValueError(f"{site.path}: {name} holds NaN or infinite values; nothing was merged")
-    if isinstance(site.layer, QuantisedLinear):
-        return
-    if adapter.base_weight is None and not can_bake(site.layer, site.parameter):
+    if adapter.computed and not isinstance(site.layer, QuantisedLinear) and not can_bake(site.layer, site.parameter):
         raise ValueError(
             f"{site.path}: its {site.parameter} is computed by a hook of its own kind, which would overwrite what is "
             "merged; remove the hook, patch, and merge then"
@@ -313,9 +296,10 @@ def _has_memory(tensor: Tensor) -> bool:
     return strided and not is_traceable_wrapper_subclass(tensor)
 
 
-def held_elsewhere(adapter: Adapter, memory_map: dict[int, list[tuple[int, int, nn.Module]]]) -> bool:
-    """Whether writing to the adapter's weight would change a tensor of another module."""
-    assert adapter.base_weight is not None
-    start, stop = _span(adapter.base_weight)
-    held = memory_map[adapter.base_weight.untyped_storage().data_ptr()]
-    return any(owner is not adapter and first < stop and start < last for first, last, owner in held)
+def held_elsewhere(
+    weight: Tensor, layers: Collection[nn.Module], spans: dict[int, list[tuple[int, int, nn.Module]]]
+) -> bool:
+    """Whether writing to a weight would change a tensor of a module that is none of these layers."""
+    start, stop = _span(weight)
+    held = spans[weight.untyped_storage().data_ptr()]
+    return any(owner not in layers and first < stop and start < last for first, last, owner in held)

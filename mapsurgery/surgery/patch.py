@@ -13,12 +13,13 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter, Init, Method
 from ..updates import Update
-from . import cut_graphs, record
+from . import cut_graphs, record, resizing
 from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .config import Config, Patterns
 from .interrupts import uninterrupted
 from .layers import weight_of
+from .offloaded import at_hand
 from .paths import unwrapped
 from .plan import Plan, make_plan
 from .planned import PlannedLayer, norm_of
@@ -125,24 +126,25 @@ def build(layer: PlannedLayer, config: Config, siblings: dict[Any, Any], start: 
 
     Args: siblings: what the adapters of the model share; start: False where the adapter is about to be loaded.
     """
-    weight = weight_of(layer.module, layer.parameter)
-    assert weight is not None
-    return Adapter(
-        weight,
-        method=config.method,
-        update=config.update,
-        rank=layer.rank,
-        init=config.init,
-        dropout=config.dropout,
-        dtype=layer.dtype or config.dtype or default_dtype(weight.dtype),
-        transposed=layer.transposed,
-        stacked=layer.stacked,
-        name=layer.path,
-        weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
-        values=partial(kinds.dequantised, layer.module) if layer.quantisation else None,
-        siblings=siblings,
-        start=start,
-    )
+    with at_hand(layer.module):
+        weight = weight_of(layer.module, layer.parameter)
+        assert weight is not None
+        return Adapter(
+            weight,
+            method=config.method,
+            update=config.update,
+            rank=layer.rank,
+            init=config.init,
+            dropout=config.dropout,
+            dtype=layer.dtype or config.dtype or default_dtype(weight.dtype),
+            transposed=layer.transposed,
+            stacked=layer.stacked,
+            name=layer.path,
+            weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
+            values=partial(kinds.dequantised, layer.module) if layer.quantisation else None,
+            siblings=siblings,
+            start=start,
+        )
 
 
 def default_dtype(weight: torch.dtype) -> torch.dtype:
@@ -152,31 +154,25 @@ def default_dtype(weight: torch.dtype) -> torch.dtype:
 
 def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memory: Record) -> None:
     by_module: dict[nn.Module, dict[str, Adapter]] = {}
+    shared: dict[nn.Module, set[str]] = {}
     for planned in plan.layers:
         by_module.setdefault(planned.module, {})[planned.parameter] = adapters[planned.path]
+        if planned.shares:
+            shared.setdefault(planned.module, set()).add(planned.parameter)
         if planned.parameter in planned.module.__dict__:  # a hook's result, as old as the last forward
             planned.module.__dict__[planned.parameter] = weight_of(planned.module, planned.parameter)
     done: list[AdaptedLayer] = []
     try:
         for module, own in by_module.items():
-            done.append(attach(module, own))
-        freeze(model, adapters.values(), memory.trained)
-        cut_graphs.install(model, adapters.values())
-        record.put(model, memory)
+            done.append(attach(module, own, shared.get(module, ())))
+        become_patched(model, adapters.values(), memory)
     except BaseException:
-        cut_graphs.uninstall(model)
+        become_plain(model, memory)
         for layer in done:
-            detach(layer, base_weights(layer))
-        restore_requires_grad(model, memory)
-        record.drop(model)
+            detach(layer)
         raise
     for module in model.modules():
         module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
-
-
-def base_weights(layer: AdaptedLayer) -> dict[str, nn.Parameter | None]:
-    """The frozen weights of a layer by their original names; None for one that is computed."""
-    return {name: layer.adapter_of(name).base_weight for name in layer.adapted}
 
 
 MERGED = "_mapsurgery_merged"
@@ -199,7 +195,7 @@ def _has_no_values(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer)
 
 
-def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]) -> None:
+def _freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]) -> None:
     """Leave requires_grad to what the adapters train and to what `train` named."""
     for parameter in model.parameters():
         parameter.requires_grad = False  # not requires_grad_(): lazy parameters refuse the method
@@ -210,7 +206,24 @@ def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]
         model.get_parameter(name).requires_grad_(True)
 
 
-def restore_requires_grad(model: nn.Module, memory: Record) -> None:
+def become_patched(model: nn.Module, adapters: Iterable[Adapter], memory: Record) -> None:
+    """What a model is besides its layers, once these are adapted."""
+    adapters = list(adapters)
+    _freeze(model, adapters, memory.trained)
+    cut_graphs.install(model, adapters)
+    resizing.install(model)
+    record.put(model, memory)
+
+
+def become_plain(model: nn.Module, memory: Record) -> None:
+    """Undo `become_patched`."""
+    cut_graphs.uninstall(model)
+    resizing.uninstall(model)
+    _restore_requires_grad(model, memory)
+    record.drop(model)
+
+
+def _restore_requires_grad(model: nn.Module, memory: Record) -> None:
     """requires_grad of every parameter as before the patch; parameters that came later keep theirs."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in memory.requires_grad:
@@ -237,11 +250,9 @@ def unpatch(model: Model) -> Model:
         for name, original in memory.originals.items():  # first: what can fail must leave the model patched
             if original is not None and name in tensors and tensors[name].shape == original.shape:
                 tensors[name].copy_(original)
-        cut_graphs.uninstall(root)
+        become_plain(root, memory)
         for layer in layers:
-            detach(layer, base_weights(layer))
-        restore_requires_grad(root, memory)
-        record.drop(root)
+            detach(layer)
     return model
 
 

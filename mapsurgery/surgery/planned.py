@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..methods import Adapter
-from ..methods.base import frobenius_norms, matrix_of
+from ..methods.adapter import frobenius_norms, matrix_of
 from ..updates import Matrix
 from .config import Config
 from .layers import LayerType, find_type, mixin_of, weight_of

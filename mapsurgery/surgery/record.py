@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..methods import Adapter
 from .adapted import AdaptedLayer
 from .config import Config
-from .paths import entry, module_paths, site_paths
+from .paths import child_name, entry, module_paths, site_paths
 
 _ATTRIBUTE = "_mapsurgery"
 
@@ -56,6 +56,16 @@ class Site:
     @property
     def adapter(self) -> Adapter:
         return self.layer.adapter_of(self.parameter)
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether the adapter is this layer's child; that of a tied weight is in one of its layers."""
+        return child_name(self.parameter) in self.layer._modules
+
+    @property
+    def base(self) -> Tensor:
+        """The frozen W, in the layer's layout."""
+        return self.layer.base_of(self.parameter)
 
     def entry(self, name: str) -> str:
         """Name in the model of one of the adapter's parameters or buffers."""
@@ -160,8 +170,8 @@ def all_sites(model: nn.Module) -> list[Site]:
 
 
 def one_per_adapter(sites: list[Site]) -> list[Site]:
-    """The first site of each adapter."""
-    return list({id(site.adapter): site for site in reversed(sites)}.values())[::-1]
+    """The site of each adapter whose layer holds it, by whose path it goes."""
+    return [site for site in sites if site.holds_adapter]
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ...methods.base import matrix_shape
+from ...methods.adapter import matrix_shape
 from ...surgery.adapted import AdaptedLayer, FusedConv, FusedEmbedding, FusedLinear
 from ...surgery.layers import find_type, mixin_of, weight_of
 from ...surgery.quantised import kinds

@@ -47,21 +47,15 @@ class QuantisedLinear(AdaptedLayer):
         if not adapter.enabled:
             return output
         x = args[0] if args else next(iter(kwargs.values()))
-        return adapter.around(x, output, getattr(self, "bias", None), partial(dequantised, self))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        nn.Module.__setattr__(self, name, value)  # the base's own code may replace its weight
+        return adapter("around", None, x, output, getattr(self, "bias", None), partial(dequantised, self))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The weight stays under its own name. A checkpoint of another base brings another ||W||_F."""
+        """A checkpoint of another base brings another ||W||_F."""
         super(AdaptedLayer, self)._load_from_state_dict(state_dict, prefix, *args)
         below = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-        if any(name != "bias" for name in below) and not any(name.startswith("adapter.") for name in below):
-            adapter = self.adapter_of("weight")
-            before = adapter.weight_norm.clone()
-            adapter.take_norm(weight=dequantised(self))
-            adapter.method.norm_changed(adapter, before, partial(dequantised, self))
-            adapter.method.remember(adapter, partial(dequantised, self))
+        if any(name != "bias" and not name.startswith("adapter.") for name in below):
+            with_adapter = any(name.startswith("adapter.") for name in below)
+            self.adapter_of("weight").base_loaded(dequantised(self), with_adapter)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.original_class,), super(AdaptedLayer, self).__reduce_ex__(protocol)[2]

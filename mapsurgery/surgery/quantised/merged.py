@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attach import rebind_forward
-from .kinds import Quantisation, dequantised, device_of, kind_of
+from .kinds import Quantisation, dequantised, kind_of
 from .layer import QuantisedLinear
 
 CHOICES = ("refuse", "dequantise", "requantise")
-
-
-@dataclass
-class Replaced:
-    """A layer as it was before a merged weight replaced its quantised one: what `put_back` needs."""
-
-    original_class: type[nn.Module]
-    attributes: dict[str, Any]
-    computed: ClassVar[tuple[str, ...]] = ("weight",)
-    """As in `computed.Unbaked`."""
 
 
 @dataclass
@@ -53,7 +43,8 @@ def replacement(layer: QuantisedLinear, path: str, choice: str, surroundings: to
     if choice == "requantise" and kind.quantise is None:
         raise ValueError(_cannot(path, kind, "this library knows no way to pack its weight again"))
     merged = dequantised(layer)
-    layer.adapter_of("weight").merge_into(merged)
+    adapter = layer.adapter_of("weight")
+    adapter.merge_into(merged, adapter.weight_norm)
     if choice == "dequantise" or kind.quantise is None:
         return Replacement(nn.Parameter(merged.to(kind.dtype(layer) or surroundings), requires_grad=False))
     try:
@@ -68,18 +59,15 @@ def _cannot(path: str, kind: Quantisation, reason: str) -> str:
 
 
 _KEPT = ("training", "_hf_hook", "_old_forward", "forward")
-_DICTIONARIES = ("_parameters", "_buffers", "_modules")
 
 
-def put_in(layer: nn.Module, new: Replacement) -> Replaced:
-    """Replace the weight of a layer, which is of its original class again. Returns what `put_back` needs."""
-    before = Replaced(type(layer), {**layer.__dict__, **{name: {**layer.__dict__[name]} for name in _DICTIONARIES}})
+def put_in(layer: nn.Module, new: Replacement) -> None:
+    """Replace the weight of a layer, which is of its original class again."""
     if new.plain:
         _become_linear(layer, new.weight)
     else:
         layer._parameters["weight"] = new.weight
         layer.__dict__.update(new.attributes)
-    return before
 
 
 def _become_linear(layer: nn.Module, weight: nn.Parameter) -> None:
@@ -99,15 +87,3 @@ def _become_linear(layer: nn.Module, weight: nn.Parameter) -> None:
         if not isinstance(bias, nn.Parameter) or bias.dtype != weight.dtype:
             bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
         layer.register_parameter("bias", bias)
-
-
-def put_back(layer: nn.Module, before: Replaced) -> None:
-    """Undo `put_in`, on the device and in the mode that the layer is in now."""
-    weight, training = layer._parameters["weight"], layer.training
-    assert weight is not None
-    layer.__class__ = before.original_class
-    layer.__dict__.clear()
-    layer.__dict__.update(before.attributes)
-    layer.train(training)
-    if device_of(layer) != weight.device:
-        layer.to(weight.device)
