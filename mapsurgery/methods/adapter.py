@@ -136,7 +136,7 @@ class Adapter(nn.Module):
         self._refuse_taken([*shapes, *own_shapes])
         for name, shape in shapes.items():
             value = torch.empty(shape, **place)
-            # What is frozen is a Parameter too: tools treat buffers as statistics, and send them around in each forward.
+            # Frozen tensors are Parameters too: DDP sends buffers around in each forward.
             self.register_parameter(name, nn.Parameter(value, requires_grad=name not in self.update.frozen))
         for name, shape in own_shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **place)))

@@ -10,6 +10,7 @@ W' is computed: what is written into it would be lost. So a write into it, or in
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,7 @@ class LazyWeight(Tensor):
 
     _compute: Callable[[], Tensor]
     _value: Tensor | None
+    _itself: weakref.ref[LazyWeight]
 
     # Readers that skip operations on Python subclasses (the fast path of nn.TransformerEncoderLayer) may take it.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -43,6 +45,7 @@ class LazyWeight(Tensor):
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
         )
         lazy._compute, lazy._value = compute, None
+        lazy._itself = weakref.ref(lazy)  # torch.utils.swap_tensors, whose effect would be lost, refuses these
         return lazy
 
     def value(self) -> Tensor:
@@ -62,9 +65,7 @@ class LazyWeight(Tensor):
             return _written(func, args, kwargs)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "meta":
-            args, kwargs = tree_map_only(
-                LazyWeight, _on_meta, (args, kwargs)
-            )  # tools that offload W: no numbers needed
+            args, kwargs = tree_map_only(LazyWeight, _on_meta, (args, kwargs))  # takes no numbers
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs))
         result = func(*args, **kwargs)

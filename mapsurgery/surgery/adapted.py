@@ -2,7 +2,7 @@
 
 The object stays the same, and an instance of its original class. Its frozen weight stays the Parameter that it was,
 under its own name, in ``named_parameters()`` and in every checkpoint. What is new is in a child module, ``adapter``
-(``adapter_<parameter>`` for a parameter that is not called ``weight``). Whoever reads the weight as an attribute gets W'.
+(``adapter_<parameter>`` for a parameter that is not called ``weight``). A reader of the attribute gets W'.
 
 Annotations are no strings here: torch.fx takes those of a traced layer's ``forward`` into its graph, and torch 2.11
 cannot pickle a graph that holds a string for a type.
@@ -29,7 +29,7 @@ _ASK_FOR_PARAMETER = {
     "reset_sharded_param": "torch.distributed.fsdp._fully_shard._fsdp_param",
     "set_module_tensor_to_device": "accelerate.utils.modeling",  # which replaces it in `_parameters`
 }
-"""Functions, and the modules they are in, that read an attribute for the Parameter under this name, not for its numbers."""
+"""Functions, with their modules, that read an attribute for the Parameter of this name, not for its numbers."""
 
 
 class Effective:

@@ -26,8 +26,8 @@ class _Refusal:
         adapted = [name for name, layer in _embeddings(self.model).items() if isinstance(layer, AdaptedLayer)]
         if adapted and (args or kwargs):
             raise ValueError(
-                f"{_METHOD}: {' and '.join(adapted)} of {type(self.model).__name__} is adapted, and its adapter has the "
-                "rows of the old matrix; resize first and patch then, or call mapsurgery.merge or mapsurgery.unpatch"
+                f"{_METHOD}: {' and '.join(adapted)} of {type(self.model).__name__} is adapted, and its adapter has "
+                "the rows of the old matrix; resize before patch, or call mapsurgery.merge or mapsurgery.unpatch first"
             )
         return getattr(type(self.model), _METHOD)(self.model, *args, **kwargs)
 
