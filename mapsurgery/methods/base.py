@@ -15,7 +15,7 @@ from ..updates import Matrix, Update
 from .init import Init
 
 if TYPE_CHECKING:
-    from .given import GivenScales
+    from ..reuse import KnownScales
     from .method import Method
 
 
@@ -102,7 +102,7 @@ class Adapter(nn.Module):
         roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
         scaling: fixed factor of the update where the method has one, else 1.
         watch: told of calls without autograd, where `surgery.gradient_source` put one.
-        given: inside `mapsurgery.reuse_norms`, the scales that calls take; else None.
+        scales: inside `mapsurgery.reuse_norms`, what calls are handed; else None.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
     """
@@ -135,7 +135,7 @@ class Adapter(nn.Module):
         self.layer_name = name
         self.scaling = method.scaling(rank)
         self.enabled = True
-        self.given: GivenScales | None = None
+        self.scales: KnownScales | None = None
         self.watch: Any = None
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -224,8 +224,16 @@ class Adapter(nn.Module):
         return self.method.around(self, x, output, bias, values)
 
     def effective_weight(self, weight: Tensor | None = None) -> Tensor:
-        """W' in the layout and dtype of the weight, differentiable."""
-        return self.method.effective_weight(self, *self.base(weight))
+        """W' in the layout and dtype of the weight, differentiable, computed when it is first read."""
+        W, norm = self.base(weight)
+        if not ops.can_wait(W):
+            return self.method.effective_weight(self, W, norm)
+        tensors = {name: getattr(self, name) for name in self.roles}
+
+        def compute(W: Tensor, *values: Tensor) -> Tensor:
+            return self.method.effective_weight(_holding(self, dict(zip(tensors, values, strict=True))), W, norm)
+
+        return ops.lazy_result(W, compute, W, *tensors.values())
 
     @torch.no_grad()
     def merge_into(self, weight: Tensor) -> None:
@@ -242,7 +250,7 @@ class Adapter(nn.Module):
 
     def recoverable(self) -> bool:
         """Whether W can be recovered from W'."""
-        return self.method.recoverable(self)
+        return self.method.recoverable(self, self.base_weight, self.weight_norm)
 
     # What all share ---------------------------------------------------------------------------------------------
 
@@ -378,7 +386,7 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside `mapsurgery.disabled` or `reuse_norms` knows nothing of it: the block's end is not its."""
-        return {**self.__dict__, "enabled": True, "given": None}
+        return {**self.__dict__, "enabled": True, "scales": None}
 
     def refuse_other_form(self, form: Tensor) -> None:
         """Raises ValueError unless `form`, of another adapter, is this one's."""
@@ -418,3 +426,15 @@ class Adapter(nn.Module):
             self.weight_arrived()
         if self.base_weight is not None and not self.base_weight.is_meta:
             self.method.remember(self, self._held)
+
+
+def _holding(adapter: Adapter, tensors: dict[str, Tensor]) -> Adapter:
+    """The adapter with other tensors for its parameters: W' is computed of what autograd was given.
+
+    A shallow copy: other threads may be computing with the adapter itself.
+    """
+    other = object.__new__(type(adapter))
+    other.__dict__.update(adapter.__dict__)
+    other.__dict__["_parameters"] = {name: t for name, t in adapter._parameters.items() if name not in tensors}
+    other.__dict__.update(tensors)
+    return other

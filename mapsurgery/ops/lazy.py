@@ -9,7 +9,6 @@ reader (a custom Function, a fused kernel of torch) can get W' without its gradi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +16,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
-
-from . import stacked
-from .autograd import weight_gradients
-
-_ops = torch.ops.mapsurgery
 
 
 class LazyWeight(Tensor):
@@ -93,61 +87,6 @@ class LazyWeight(Tensor):
         return repr(self.value())
 
 
-@dataclass(frozen=True)
-class _Definition:
-    """What a lazy weight computes, of tensors (weight as matrix or stack, A, B, alpha, beta, ||W||_F) and numbers."""
-
-    forward: Callable[..., tuple[Tensor, ...]]
-    gradients: Callable[..., tuple[Tensor | None, ...]]
-    flatten: int
-    """Dimension from which the weight is flattened to its matrix, or to each matrix of a stack."""
-
-
-_TENSORS = 6
-_MATRIX = _Definition(
-    lambda *inputs: _ops.effective_weight.default(*inputs, None),  # None: in the dtype of the weight
-    lambda tensors, rest, saved, needs, grad: weight_gradients(tensors, (*rest, None), saved, (*needs, False), grad),
-    1,
-)
-_STACK = _Definition(stacked.forward, stacked.gradients, 2)
-
-
-class _LazyFunction(torch.autograd.Function):
-    """W' with a closed-form backward, of which the forward waits."""
-
-    @staticmethod
-    def forward(ctx: Any, definition: _Definition, like: Tensor, transposed: bool, *inputs: Any) -> Tensor:
-        saved: list[Tensor] = []  # filled by the computation; the context must not hold the result itself
-        ctx.save_for_backward(*inputs[:_TENSORS])
-        ctx.definition, ctx.transposed, ctx.rest, ctx.saved = definition, transposed, inputs[_TENSORS:], saved
-        return _lazy(definition, like, transposed, inputs, saved)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        definition, tensors, rest = ctx.definition, ctx.saved_tensors, ctx.rest
-        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding with sparse=True
-        grad = grad.t() if ctx.transposed else grad.flatten(definition.flatten)
-        # Nothing is saved where nobody used the numbers of W'.
-        saved = ctx.saved or definition.forward(*tensors, *rest)[1:]
-        grads = definition.gradients(tensors, rest, saved, ctx.needs_input_grad[3:], grad)
-        return (None, None, None, *grads[: _TENSORS + len(rest)])
-
-
-def _lazy(
-    definition: _Definition, like: Tensor, transposed: bool, inputs: tuple[Any, ...], saved: list[Tensor]
-) -> LazyWeight:
-    versions = _versions(inputs)
-
-    def compute() -> Tensor:
-        _refuse_changed(inputs, versions)
-        value, *rest = definition.forward(*inputs)
-        saved[:] = rest
-        value = value.t() if transposed else value.reshape(like.shape)
-        return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
-
-    return LazyWeight(like.detach(), compute)
-
-
 class _LazyResult(torch.autograd.Function):
     """What a differentiable function of tensors computes, of which the forward waits; backward computes it anew."""
 
@@ -217,16 +156,3 @@ def can_wait(weight: Tensor) -> bool:
         and _get_current_dispatch_mode() is None
         and type(weight) in (torch.nn.Parameter, Tensor)
     )
-
-
-def lazy_weight(weight: Tensor, transposed: bool, is_stack: bool, matrix: Tensor, *factors: Any) -> Tensor:
-    """W' in the layout of `weight`, computed when it is first read: `effective_weight`, or `stacked_weight`.
-
-    Args: weight of the layer, whose shape, strides and dtype W' has; transposed: it is the transpose of `matrix`;
-    matrix: (m, K), or with is_stack (E, m, K); factors: A, B, alpha, beta, weight_norm, tau, relative.
-    """
-    definition, inputs = _STACK if is_stack else _MATRIX, (matrix, *factors)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:_TENSORS]):
-        return _LazyFunction.apply(definition, weight, transposed, *inputs)
-    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
-    return _lazy(definition, weight, transposed, detached, [])
