@@ -1,4 +1,4 @@
-#include "cpu/thin_tiles.h"
+#include "cpu/thin/tiles.h"
 
 #include "cpu/simd.h"
 
@@ -32,7 +32,7 @@ MAPSURGERY_INLINE int64_t project_block(Rows<const T> x, Rows<const T> p, Stride
 template <int R, int J, class T>
 MAPSURGERY_INLINE void project_whole(Rows<const T> x, Rows<const T> p, Strided<T> h, int64_t columns) {
   const int64_t done = project_block<Simd<T>, R, J>(x, p, h, 0, columns);
-  project_block<Scalar<T>, R, J>(x, p, h, done, columns);
+  project_block<OneLane<T>, R, J>(x, p, h, done, columns);
 }
 
 template <int R, class T>
@@ -75,7 +75,7 @@ MAPSURGERY_INLINE void contract_rows(Rows<const T> x, Strided<const T> h, Rows<T
   for (; i + kLanes <= extent.columns; i += kLanes) {
     contract_block<Simd<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
   }
-  for (; i < extent.columns; ++i) contract_block<Scalar<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
+  for (; i < extent.columns; ++i) contract_block<OneLane<T>, R, 1>(x.from(0, i), h, d.from(0, i), extent.rank);
 }
 
 // y[t] = keep y[t] + scale sum_j h[t, j] p[j] for R rows and C vectors; dot += x * (the old y) where kDot.
@@ -122,7 +122,7 @@ MAPSURGERY_INLINE double expand_rows(Rows<const T> x, Rows<T> y, T keep, Strided
     expand_block<Simd<T>, R, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, products);
   }
   for (; i < extent.columns; ++i) {
-    expand_block<Scalar<T>, R, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, sum);
+    expand_block<OneLane<T>, R, 1, kDot>(x.from(0, i), y.from(0, i), keep, h, scale, p.from(0, i), extent.rank, sum);
   }
   if constexpr (kDot) Simd<T>::add_lanes(sum, products);
   return sum;

@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "common/tensor.h"
+#include "base/tensor.h"
 
 namespace mapsurgery {
 namespace thin {

@@ -3,9 +3,11 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
+#include <vector>
 
-#include "common/scales.h"
-#include "common/tensor.h"
+#include "base/scales.h"
+#include "base/tensor.h"
 
 namespace mapsurgery {
 
@@ -66,10 +68,17 @@ inline void check_scalar(const char* name, const Tensor& t, const Tensor& A) {
   check_device(name, t, "A", A);
 }
 
-inline void check_scalars(const Tensor& alpha, const Tensor& beta, const Tensor& weight_norm, const Tensor& A) {
-  check_scalar("alpha", alpha, A);
-  check_scalar("beta", beta, A);
-  check_scalar("weight_norm", weight_norm, A);
+// Of what map_scales returns, or gradients of it.
+inline void check_accumulated(const char* name, const Tensor& t, const Tensor& A) {
+  check_dtype(name, t, accumulate_dtype(A.scalar_type()), "the dtype that A accumulates in");
+  check_device(name, t, "A", A);
+}
+
+inline void check_scales(const Tensor& s_w, const Tensor& s_d, const Tensor& A) {
+  for (auto [name, scalar] : {std::pair{"s_w", &s_w}, std::pair{"s_d", &s_d}}) {
+    check_accumulated(name, *scalar, A);
+    check_scalar(name, *scalar, A);
+  }
 }
 
 // weight as the matrix (m, K) fits the factors.
@@ -85,24 +94,19 @@ inline void check_matrix(const Tensor& weight, const Tensor& A, const Tensor& B)
   check_weight(weight, weight.size(0), weight.size(1), A, B);
 }
 
-inline void check_saved(const Tensor& A, const Tensor& B, const Tensor& scales, const Tensor& gram_a,
-                        const Tensor& gram_b) {
-  check_factors(A, B);
-  const ScalarType acc = accumulate_dtype(A.scalar_type());
-  const char* of = "the dtype that A accumulates in";
-  check_dtype("scales", scales, acc, of);
-  check_dtype("gram_a", gram_a, acc, of);
-  check_dtype("gram_b", gram_b, acc, of);
-  STD_TORCH_CHECK(scales.dim() == 1 && scales.size(0) == NUM_SCALES && scales.is_contiguous(),
-                  "mapsurgery: scales must be a contiguous tensor of shape (", NUM_SCALES, ",), got shape ",
-                  shape(scales));
-  for (auto [name, gram] : {std::pair{"gram_a", &gram_a}, std::pair{"gram_b", &gram_b}}) {
-    check_dim(name, *gram, 2);
-    check_size(name, *gram, 0, A.size(0), "the rank");
-    check_size(name, *gram, 1, A.size(0), "the rank");
-    check_device(name, *gram, "A", A);
+// slopes, gram_a and gram_b of map_scales.
+inline void check_norm(const std::vector<Tensor>& norm, const Tensor& A) {
+  if (norm.empty()) return;
+  STD_TORCH_CHECK(norm.size() == 3, "mapsurgery: norm must be slopes, gram_a and gram_b of map_scales, or empty; got ",
+                  norm.size(), " tensors");
+  const char* names[] = {"slopes", "gram_a", "gram_b"};
+  for (int i = 0; i < 3; ++i) {
+    check_accumulated(names[i], norm[i], A);
+    check_dim(names[i], norm[i], i == 0 ? 1 : 2);
+    for (int64_t j = 0; j < norm[i].dim(); ++j) {
+      check_size(names[i], norm[i], j, i == 0 ? int64_t(NUM_SLOPES) : A.size(0), i == 0 ? "its three numbers" : "the rank");
+    }
   }
-  check_device("scales", scales, "A", A);
 }
 
 inline void check_input(const Tensor& x, const Tensor& A) {

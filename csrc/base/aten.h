@@ -1,9 +1,12 @@
-// torch's matrix products and convolutions, below the dispatcher: no autograd, no autocast, GEMM's own alpha and beta.
+// torch's matrix products and convolutions, below the dispatcher: no autograd, no autocast.
+//
+// None takes a factor: libraries below may compile a product anew for each value of one (oneDNN does, in half
+// precision), and s_w and s_d are new after every step of training.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
-#include "common/tensor.h"
+#include "base/tensor.h"
 
 namespace mapsurgery {
 
@@ -32,9 +35,9 @@ struct Aten {
     return out;
   }
 
-  // out = beta self + alpha a b; self may be out itself, or a bias (columns,).
-  static void addmm(Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
-    TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+  // out = self + a b; self may be out itself, or a bias (columns,).
+  static void add_mm(Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b) {
+    TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), self.get(), a.get(), b.get(), 1, 1));
   }
 
   // out = a b, matrix by matrix.
@@ -42,9 +45,9 @@ struct Aten {
     TORCH_ERROR_CODE_CHECK(bmm_out(out.get(), a.get(), b.get()));
   }
 
-  // out = beta out + alpha a b, matrix by matrix.
-  static void baddbmm_(Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
-    TORCH_ERROR_CODE_CHECK(baddbmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+  // out += a b, matrix by matrix.
+  static void add_bmm_(Tensor& out, const Tensor& a, const Tensor& b) {
+    TORCH_ERROR_CODE_CHECK(baddbmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
   }
 
   // sum_n a[n] b[n]^T for a (N, p, L) and b (N, q, L): (p, q).

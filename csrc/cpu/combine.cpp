@@ -1,7 +1,3 @@
-#include "common/effective_weight.h"
-
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
 #include "cpu/device.h"
@@ -81,31 +77,34 @@ void combine_tiles(const Tensor& weight, const Tensor& left, const Tensor& right
                               });
 }
 
-}  // namespace
-
-void Cpu::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,
-                  const Tensor& out) {
+// out = base weight + update BA, in the dtype that both accumulate in.
+void combine_any(const Tensor& weight, const Tensor& A, const Tensor& B, double base, double update,
+                 const Tensor& out) {
   // Rows are walked along the smaller stride: the transpose of W' is the same with the factors' roles swapped.
   if (is_column_major(weight)) {
-    combine(transposed(weight), transposed(B), transposed(A), scales, mode, transposed(out));
-    return;
+    return combine_any(transposed(weight), transposed(B), transposed(A), base, update, transposed(out));
   }
-  const double s_w = read({scales, S_W}), s_d = read({scales, S_D});
-  const double base = mode == Combine::kMerge ? s_w : 1 / s_w, update = mode == Combine::kMerge ? s_d : -s_d / s_w;
-  dispatch_accumulate(accumulate_dtype(weight.scalar_type(), A.scalar_type()), [&](auto type) {
+  const ScalarType acc = accumulate_dtype(weight.scalar_type(), A.scalar_type());
+  dispatch_accumulate(acc, [&](auto type) {
     using acc_t = typename decltype(type)::type;
-    const ScalarType acc = std::is_same_v<acc_t, double> ? ScalarType::Double : ScalarType::Float;
     combine_tiles<acc_t>(weight, B, as_contiguous(cast(A, acc)), static_cast<acc_t>(base), static_cast<acc_t>(update),
                          out);
   });
 }
 
-}  // namespace mapsurgery
+}  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CPU, m) {
-  using mapsurgery::Combine, mapsurgery::Cpu;
-  m.impl("effective_weight", TORCH_BOX(&mapsurgery::effective_weight<Cpu>));
-  m.impl("effective_weight_backward", TORCH_BOX(&mapsurgery::effective_weight_backward<Cpu>));
-  m.impl("merge_", TORCH_BOX((&mapsurgery::combine_in_place<Cpu, Combine::kMerge>)));
-  m.impl("unmerge_", TORCH_BOX((&mapsurgery::combine_in_place<Cpu, Combine::kUnmerge>)));
+void Cpu::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& s_w, const Tensor& s_d,
+                  Combine mode, const Tensor& out) {
+  const double w = read(&s_w), d = read(&s_d);
+  combine_any(weight, A, B, mode == Combine::kMerge ? w : 1 / w, mode == Combine::kMerge ? d : -d / w, out);
 }
+
+Tensor Cpu::scaled(const Tensor& t, const Tensor& scale, ScalarType dtype) {
+  const ScalarType acc = accumulate_dtype(t.scalar_type());
+  Tensor out = empty(sizes_of(t), dtype, t);
+  combine_any(t, empty({0, t.size(1)}, acc, t), empty({t.size(0), 0}, acc, t), read(&scale), 0, out);
+  return out;
+}
+
+}  // namespace mapsurgery

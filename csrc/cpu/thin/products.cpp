@@ -1,4 +1,4 @@
-#include "cpu/thin.h"
+#include "cpu/thin/products.h"
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 
 #include "cpu/rows.h"
 #include "cpu/simd.h"
-#include "cpu/thin_tiles.h"
+#include "cpu/thin/tiles.h"
 
 namespace mapsurgery {
 namespace thin {

@@ -12,10 +12,14 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "base/errors.h"
 
 namespace mapsurgery {
 
@@ -24,6 +28,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
+// A number that training moves, (1,): a GPU's kernels read it by pointer, the host never waits for it. Null stands for 1.
+using Scalar = const Tensor*;
 
 // dtype of norms, Gram matrices and scalars.
 template <class T>
@@ -90,14 +96,21 @@ inline Sizes contiguous_strides(const Sizes& sizes) {
   return strides;
 }
 
+// Programs that look for a batch size that fits ask whether an error is one of memory by these words.
+inline std::string words_of_failed_allocation(bool cuda) {
+  if (const char* words = words_of_torch()) return words;
+  return cuda ? "CUDA out of memory." : "DefaultCPUAllocator: can't allocate memory";
+}
+
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor& like) {
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
+  const AOTITorchError failed =
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
+                               like.get_device_index(), &handle);
+  if (failed) throw std::runtime_error(words_of_failed_allocation(like.is_cuda()));
   return Tensor(handle);
 }
 
