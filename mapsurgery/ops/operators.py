@@ -357,7 +357,8 @@ def lowrank_conv_backward(
         if need_d:
             grads = _weight_grads(D.flatten(1), weight.flatten(1), A, B, s_w, s_d, norm, need_weight)
             dweight = grads[0].reshape(weight.shape) if need_weight else dweight
-            dA, dB, ds_w, ds_d = grads[1:]
+            dA, dB, ds_d = (grads[1], grads[2], grads[4]) if need_factors else (dA, dB, ds_d)
+            ds_w = grads[3] if need_s_w else ds_w
         return dx, dweight, dbias, dA, dB, ds_w, ds_d
 
     ones, zeros = [1] * spatial, [0] * spatial
