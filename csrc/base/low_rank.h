@@ -12,6 +12,7 @@ namespace mapsurgery {
 template <class Device>
 void accumulate_mm_(Tensor& out, const Tensor& a, const Tensor& b, Scalar keep, Scalar s_d) {
   const ScalarType dtype = out.scalar_type();
+  if (a.size(1) == 0) return Device::scale_(out, keep);
   if (Device::takes_scalars(dtype)) return Device::accumulate_mm_(out, a, cast(b, dtype), keep, s_d);
   Device::scale_(out, keep);
   // s_d goes into the factor, which then has the size of W: s_d a could overflow float16 while B, and 1/s_d, is small.

@@ -1,7 +1,3 @@
-#include "common/effective_weight.h"
-
-#include <torch/csrc/stable/library.h>
-
 #include "cuda/device.h"
 #include "cuda/kernels.cuh"
 #include "cuda/launch.cuh"
@@ -20,11 +16,11 @@ constexpr int64_t kMostRowBlocks = 65535;  // what a grid allows in y
 template <class acc_t>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(Matrix weight, Matrix left, Matrix right, Matrix out, int64_t m, int64_t K, int64_t rank,
-                   Numbers scales, Combine mode) {
+                   Numbers base_factor, Numbers update_factor, Combine mode) {
   __shared__ acc_t left_tile[kTileRows][kRank + 1], right_tile[kRank][kTileColumns + 1];
   const acc_t* left_data = static_cast<const acc_t*>(left.numbers.data);
   const acc_t* right_data = static_cast<const acc_t*>(right.numbers.data);
-  const double s_w = scales.load<double>(S_W), s_d = scales.load<double>(S_D);
+  const double s_w = base_factor.scalar<double>(), s_d = update_factor.scalar<double>();
   const acc_t base = static_cast<acc_t>(mode == Combine::kMerge ? s_w : 1 / s_w);
   const acc_t update = static_cast<acc_t>(mode == Combine::kMerge ? s_d : -s_d / s_w);
   const int thread = threadIdx.y * kLanes + threadIdx.x;
@@ -68,12 +64,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void Cuda::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scales, Combine mode,
-                   const Tensor& out) {
+void Cuda::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& s_w, const Tensor& s_d,
+                   Combine mode, const Tensor& out) {
   // Neighbouring threads write neighbouring numbers: the transpose of W' is the same with the factors' roles swapped.
   if (is_column_major(weight)) {
-    combine(transposed(weight), transposed(B), transposed(A), scales, mode, transposed(out));
-    return;
+    return combine(transposed(weight), transposed(B), transposed(A), s_w, s_d, mode, transposed(out));
   }
   const int64_t m = weight.size(0), K = weight.size(1);
   if (m == 0 || K == 0) return;
@@ -84,16 +79,15 @@ void Cuda::combine(const Tensor& weight, const Tensor& A, const Tensor& B, const
   dispatch_accumulate(acc, [&](auto type) {
     launch<combine_kernel<typename decltype(type)::type>>(grid, dim3(kLanes, kRows), current_stream(weight),
                                                           Matrix(weight), Matrix(left), Matrix(right), Matrix(out), m,
-                                                          K, A.size(0), Numbers(scales), mode);
+                                                          K, A.size(0), Numbers(s_w), Numbers(s_d), mode);
   });
 }
 
-}  // namespace mapsurgery
-
-STABLE_TORCH_LIBRARY_IMPL(mapsurgery, CUDA, m) {
-  using mapsurgery::Combine, mapsurgery::Cuda;
-  m.impl("effective_weight", TORCH_BOX(&mapsurgery::effective_weight<Cuda>));
-  m.impl("effective_weight_backward", TORCH_BOX(&mapsurgery::effective_weight_backward<Cuda>));
-  m.impl("merge_", TORCH_BOX((&mapsurgery::combine_in_place<Cuda, Combine::kMerge>)));
-  m.impl("unmerge_", TORCH_BOX((&mapsurgery::combine_in_place<Cuda, Combine::kUnmerge>)));
+Tensor Cuda::scaled(const Tensor& t, const Tensor& scale, ScalarType dtype) {
+  const ScalarType acc = accumulate_dtype(t.scalar_type());
+  const Tensor out = empty(sizes_of(t), dtype, t);
+  combine(t, empty({0, t.size(1)}, acc, t), empty({t.size(0), 0}, acc, t), scale, scale, Combine::kMerge, out);
+  return out;
 }
+
+}  // namespace mapsurgery

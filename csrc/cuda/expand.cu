@@ -1,6 +1,6 @@
 // What the low-rank half of a layer does beside its matrix products, for ranks that fit into registers: one pass over
-// an activation instead of two or three, and one launch for all gradients of the factors. The factors are read in their
-// own dtype: nothing is cast beforehand, and s_d h, which can overflow float16, is never stored.
+// an activation instead of two or three. The factors are read in their own dtype: nothing is cast beforehand, and s_d h,
+// which can overflow float16, is never stored.
 
 #include <type_traits>
 
@@ -40,34 +40,25 @@ struct Expansion {
   T* out;
   const T* left;  // (rows, rank), contiguous
   Matrix right;   // (rank, columns)
-  Numbers scales;
+  Numbers keep, s_d;
   int64_t rows, columns, tile_rows = 0;
   int rank;
-  ScaleIndex keep;
   bool reads = true, writes = true;  // whether out holds numbers, and whether it gets new ones
   Numbers bias;
   int64_t bias_stride = 0;
-  const T *x = nullptr, *h = nullptr;  // like out and left; null: no sums
+  const T *x = nullptr, *h = nullptr;  // like out and left; null: no sum with it
   double* sums = nullptr;              // those of each block: <x, out>, then <left, h>
 
-  Expansion(const Tensor& out, const Tensor& left, const Tensor& right, const Tensor& scales, ScaleIndex keep)
+  Expansion(const Tensor& out, const Tensor& left, const Tensor& right, Scalar keep, Scalar s_d)
       : out(data_of<T>(out)),
         left(data_of<const T>(left)),
         right(right),
-        scales(scales),
+        keep(keep),
+        s_d(s_d),
         rows(out.size(0)),
         columns(out.size(1)),
-        rank(static_cast<int>(right.size(0))),
-        keep(keep) {}
+        rank(static_cast<int>(right.size(0))) {}
 };
-
-constexpr int kFewRanks = 8, kMostRanks = 16;
-
-// Calls f with the number of ranks that a kernel is built for, as a constant.
-template <class F>
-auto dispatch_rank(int64_t rank, F&& f) {
-  return rank <= kFewRanks ? f(std::integral_constant<int, kFewRanks>()) : f(std::integral_constant<int, kMostRanks>());
-}
 
 // aligned: the columns of a thread are one access of out and of x.
 template <class T, int R, bool aligned>
@@ -80,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
   const auto column = [&](int v) { return aligned ? lane * kWide + v : v * kLanes + lane; };
   const int columns = static_cast<int>(min(static_cast<int64_t>(kTile), e.columns - first));  // of the block
 
-  const acc_t keep = e.scales.template load<acc_t>(e.keep), s_d = e.scales.template load<acc_t>(S_D);
-  const bool sums = e.x != nullptr, keeps = e.reads && keep != 0;  // BLAS drops what meets 0
+  const acc_t keep = e.keep.template scalar<acc_t>(), s_d = e.s_d.template scalar<acc_t>();
+  const bool sums = e.h != nullptr, sums_x = e.x != nullptr, keeps = e.reads && keep != 0;  // BLAS drops what meets 0
 
   // s_d times the block's part of the right factor, and the bias as one row more; then each thread's own part of them.
   __shared__ acc_t tile[R + 1][kTile + 4];                             // + 4: no bank conflicts
@@ -133,13 +124,13 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
         if constexpr (aligned) {
           if (column(0) >= columns) continue;
           if (e.reads) load_pack<kWide>(out + k * e.columns + column(0), old[k]);
-          if (sums) load_pack<kWide>(x + k * e.columns + column(0), other[k]);
+          if (sums_x) load_pack<kWide>(x + k * e.columns + column(0), other[k]);
         } else {
 #pragma unroll
           for (int v = 0; v < kWide; ++v) {
             if (column(v) >= columns) continue;
             if (e.reads) old[k][v] = out[k * e.columns + column(v)];
-            if (sums) other[k][v] = x[k * e.columns + column(v)];
+            if (sums_x) other[k][v] = x[k * e.columns + column(v)];
           }
         }
       }
@@ -200,7 +191,7 @@ Tensor expand(Expansion<T> e, const Tensor& like) {
     e.tile_rows = std::min(kMostTileRows, (share + kPass - 1) / kPass * kPass);
     const dim3 grid(static_cast<unsigned>(x), blocks_for(e.rows, e.tile_rows, most));
     Tensor sums;
-    if (e.x != nullptr) {
+    if (e.h != nullptr) {
       sums = empty({static_cast<int64_t>(grid.x) * grid.y, 2}, ScalarType::Double, like);
       e.sums = data_of<double>(sums);
     }
@@ -214,139 +205,15 @@ Tensor expand(Expansion<T> e, const Tensor& like) {
   });
 }
 
-// Gradients of the factors with what the norm adds, s_d dA - c RADIAL gram_b A and s_d dB - c RADIAL B gram_a, and of
-// both magnitudes. c = <dL/dW', BA> is `value`, or the sum of the blocks' second sums; that of alpha is the first.
-template <class acc_t>
-struct Gradients {
-  Matrix dA, dB, A, B;
-  Numbers out_A, out_B;  // contiguous
-  int64_t K, m;
-  int rank;
-  const acc_t *gram_a, *gram_b, *scales;
-  const acc_t* value = nullptr;
-  const double* sums = nullptr;
-  int64_t blocks = 0;
-  acc_t *dalpha = nullptr, *dbeta = nullptr;  // of the sums; null: not needed
-
-  Gradients(const Tensor& dA, const Tensor& dB, const Saved& saved, const FactorGrads& grads)
-      : dA(dA),
-        dB(dB),
-        A(saved.A),
-        B(saved.B),
-        out_A(grads.A),
-        out_B(grads.B),
-        K(saved.A.size(1)),
-        m(saved.B.size(0)),
-        rank(static_cast<int>(saved.rank())),
-        gram_a(data_of<acc_t>(saved.gram_a)),
-        gram_b(data_of<acc_t>(saved.gram_b)),
-        scales(data_of<acc_t>(saved.scales)) {}
-};
-
-// Each thread takes a column of A, or a row of B.
-template <class acc_t, int R>
-__global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ Gradients<acc_t> g) {
-  __shared__ acc_t gram[R * R];
-  const int64_t blocks_of_A = (g.K + kThreads - 1) / kThreads;
-  const bool of_A = blockIdx.x < blocks_of_A;
-  const int64_t i = (of_A ? blockIdx.x : blockIdx.x - blocks_of_A) * kThreads + threadIdx.x;
-  const bool inside = i < (of_A ? g.K : g.m);
-  const auto load = [&](const Matrix& A, const Matrix& B, acc_t(&into)[R]) {
-    const Matrix& matrix = of_A ? A : B;
-    const int64_t step = of_A ? matrix.row_stride : matrix.column_stride;
-    const int64_t from = i * (of_A ? matrix.column_stride : matrix.row_stride);
-    matrix.numbers.typed([&](const auto* numbers) {
-#pragma unroll
-      for (int j = 0; j < R; ++j) {
-        into[j] = inside && j < g.rank ? static_cast<acc_t>(numbers[from + j * step]) : acc_t(0);
-      }
-    });
-  };
-  acc_t own[R], grad[R];
-  load(g.A, g.B, own);
-  load(g.dA, g.dB, grad);
-  for (int k = threadIdx.x; k < R * R; k += kThreads) {
-    const int row = k / R, column = k % R;
-    const bool exists = row < g.rank && column < g.rank;
-    gram[k] = exists ? (of_A ? g.gram_b : g.gram_a)[row * g.rank + column] : acc_t(0);
-  }
-  double c = 0;
-  if (g.sums != nullptr) {
-    double with_x = 0, with_h = 0;
-    for (int64_t k = threadIdx.x; k < g.blocks; k += kThreads) {
-      with_x += g.sums[2 * k];
-      with_h += g.sums[2 * k + 1];
-    }
-    const double total_x = block_sum(with_x);
-    c = block_sum(with_h);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      if (g.dalpha != nullptr) *g.dalpha = static_cast<acc_t>(total_x * static_cast<double>(g.scales[DS_W]));
-      *g.dbeta = static_cast<acc_t>(c * static_cast<double>(g.scales[DS_D]));
-    }
-  } else {
-    c = static_cast<double>(*g.value);
-  }
-  __syncthreads();  // the Gram matrix is there
-  if (!inside) return;
-  const acc_t s_d = g.scales[S_D], radial = static_cast<acc_t>(c) * g.scales[RADIAL];
-#pragma unroll
-  for (int j = 0; j < R; ++j) {
-    acc_t product = 0;
-#pragma unroll
-    for (int k = 0; k < R; ++k) product += gram[j * R + k] * own[k];  // the Gram matrices are symmetric
-    grad[j] = s_d * grad[j] - radial * product;
-  }
-  const int64_t from = of_A ? i : i * g.rank, step = of_A ? g.K : 1;
-  (of_A ? g.out_A : g.out_B).typed([&](auto* numbers) {
-    using U = std::remove_pointer_t<decltype(numbers)>;
-#pragma unroll
-    for (int j = 0; j < R; ++j) {
-      if (j < g.rank) numbers[from + j * step] = static_cast<U>(grad[j]);
-    }
-  });
-}
-
-// c: its value and its product with DS_D, or else the sums of `expand`.
-LowRankGrads gradients(const Tensor& dA, const Tensor& dB, const Dot* c, const Tensor* sums, const Saved& saved,
-                       bool need_alpha) {
-  const Tensor &A = saved.A, &B = saved.B, &scales = saved.scales;
-  const ScalarType acc = scales.scalar_type();
-  LowRankGrads grads;
-  grads.factors = {empty(sizes_of(A), A.scalar_type(), A), empty(sizes_of(B), B.scalar_type(), B),
-                   c != nullptr ? c->scaled : empty({1}, acc, scales)};
-  if (need_alpha) grads.alpha = empty({1}, acc, scales);
-  dispatch_accumulate(acc, [&](auto type) {
-    using acc_t = typename decltype(type)::type;
-    Gradients<acc_t> g(dA, dB, saved, grads.factors);
-    if (c != nullptr) {
-      g.value = data_of<acc_t>(c->value);
-    } else {
-      g.sums = data_of<double>(*sums);
-      g.blocks = sums->size(0);
-      g.dbeta = data_of<acc_t>(grads.factors.beta);
-      if (need_alpha) g.dalpha = data_of<acc_t>(grads.alpha);
-    }
-    const auto blocks = [](int64_t n) { return static_cast<unsigned>((n + kThreads - 1) / kThreads); };
-    const unsigned grid = blocks(g.K) + blocks(g.m);
-    if (grid == 0) return;
-    dispatch_rank(g.rank, [&](auto R) {
-      launch<gradients_kernel<acc_t, decltype(R)::value>>(grid, kThreads, current_stream(A), g);
-    });
-  });
-  return grads;
-}
-
-bool is_thin(int64_t rank) { return rank >= 1 && rank <= kMostRanks; }
-
 }  // namespace
 
 bool Cuda::expands(const Tensor& out, int64_t rank) { return is_thin(rank) && out.numel() > 0 && out.is_contiguous(); }
 
-void Cuda::expand_(const Tensor& out, ScaleIndex keep, bool reads, const Tensor& left, const Tensor& right,
-                   const std::optional<Tensor>& bias, const Tensor& scales) {
+void Cuda::expand_(const Tensor& out, Scalar keep, bool reads, const Tensor& left, const Tensor& right,
+                   const std::optional<Tensor>& bias, Scalar s_d) {
   const Tensor rows = as_contiguous(left);
   dispatch_floating(out.scalar_type(), [&](auto type) {
-    Expansion<typename decltype(type)::type> e(out, rows, right, scales, keep);
+    Expansion<typename decltype(type)::type> e(out, rows, right, keep, s_d);
     e.reads = reads;
     if (bias) {
       e.bias = Numbers(*bias);
@@ -356,27 +223,26 @@ void Cuda::expand_(const Tensor& out, ScaleIndex keep, bool reads, const Tensor&
   });
 }
 
-LowRankGrads Cuda::down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& H, const Tensor& dB,
-                                  const Saved& saved, bool need_x, bool need_factors, bool need_alpha) {
-  if (!need_factors || !GW.defined() || !expands(GW, saved.rank())) {
-    return down_backward_by_gemm_<Cuda>(X, GW, GB, H, dB, saved, need_x, need_factors, need_alpha);
+Products<Parts> Cuda::down_backward_(const Tensor& X, Tensor& GW, const Tensor& GB, const Tensor& H, const Tensor& A,
+                                     Scalar s_w, Scalar s_d, bool need_x, bool need_factors, bool need_s_w) {
+  if (!need_factors || !GW.defined() || !expands(GW, A.size(0))) {
+    return down_backward_by_gemm_<Cuda>(X, GW, GB, H, A, s_w, s_d, need_x, need_factors, need_s_w);
   }
-  const Tensor dA = mm(transposed(GB), X);
-  const Tensor x = in_layout_of(X, GW), left = as_contiguous(GB), h = as_contiguous(H);
+  Products<Parts> products;
+  products.dA = mm(transposed(GB), X);
+  const Tensor left = as_contiguous(GB), h = as_contiguous(H), x = need_s_w ? in_layout_of(X, GW) : X;
   const Tensor sums = dispatch_floating(GW.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    Expansion<T> e(GW, left, saved.A, saved.scales, S_W);
+    Expansion<T> e(GW, left, A, s_w, s_d);
     e.writes = need_x;
-    e.x = data_of<const T>(x);
     e.h = data_of<const T>(h);
+    if (need_s_w) e.x = data_of<const T>(x);
     return expand(e, GW);
   });
-  return gradients(dA, dB, nullptr, &sums, saved, need_alpha);
-}
-
-FactorGrads Cuda::factor_grads(const Tensor& dA, const Tensor& dB, const Dot& c, const Saved& saved) {
-  if (!is_thin(saved.rank())) return factor_grads_by_gemm<Cuda>(dA, dB, c, saved);
-  return gradients(dA, dB, &c, nullptr, saved, false).factors;
+  const int64_t blocks = sums.size(0);
+  if (need_s_w) products.with_x = Parts{sums, 0, blocks, 2};
+  products.with_h = Parts{sums, 1, blocks, 2};
+  return products;
 }
 
 }  // namespace mapsurgery

@@ -1,5 +1,5 @@
-// The kernels of lowrank_norm and map_scales, for several layers at once; no atomics, and the same bits every time:
-//   small_kernel   one block does all for a layer of rank 8 at most;
+// The kernels of map_scales; no atomics, and the same bits every time:
+//   small_kernel   one block does all for small factors of rank 8 at most;
 //   gram_kernel    each block multiplies one tile of one Gram matrix over one slice of the long dimension;
 //   reduce_kernel  sums the slices in order, and contracts the two Gram matrices;
 //   finish_kernel  adds up what several blocks of reduce_kernel contracted (one block does it itself).
@@ -22,43 +22,22 @@ struct Factor {
   acc_t* partial;
 };
 
-// What becomes of the contraction: the norm alone, or the scales of the layer.
-template <class acc_t>
-struct Outcome {
-  acc_t* norm;  // null: the scales
-  acc_t* scales;
-  Numbers alpha, beta, weight_norm;
-  double tau;
-  bool relative;
-
-  __device__ void write(GramSums sums) const {
-    if (norm != nullptr) {
-      *norm = norm_of<acc_t>(sums.square);
-    } else {
-      compute_scales(sums, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative,
-                     scales);
-    }
-  }
-};
-
 template <class T, class acc_t>
 struct Layer {
   Factor<T, acc_t> A, B;
   int64_t rank;
   acc_t *gram_a, *gram_b;
-  GramSums* block_sums;  // one for each block of reduce_kernel
-  int lanes, blocks;     // of reduce_kernel
-  Outcome<acc_t> outcome;
-};
+  Numbers alpha, beta, weight_norm;
+  double tau;
+  bool relative;
+  ScalesOut<acc_t> out;
+  GramSums* block_sums = nullptr;  // one for each block of reduce_kernel
+  int lanes = 0, blocks = 0;       // of reduce_kernel
 
-// Travels as a kernel's parameter, so that the host waits for nothing and a CUDA graph can hold it.
-template <class T, class acc_t, int kLayers>
-struct Layers {
-  Layer<T, acc_t> layer[kLayers];
+  __device__ void finish(GramSums sums) const {
+    compute_scales(sums, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative, out);
+  }
 };
-
-constexpr int kLayersOfALaunch = 16;  // what fits into the 4 KB of a kernel's parameters
-static_assert(sizeof(Layers<float, float, kLayersOfALaunch>) <= 4096);
 
 template <class T, class acc_t>
 __device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, acc_t>& f, int64_t first_row,
@@ -105,13 +84,12 @@ __device__ void add_products(const Factor<T, acc_t>& f, int64_t rank, acc_t* sum
   }
 }
 
-// One block for each layer.
-template <class T, class acc_t, int kLayers>
-__global__ void __launch_bounds__(kThreads) small_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
+// One block.
+template <class T, class acc_t>
+__global__ void __launch_bounds__(kThreads) small_kernel(const __grid_constant__ Layer<T, acc_t> layer) {
   constexpr int kAtOnce = sizeof(acc_t) == sizeof(double) ? 12 : 24;  // sums that are shared in one round
   __shared__ acc_t of_threads[kAtOnce][kThreads + kShares], shares[2 * kPairs][kShares];
   __shared__ GramSums of_pairs[kPairs];
-  const Layer<T, acc_t>& layer = layers.layer[blockIdx.x];
   acc_t sums[2 * kPairs] = {};  // of A, then of B
   add_products(layer.A, layer.rank, sums);
   add_products(layer.B, layer.rank, sums + kPairs);
@@ -153,19 +131,17 @@ __global__ void __launch_bounds__(kThreads) small_kernel(const __grid_constant__
     total.square += pair.square;
     total.trace += pair.trace;
   }
-  layer.outcome.write(total);
+  layer.finish(total);
 }
 
-// Grid: (pairs of tiles on or above the diagonal, slices, two factors of each layer).
-template <class T, class acc_t, int kLayers>
-__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
+// Grid: (pairs of tiles on or above the diagonal, slices, the two factors).
+template <class T, class acc_t>
+__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ Layer<T, acc_t> layer) {
   __shared__ acc_t left[kTile][kChunk + 1], right[kTile][kChunk + 1];  // + 1: no bank conflicts
-  const Layer<T, acc_t>& layer = layers.layer[blockIdx.z / 2];
-  const Factor<T, acc_t>& f = blockIdx.z % 2 == 0 ? layer.A : layer.B;
+  const Factor<T, acc_t>& f = blockIdx.z == 0 ? layer.A : layer.B;
   const int64_t rank = layer.rank;
   const int tiles = static_cast<int>((rank + kTile - 1) / kTile);
-  // The grid is as large as the largest layer needs. The whole block: no barrier waits for it.
-  if (blockIdx.y >= f.slices || static_cast<int>(blockIdx.x) >= tiles * (tiles + 1) / 2) return;
+  if (blockIdx.y >= f.slices) return;  // the other factor has more; the whole block: no barrier waits for it
 
   int tile_i = 0, tile_j = blockIdx.x;
   while (tile_j >= tiles - tile_i) tile_j -= tiles - tile_i++;
@@ -199,12 +175,10 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
 }
 
 // Sums the slices of both Gram matrices and contracts them. With few elements, several threads (`parts`) share the
-// slices of one; then there is one block. Grid: (blocks, layers).
-template <class T, class acc_t, int kLayers>
-__global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
+// slices of one; then there is one block.
+template <class T, class acc_t>
+__global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant__ Layer<T, acc_t> layer) {
   __shared__ acc_t shares_a[kThreads], shares_b[kThreads];
-  const Layer<T, acc_t>& layer = layers.layer[blockIdx.y];
-  if (static_cast<int>(blockIdx.x) >= layer.blocks) return;  // the whole block
   const acc_t *partial_a = layer.A.partial, *partial_b = layer.B.partial;
   const int64_t rank = layer.rank, elements = rank * rank;
   const int lanes = layer.lanes;
@@ -237,21 +211,19 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
   const double trace_sum = block_sum(trace);
   if (threadIdx.x != 0) return;
   if (layer.blocks == 1) {
-    layer.outcome.write({square_sum, trace_sum});
+    layer.finish({square_sum, trace_sum});
   } else {
     layer.block_sums[blockIdx.x] = {square_sum, trace_sum};
   }
 }
 
-// One block for each layer.
-template <class T, class acc_t, int kLayers>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Layers<T, acc_t, kLayers> layers) {
-  const Layer<T, acc_t>& layer = layers.layer[blockIdx.x];
-  if (layer.blocks == 1) return;  // reduce_kernel has written the outcome
+// One block.
+template <class T, class acc_t>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Layer<T, acc_t> layer) {
   const bool inside = static_cast<int>(threadIdx.x) < layer.blocks;
   const double square = block_sum(inside ? layer.block_sums[threadIdx.x].square : 0);
   const double trace = block_sum(inside ? layer.block_sums[threadIdx.x].trace : 0);
-  if (threadIdx.x == 0) layer.outcome.write({square, trace});
+  if (threadIdx.x == 0) layer.finish({square, trace});
 }
 
 }  // namespace

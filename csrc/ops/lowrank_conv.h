@@ -118,6 +118,7 @@ inline Tensor positions(const Tensor& x, const ConvArgs& conv) {
 template <class Device>
 void accumulate_pointwise_(Tensor& y, const Tensor& factor, const Tensor& h, int64_t groups, Scalar keep, Scalar s_d) {
   if (y.numel() == 0) return;
+  if (factor.size(1) == 0) return Device::scale_(y, keep);
   const ScalarType dtype = y.scalar_type();
   const bool takes_scalars = Device::takes_scalars(dtype);  // else s_d goes into the factor, as in accumulate_mm_
   const Tensor F = takes_scalars ? cast(factor, dtype) : Device::scaled(factor, *s_d, dtype);
@@ -258,7 +259,8 @@ OptionalSum<Device> finish_pointwise_input_gradient(Tensor& GW, const Tensor& GB
   const Tensor read = positions(GW, b.conv);
   Tensor sum = as_activation(read);  // G W is 0 elsewhere
   OptionalSum<Device> with_x;
-  const bool fused = b.need_s_w && b.need_x && sum.numel() > 0 && Device::takes_scalars(sum.scalar_type());
+  const bool fused = b.need_s_w && b.need_x && sum.numel() > 0 && b.A.size(0) > 0 &&
+                     Device::takes_scalars(sum.scalar_type());
   const bool scales = b.need_s_w && b.need_x && !fused;  // in the pass of the inner product
   if (fused) {
     const Tensor X = in_layout_of(positions(b.x, b.conv), sum), H = ordered_like(GB, sum);
