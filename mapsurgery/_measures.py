@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from ..updates.base import Parameters
 
 MEASURES = {
     "weight_norm": "||W||_F",
@@ -26,7 +26,7 @@ section 3.2), where the columns are the outputs, and dM is not relative."""
 
 
 @torch.no_grad()
-def measure(p: Any, W: Tensor, norm: Tensor, names: Sequence[str] = tuple(MEASURES)) -> list[Tensor]:
+def measure(p: Parameters, W: Tensor, norm: Tensor, names: Sequence[str] = tuple(MEASURES)) -> list[Tensor]:
     """The numbers of MEASURES that are named, in that order, (1,) each, on the device of the adapter.
 
     W is read once, or not at all where the method knows what is asked for without it.
@@ -41,7 +41,7 @@ def measure(p: Any, W: Tensor, norm: Tensor, names: Sequence[str] = tuple(MEASUR
     return chosen if norm.numel() == 1 else [t.double().mean(0, keepdim=True) for t in chosen]
 
 
-def _of_matrix(p: Any, W: Tensor, norm: Tensor) -> dict[str, Tensor]:
+def _of_matrix(p: Parameters, W: Tensor, norm: Tensor) -> dict[str, Tensor]:
     """All numbers, (E,), but the effective rank."""
     matrix = p.matrix(W)
     c = p.method.coefficients(p, lambda: matrix, norm)

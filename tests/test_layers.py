@@ -13,8 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import mapsurgery
-from mapsurgery.ops import reference
-from mapsurgery.ops.reference import conv_weight_space
+from mapsurgery.ops import conv_weight_space
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=str)
 every_start = pytest.mark.parametrize("init", STARTS, ids=start_name)
@@ -320,7 +319,7 @@ def test_backward_keeps_what_plain_lora_keeps_and_rank_by_rank_matrices(make, sh
     x = torch.randn(shape, requires_grad=True)
     lora = sum(t.untyped_storage().nbytes() for t in _saved(_PlainLora(make(), rank), x).values())
     kept = _saved(mapsurgery.patch(make(), "*", rank=rank), x)
-    extra = (2 * rank * rank + reference.ONE + 1) * 4  # two Gram matrices and the scalars
+    extra = (2 * rank * rank + 5) * 4  # two Gram matrices and the scalars
     assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= lora + extra
 
 
@@ -333,7 +332,7 @@ def test_backward_of_a_fused_layer_keeps_nothing_of_the_weights_or_the_outputs_s
     y = adapted(x)
     m, K = adapted.adapter.matrix(adapted.adapter.base_weight).shape
     rank = adapted.adapter.rank
-    allowed = {x.shape, (rank, rank), (reference.ONE + 1,)}
+    allowed = {x.shape, (rank, rank), (1,), (3,)}
     for t in _saved(adapted, x).values():
         is_h = rank * (adapted.groups if hasattr(adapted, "groups") else 1) in t.shape
         padded = (

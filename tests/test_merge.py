@@ -308,16 +308,16 @@ def test_zero_weights_merge_and_unmerge() -> None:
 
 
 def test_large_weights_are_merged_block_by_block_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mapsurgery.ops import reference
+    from mapsurgery.ops import operators
 
     weight, A, B = torch.randn(13, 7), torch.randn(2, 7), torch.randn(13, 2)
-    rest = (torch.tensor([0.9]), torch.tensor([0.4]), weight.norm().reshape(1), 0.1, True)
+    rest = torch.tensor([0.9]), torch.tensor([0.4])
     whole, blocks = weight.clone(), weight.clone()
-    reference.merge_(whole, A, B, *rest)
-    monkeypatch.setattr(reference, "_MERGE_ELEMENTS", 21)
-    reference.merge_(blocks, A, B, *rest)
+    operators.merge_(whole, A, B, *rest)
+    monkeypatch.setattr(operators, "_MERGE_ELEMENTS", 21)
+    operators.merge_(blocks, A, B, *rest)
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-7)
-    reference.unmerge_(blocks, A, B, *rest)
+    operators.unmerge_(blocks, A, B, *rest)
     torch.testing.assert_close(blocks, weight, rtol=1e-5, atol=1e-6)
 
 

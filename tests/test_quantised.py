@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mapsurgery
+from mapsurgery import ops
 from mapsurgery.methods import Adapter
-from mapsurgery.ops import reference
 from mapsurgery.surgery.quantised import kinds
 from mapsurgery.surgery.quantised.layer import QuantisedLinear
 
@@ -233,7 +233,7 @@ def test_the_norm_is_that_of_the_dequantised_weight(case: Case) -> None:
 
 def test_an_unknown_weight_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Packed4(source())
-    monkeypatch.setattr(kinds, "_PROBE_ELEMENTS", 7 * M)  # blocks of 7 inputs, the last of 1
+    monkeypatch.setattr(quantisation, "_PROBE_ELEMENTS", 7 * M)  # blocks of 7 inputs, the last of 1
     torch.testing.assert_close(kinds.dequantised(layer), layer.unpacked(), rtol=1e-6, atol=1e-7)
     layer.bias.add_(1000)
     torch.testing.assert_close(kinds.dequantised(layer), layer.unpacked(), rtol=1e-3, atol=1e-5)
@@ -272,7 +272,8 @@ def test_gradients_are_those_of_autograd_through_the_definition(case: Case, init
     exact = [t.detach().double().requires_grad_() for t in (x, *own)]
     weight = layer.base_of("weight").double()
     tau, relative = adapter.init.tau, adapter.init.relative
-    effective = reference.effective_weight(weight, *exact[1:], weight.norm().reshape(1), tau, relative, None)[0]
+    s_w, s_d = ops.map_scales(*exact[1:], weight.norm().reshape(1), tau, relative)
+    effective = s_w * weight + s_d * (exact[2] @ exact[1])
     output = F.linear(exact[0], effective, None if layer.bias is None else layer.bias.double())
     expected = torch.autograd.grad((output * direction).sum(), exact)
     for name, want, got in zip(["x", *adapter.own_parameters()], expected, found, strict=True):

@@ -68,25 +68,7 @@ double sum_pieces(int64_t n, const F& f) {
 
 }  // namespace
 
-Dot Cpu::as_dot(double value, const Tensor& scales, ScaleIndex index) {
-  const ScalarType acc = scales.scalar_type();
-  Dot result{empty({1}, acc, scales), empty({1}, acc, scales)};
-  const double scaled = value * read({scales, index});
-  dispatch_accumulate(acc, [&](auto type) {
-    using acc_t = typename decltype(type)::type;
-    *static_cast<acc_t*>(result.value.data_ptr()) = static_cast<acc_t>(value);
-    *static_cast<acc_t*>(result.scaled.data_ptr()) = static_cast<acc_t>(scaled);
-  });
-  return result;
-}
-
-double Cpu::read(Scale scale) {
-  return dispatch_accumulate(scale.scales.scalar_type(), [&](auto type) -> double {
-    return static_cast<const typename decltype(type)::type*>(scale.scales.data_ptr())[scale.index];
-  });
-}
-
-double Cpu::squared_norm(const Tensor& t) {
+Cpu::Sum Cpu::squared_norm(const Tensor& t) {
   return dispatch_floating(t.scalar_type(), [&](auto type) {
     const auto* data = static_cast<const typename decltype(type)::type*>(t.data_ptr());
     return sum_pieces(t.numel(), [&](int64_t i, int64_t n) {
@@ -97,42 +79,45 @@ double Cpu::squared_norm(const Tensor& t) {
   });
 }
 
-Dot Cpu::dot(const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex index) {
-  const double value = dispatch_floating(a.scalar_type(), [&](auto a_type) {
+Cpu::Sum Cpu::dot(const Tensor& a, const Tensor& b) {
+  return dispatch_floating(a.scalar_type(), [&](auto a_type) {
     return dispatch_floating(b.scalar_type(), [&](auto b_type) {
       const auto* a_data = static_cast<const typename decltype(a_type)::type*>(a.data_ptr());
       const auto* b_data = static_cast<const typename decltype(b_type)::type*>(b.data_ptr());
       return sum_pieces(a.numel(), [&](int64_t i, int64_t n) { return dot_piece(a_data + i, b_data + i, n); });
     });
   });
-  return as_dot(value, scales, index);
 }
 
-Dot Cpu::dot_and_combine_(const Tensor& a, Tensor& b, const Tensor& other, const Tensor& scales, ScaleIndex index) {
-  const double s_w = read({scales, S_W}), s_d = read({scales, S_D});
-  const double value = dispatch_floating(b.scalar_type(), [&](auto type) {
+Cpu::Sum Cpu::dot_and_combine_(const Tensor& a, Tensor& b, Scalar keep, const Tensor* other, Scalar s_d) {
+  const double kept = read(keep), factor = read(s_d);
+  return dispatch_floating(b.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using acc_t = accumulate_t<T>;
-    const T *a_data = static_cast<const T*>(a.data_ptr()), *other_data = static_cast<const T*>(other.data_ptr());
+    const T* a_data = static_cast<const T*>(a.data_ptr());
+    const T* other_data = other == nullptr ? nullptr : static_cast<const T*>(other->data_ptr());
     T* b_data = static_cast<T*>(b.data_ptr());
     return sum_pieces(b.numel(), [&](int64_t i, int64_t n) {
       acc_t a_buffer[kBuffer], other_buffer[kBuffer];
-      const acc_t *a_row = widened(a_data + i, a_buffer, n), *other_row = widened(other_data + i, other_buffer, n);
+      const acc_t* a_row = widened(a_data + i, a_buffer, n);
       double sum = 0;
       update(b_data + i, n, [&](acc_t* b_row) {
         sum = dot_row<acc_t>(a_row, b_row, n);
-        combine_row(b_row, static_cast<acc_t>(s_w), other_row, static_cast<acc_t>(s_d), n);
+        if (other_data == nullptr) {
+          affine_row(b_row, static_cast<acc_t>(kept), acc_t(0), n);
+        } else {
+          combine_row(b_row, static_cast<acc_t>(kept), widened(other_data + i, other_buffer, n),
+                      static_cast<acc_t>(factor), n);
+        }
       });
       return sum;
     });
   });
-  return as_dot(value, scales, index);
 }
 
-void Cpu::scale_(Tensor& t, Scale scale) { scale_and_bias_(t, scale, std::nullopt, 1); }
-
-void Cpu::scale_and_bias_(Tensor& t, Scale scale, const std::optional<Tensor>& bias, int64_t channel_stride) {
+void Cpu::scale_and_bias_(Tensor& t, Scalar scale, const std::optional<Tensor>& bias, int64_t channel_stride) {
   const double factor = read(scale);
+  if (factor == 1 && !bias) return;
   dispatch_floating(t.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using acc_t = accumulate_t<T>;

@@ -58,7 +58,7 @@ struct Simd {
 
 // The same for single numbers: what is left at the end of a row.
 template <class T>
-struct Scalar {
+struct OneLane {
   static constexpr int kLanes = 1;
   using Vector = T;
 

@@ -1,7 +1,7 @@
 // Half precision on processors that do not compute in it.
 #pragma once
 
-#include "common/tensor.h"
+#include "base/tensor.h"
 
 namespace mapsurgery {
 
@@ -20,6 +20,9 @@ inline bool is_emulated(ScalarType dtype) {
 #endif
 }
 
+// Below this many rows torch's products of a narrow matrix and a vector are quicker than a cast of the matrix.
+constexpr int64_t kFewRows = 4;
+
 // float32 in the place of the dtype of a call, where that pays.
 struct Widening {
   ScalarType dtype;
@@ -28,14 +31,5 @@ struct Widening {
   Tensor in(const Tensor& t) const { return wide ? cast(t, ScalarType::Float) : t; }
   Tensor out(const Tensor& t) const { return wide ? cast(t, dtype) : t; }
 };
-
-// Of a backward, whose three tensors share a dtype unless a check is about to refuse them.
-inline Widening widening_of(const Tensor& grad, const Tensor& x, const Tensor& h) {
-  const ScalarType dtype = x.scalar_type();
-  return {dtype, is_emulated(dtype) && grad.scalar_type() == dtype && h.scalar_type() == dtype};
-}
-
-// Below this many rows torch's products of a narrow matrix and a vector are quicker than a cast of the matrix.
-constexpr int64_t kFewRows = 4;
 
 }  // namespace mapsurgery

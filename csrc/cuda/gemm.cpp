@@ -9,21 +9,8 @@
 
 #ifdef MAPSURGERY_CUBLAS
 #include <cublas_v2.h>
-#endif
 
 namespace mapsurgery {
-namespace {
-
-// out = scales[index] out, for a view of any strides.
-void multiply_by(Tensor out, const Tensor& scales, ScaleIndex index) {
-  if (index == ONE || out.numel() == 0) return;
-  if (out.is_contiguous()) return Cuda::scale_(out, {scales, index});
-  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), Cuda::scaled(out, {scales, index}).get(), 0));
-}
-
-}  // namespace
-
-#ifdef MAPSURGERY_CUBLAS
 namespace {
 
 void check(cublasStatus_t status) {
@@ -103,26 +90,36 @@ struct Operand {
 
 Tensor as_batch(const Tensor& t) { return view(t, {1, t.size(0), t.size(1)}, {0, t.stride(0), t.stride(1)}); }
 
-// out, a, b: (N, rows, columns); out is dense by rows or by columns.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep,
-              ScaleIndex factor) {
-  if (out.numel() == 0) return;
-  if (a.size(2) == 0) return multiply_by(out, scales, keep);  // cuBLAS may leave out as it is
-  if (!Operand::by_rows(out)) {                               // out^T = b^T a^T
+// A scalar where and in the dtype that cuBLAS reads it.
+class Factor {
+ public:
+  Factor(Scalar scalar, ScalarType dtype)
+      : numbers_(scalar == nullptr ? std::nullopt : std::optional(cast(*scalar, dtype))),
+        data_(scalar == nullptr ? Cuda::one(dtype) : numbers_->data_ptr()) {}
+  const void* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> numbers_;
+  const void* data_;
+};
+
+// out = keep out + factor a b; out, a, b: (N, rows, columns); out is dense by rows or by columns. a has columns: for
+// products of nothing cuBLAS may leave out as it is.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, Scalar keep, Scalar factor) {
+  if (out.numel() == 0 || a.size(2) == 0) return;
+  if (!Operand::by_rows(out)) {  // out^T = b^T a^T
     const auto flipped = [](const Tensor& t) {
       return view(t, {t.size(0), t.size(2), t.size(1)}, {t.stride(0), t.stride(2), t.stride(1)});
     };
     STD_TORCH_CHECK(Operand::by_columns(out), "mapsurgery: a product can be added to a dense matrix only");
-    multiply(flipped(out), flipped(b), flipped(a), scales, keep, factor);
+    multiply(flipped(out), flipped(b), flipped(a), keep, factor);
     return;
   }
   const Operand left(a), right(b), result(out);
   const ScalarType dtype = out.scalar_type();
   const bool wide = dtype == ScalarType::Double;
-  const Tensor factors = cast(scales, wide ? ScalarType::Double : ScalarType::Float);
-  const size_t step = wide ? sizeof(double) : sizeof(float);
-  const char* numbers = static_cast<const char*>(factors.data_ptr());
-  const char *alpha = numbers + factor * step, *beta = numbers + keep * step;
+  const Factor first(factor, accumulate_dtype(dtype)), second(keep, accumulate_dtype(dtype));
+  const void *alpha = first.data(), *beta = second.data();
   const cudaDataType_t type = data_type(dtype);
   const cublasComputeType_t compute = wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   const int64_t N = out.size(0), rows = out.size(1), columns = out.size(2), inner = a.size(2);
@@ -141,28 +138,27 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor&
 
 }  // namespace
 
-void Cuda::gemm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep,
-                 ScaleIndex factor) {
-  multiply(as_batch(out), as_batch(a), as_batch(b), scales, keep, factor);
+void Cuda::accumulate_mm_(Tensor& out, const Tensor& a, const Tensor& b, Scalar keep, Scalar factor) {
+  multiply(as_batch(out), as_batch(a), as_batch(b), keep, factor);
 }
 
-void Cuda::accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep) {
-  multiply(out, a, b, scales, keep, S_D);
+void Cuda::accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, Scalar keep, Scalar factor) {
+  multiply(out, a, b, keep, factor);
 }
-
-#else  // built without cuBLAS' headers: the factors go into passes of their own
-
-void Cuda::gemm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep,
-                 ScaleIndex factor) {
-  multiply_by(out, scales, keep);
-  addmm(out, out, scaled(a, {scales, factor}), b, 1, 1);
-}
-
-void Cuda::accumulate_bmm_(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& scales, ScaleIndex keep) {
-  multiply_by(out, scales, keep);
-  baddbmm_(out, scaled(a, {scales, S_D}), b, 1, 1);
-}
-
-#endif
 
 }  // namespace mapsurgery
+
+#else  // without cuBLAS' headers Cuda::takes_scalars is false, and nobody calls
+
+namespace mapsurgery {
+
+void Cuda::accumulate_mm_(Tensor&, const Tensor&, const Tensor&, Scalar, Scalar) {
+  STD_TORCH_CHECK(false, "mapsurgery: built without cuBLAS");
+}
+
+void Cuda::accumulate_bmm_(Tensor&, const Tensor&, const Tensor&, Scalar, Scalar) {
+  STD_TORCH_CHECK(false, "mapsurgery: built without cuBLAS");
+}
+
+}  // namespace mapsurgery
+#endif

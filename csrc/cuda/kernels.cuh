@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/scales.h"
-#include "common/tensor.h"
+#include "base/scales.h"
+#include "base/tensor.h"
 
 namespace mapsurgery {
 
@@ -51,6 +51,13 @@ struct Numbers {
 
   Numbers() = default;
   explicit Numbers(const Tensor& t) : data(t.data_ptr()), kind(kind_of(t.scalar_type())) {}
+  explicit Numbers(Scalar scalar) : Numbers(scalar == nullptr ? Numbers() : Numbers(*scalar)) {}
+
+  // The number of a Scalar.
+  template <class acc_t>
+  __device__ acc_t scalar() const {
+    return data == nullptr ? acc_t(1) : load<acc_t>(0);
+  }
 
   // Calls f with a typed pointer: one branch for many numbers, whose loads then wait for each other no more.
   template <class F>
@@ -98,6 +105,16 @@ struct Matrix {
     return numbers.load<acc_t>(at(row, column));
   }
 };
+
+constexpr int kFewRanks = 8, kMostRanks = 16;  // that fit into registers
+
+inline bool is_thin(int64_t rank) { return rank >= 1 && rank <= kMostRanks; }
+
+// Calls f with the number of ranks that a kernel is built for, as a constant.
+template <class F>
+auto dispatch_rank(int64_t rank, F&& f) {
+  return rank <= kFewRanks ? f(std::integral_constant<int, kFewRanks>()) : f(std::integral_constant<int, kMostRanks>());
+}
 
 // The sum of value over a block of kThreads, in an order that never changes. All threads must call, and all get it.
 inline __device__ double block_sum(double value) {

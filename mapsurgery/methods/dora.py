@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -79,8 +79,8 @@ class Dora(Lora):
         recovered = self._recovered(p, weight, Coefficients(None, p.scaling, rows))
         put_matrix(p, weight, recovered.masked_fill_(empty.unsqueeze(-1), 0))  # a rest of rounding would be a direction
 
-    def recoverable(self, p: Parameters, W: Any, norm: Tensor) -> bool:
-        if W is None:  # merged
+    def recoverable(self, p: Parameters, W: Tensor | None, norm: Tensor) -> bool:
+        if W is None:
             return bool(p.__dict__["_merged_rows"][0].all())
         rows = self.coefficients(p, lambda: p.matrix(W), norm).rows
         return rows is not None and bool(rows.all())

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from ..ops import reference
 from ..updates import Matrix
 from ..updates.base import Parameters, stacked_scalars
 from .init import Init
@@ -61,10 +60,6 @@ class Method:
         """The factors of W and ΔW, differentiable. Args: W gives (m, K) or (E, m, K); norm: ||W||_F."""
         raise NotImplementedError
 
-    def form(self, init: Init, rank: int) -> dict[str, float]:
-        """Numbers that say how the parameters are meant."""
-        return {"scaling": self.scaling(rank)}
-
     # What a subclass may define ---------------------------------------------------------------------------------
 
     def refuse(self, init: Init) -> None:
@@ -90,12 +85,12 @@ class Method:
     def norm_changed(self, p: Parameters, before: Tensor, weight: Callable[[], Tensor]) -> None:
         """||W||_F is no longer `before`: a checkpoint with other weights, W, was loaded under the adapter."""
 
-    def scale_inputs(self, p: Parameters) -> tuple[Any, ...] | None:
-        """The arguments of `ops.map_scales`, where the calls of a layer may be given its result; else None."""
+    def scales(self, p: Parameters) -> ops.Scales | None:
+        """What the operator map_scales gives for a layer, where its calls may be handed that; else None."""
         return None
 
-    def recoverable(self, p: Parameters, W: Any, norm: Tensor) -> bool:
-        """Whether W can be recovered from W'."""
+    def recoverable(self, p: Parameters, W: Tensor | None, norm: Tensor) -> bool:
+        """Whether W can be recovered from W'. Args: W in the layout of the layer, None once it is merged."""
         return True
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
@@ -129,17 +124,24 @@ class Method:
             "fused": on the operators of `mapsurgery.ops`, with thin factors of ΔW; "beside": W and ΔW (or its factors)
             each have products of their own, in plain torch; "weight": on W'.
         """
-        if groups is None or drops(p):
+        if drops(p):
             return "beside"
-        return "weight" if _on_weight(p.update.factors(p), groups) else "beside"
+        if p.update.factors(p) is not None:
+            return "fused"
+        return "beside" if groups is None else "weight"
 
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
         """x W'^T + bias."""
-        c = self.coefficients(p, lambda: p.matrix(W), norm)
-        # The base's factor goes to x: then its gradient needs x, which is kept anyway, and not x W^T.
-        scaled = x if c.base is None else x * c.base.to(x.dtype)
-        y = F.linear(scaled, p.matrix(W), bias if c.rows is None else None)
-        y = y + p.update.apply(p, F.dropout(x, p.dropout, p.training), _cast(c.update, x.dtype))
+        matrix = p.matrix(W)
+        c = self.coefficients(p, lambda: matrix, norm)
+        inner = bias if c.rows is None else None
+        factors = None if drops(p) else p.update.factors(p)
+        if factors is not None:
+            y = ops.lowrank_linear(x, matrix, inner, *factors, _or_1(c.base), c.update)
+        else:
+            # The base's factor goes to x: then its gradient needs x, which is kept anyway, and not x W^T.
+            y = F.linear(x if c.base is None else x * c.base.to(x.dtype), matrix, inner)
+            y = y + p.update.apply(p, F.dropout(x, p.dropout, p.training), _cast(c.update, x.dtype))
         if c.rows is None:
             return y
         y = y * c.rows.to(y.dtype)
@@ -148,15 +150,19 @@ class Method:
     def conv(
         self, p: Parameters, x: Tensor, bias: Tensor | None, settings: Settings, W: Tensor, norm: Tensor
     ) -> Tensor:
-        """Convolution with W', in activation space where that is cheaper."""
+        """Convolution with W'."""
         conv = _CONV[len(settings[0])]
         factors = p.update.factors(p)
-        if not drops(p) and _on_weight(factors, settings[3]):
-            return conv(x, self._computed(p, W, norm).to(W.dtype), bias, *settings)
+        if factors is None and not drops(p):
+            return conv(x, self.effective_weight(p, W, norm), bias, *settings)
         c = self.coefficients(p, lambda: p.matrix(W), norm)
-        scaled = x if c.base is None else x * c.base.to(x.dtype)
-        y = conv(scaled, W, bias if c.rows is None else None, *settings)
-        y = y + self._conv_update(p, F.dropout(x, p.dropout, p.training), _cast(c.update, x.dtype), factors, settings)
+        inner = bias if c.rows is None else None
+        if factors is not None and not drops(p):
+            y = ops.lowrank_conv(x, W, inner, *factors, _or_1(c.base), c.update, *settings)
+        else:
+            y = conv(x if c.base is None else x * c.base.to(x.dtype), W, inner, *settings)
+            dropped = F.dropout(x, p.dropout, p.training)
+            y = y + self._conv_update(p, dropped, _cast(c.update, x.dtype), factors, settings)
         if c.rows is None:
             return y
         per_channel = (-1, *[1] * len(settings[0]))
@@ -179,12 +185,18 @@ class Method:
     def embedding(self, p: Parameters, ids: Tensor, padding_idx: int | None, W: Tensor, norm: Tensor) -> Tensor:
         """Rows of W', in float32 (float64 for float64), rounded once."""
         c = self.coefficients(p, lambda: W, norm)
-        rows = p.update.rows(p, ids)
-        per_row = None if c.rows is None else F.embedding(ids, c.rows.unsqueeze(-1))
-        return combined_rows(ids, padding_idx, W, rows, c.base, c.update, per_row)
+        factors = p.update.factors(p)
+        update = p.update.delta(p) if factors is None else factors
+        return _adapted_rows(ids, padding_idx, W, update, c.base, c.update, c.rows)
 
     def around(
-        self, p: Parameters, x: Tensor, output: Tensor, bias: Tensor | None, values: Callable[[], Tensor], norm: Tensor
+        self,
+        p: Parameters,
+        x: Tensor,
+        output: Tensor,
+        bias: Tensor | None,
+        values: Callable[[], Tensor],
+        norm: Tensor,
     ) -> Tensor:
         """output + (f - 1) (output - bias) + rows · update · x ΔW^T, f = rows · base.
 
@@ -202,37 +214,50 @@ class Method:
         return output + ((factor - 1).to(output.dtype) * product + update.to(output.dtype))
 
     def effective_weight(self, p: Parameters, W: Tensor, norm: Tensor) -> Tensor:
-        """W' in the layout and dtype of the weight."""
-        return self._computed(p, W, norm).to(W.dtype)
+        """W' in the layout and dtype of the weight, differentiable."""
+        matrix = self._effective_matrix(p, p.matrix(W), norm)
+        return matrix.t() if p.transposed else matrix.reshape(W.shape)
 
-    def _computed(self, p: Parameters, W: Tensor, norm: Tensor) -> Tensor:
-        """W' in the layout of the weight, in float32 or wider."""
-        matrix = p.matrix(W)
-        delta = p.update.delta(p)
-        acc = ops.accumulate_dtype(torch.promote_types(W.dtype, delta.dtype))
-        c = self.coefficients(p, lambda: matrix, norm)
-        base = matrix.to(acc) if c.base is None else stacked_scalars(c.base.to(acc), matrix) * matrix.to(acc)
-        scale = c.update if isinstance(c.update, float) else stacked_scalars(c.update.to(acc), matrix)
-        result = base + scale * delta.to(acc)
-        if c.rows is not None:
-            result = result * c.rows.to(acc).unsqueeze(-1)
-        return result.t() if p.transposed else result.reshape(W.shape)
+    def _effective_matrix(self, p: Parameters, W: Tensor, norm: Tensor) -> Tensor:
+        """W' of W (m, K) or (E, m, K), rounded once."""
+        c = self.coefficients(p, lambda: W, norm)
+        factors = p.update.factors(p)
+        if factors is not None and c.rows is None:
+            return ops.effective_weight(W, *factors, _or_1(c.base), c.update)
+        if factors is not None:
+            acc = ops.accumulate_dtype(torch.promote_types(W.dtype, factors[0].dtype))
+            result = ops.effective_weight(W, *factors, _or_1(c.base), c.update, acc)
+        else:
+            delta = p.update.delta(p)
+            acc = ops.accumulate_dtype(torch.promote_types(W.dtype, delta.dtype))
+            base = W.to(acc) if c.base is None else stacked_scalars(c.base.to(acc), W) * W.to(acc)
+            result = base + _each(c.update, W, acc) * delta.to(acc)
+        return (result if c.rows is None else result * c.rows.to(acc).unsqueeze(-1)).to(W.dtype)
 
     def merge_into(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
         """W -> W', in place."""
-        weight.copy_(self._computed(p, weight, norm))
+        c = self.coefficients(p, lambda: p.matrix(weight), norm)
+        factors = p.update.factors(p)
+        if factors is not None and c.rows is None:
+            _in_place(ops.merge_, p, weight, *factors, _or_1(c.base), c.update)
+        else:
+            put_matrix(p, weight, self._effective_matrix(p, p.matrix(weight), norm))
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
         """W' -> W, in place; to be overridden where coefficients depend on the numbers of W."""
-        put_matrix(p, weight, self._recovered(p, weight, self.coefficients(p, lambda: p.matrix(weight), norm)))
+        c = self.coefficients(p, lambda: p.matrix(weight), norm)
+        factors = p.update.factors(p)
+        if factors is not None and c.rows is None:
+            _in_place(ops.unmerge_, p, weight, *factors, _or_1(c.base), c.update)
+        else:
+            put_matrix(p, weight, self._recovered(p, weight, c))
 
     def _recovered(self, p: Parameters, weight: Tensor, c: Coefficients) -> Tensor:
         """W (m, K) or (E, m, K), in float32 or wider, of a weight that holds W'."""
         matrix, delta = p.matrix(weight), p.update.delta(p)
         acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, delta.dtype))
-        scale = c.update if isinstance(c.update, float) else stacked_scalars(c.update.to(acc), matrix)
         result = matrix.to(acc) if c.rows is None else matrix.to(acc) / c.rows.to(acc).unsqueeze(-1)
-        result = result - scale * delta.to(acc)
+        result = result - _each(c.update, matrix, acc) * delta.to(acc)
         return result if c.base is None else result / stacked_scalars(c.base.to(acc), matrix)
 
 
@@ -241,50 +266,82 @@ def put_matrix(p: Parameters, weight: Tensor, matrix: Tensor) -> None:
     weight.copy_(matrix.t() if p.transposed else matrix.reshape(weight.shape))
 
 
+def _in_place(
+    operation: Callable[..., None],
+    p: Parameters,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s_w: Tensor | float,
+    s_d: Tensor | float,
+) -> None:
+    """Run an in-place operator on a weight in the layer's layout, matrix by matrix."""
+    if not p.stacked:
+        return _one_in_place(operation, weight.t() if p.transposed else weight, A, B, s_w, s_d)
+    for e, matrix in enumerate(weight):
+        scalars = (s[e : e + 1] if isinstance(s, Tensor) else s for s in (s_w, s_d))
+        _one_in_place(operation, matrix, A[e], B[e], *scalars)
+
+
+def _one_in_place(operation: Callable[..., None], weight: Tensor, A: Tensor, *others: Any) -> None:
+    """The weight as (m, K), its columns in the order in which they lie in memory.
+
+    A channels_last kernel is no (m, K) view in the order of its dimensions, but is one with A's columns permuted.
+    """
+    order = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
+    A = A.reshape(-1, *weight.shape[1:]).permute(0, *order).flatten(1)
+    ordered = weight.permute(0, *order)
+    matrix = ordered.flatten(1)
+    operation(matrix, A, *others)
+    if matrix.data_ptr() != weight.data_ptr():  # no view of any order: flatten made a copy
+        ordered.copy_(matrix.unflatten(1, ordered.shape[1:]))
+
+
 def drops(p: Parameters) -> bool:
     """Whether inputs of the update path are dropped now."""
     return p.training and p.dropout > 0
 
 
-def _on_weight(factors: tuple[Tensor, Tensor] | None, groups: int) -> bool:
-    """Whether a convolution runs on W': without thin factors, or where that is cheaper than they are."""
-    if factors is None:
-        return True
-    A, B = factors
-    return reference.conv_weight_space(B.shape[0], A.shape[1], A.shape[0], groups)
+def _or_1(scalar: Tensor | None) -> Tensor | float:
+    return 1.0 if scalar is None else scalar
 
 
 def _cast(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
-def _holding(p: Parameters, tensors: dict[str, Tensor]) -> Parameters:
-    """The adapter with other tensors for its parameters: W' is computed of what autograd was given.
-
-    A shallow copy: other threads may be computing with the adapter itself.
-    """
-    other = object.__new__(type(p))
-    other.__dict__.update(p.__dict__)
-    other.__dict__["_parameters"] = {name: t for name, t in p._parameters.items() if name not in tensors}
-    other.__dict__.update(tensors)
-    return other
+def _each(scale: Tensor | float, matrices: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """A number for all matrices of a stack, or one for each."""
+    return stacked_scalars(scale.to(dtype), matrices) if isinstance(scale, Tensor) else scale
 
 
 @torch.fx.wrap  # one node of a symbolic trace: a trace cannot see the dtypes that it depends on
-def combined_rows(
+def _adapted_rows(
     ids: Tensor,
     padding_idx: int | None,
     W: Tensor,
-    update_rows: Tensor,
+    update: Tensor | tuple[Tensor, Tensor],
     base: Tensor | None,
-    update: Tensor | float,
-    per_row: Tensor | None,
+    scale: Tensor | float,
+    rows: Tensor | None,
 ) -> Tensor:
-    """per_row (base W[ids] + update ΔW[ids]) in the dtype of W; no gradient from rows at padding_idx."""
-    acc = ops.accumulate_dtype(torch.promote_types(W.dtype, update_rows.dtype))
-    rows = F.embedding(ids, W).to(acc)
-    rows = (rows if base is None else base.to(acc) * rows) + _cast(update, acc) * update_rows.to(acc)
-    rows = (rows if per_row is None else rows * per_row.to(acc)).to(W.dtype)
+    """rows[ids] (base W[ids] + scale ΔW[ids]) in the dtype of W; no gradient from rows at padding_idx.
+
+    Args: update: ΔW, or its factors A and B, of which no (m, K) matrix is built.
+    """
+    if isinstance(update, Tensor):
+        delta = F.embedding(ids, update)
+        acc = ops.accumulate_dtype(torch.promote_types(W.dtype, delta.dtype))
+    else:
+        A, B = update
+        acc = ops.accumulate_dtype(torch.promote_types(W.dtype, A.dtype))
+        with ops.full_precision(A.device.type):
+            delta = F.embedding(ids, B).to(acc) @ A.to(acc)
+    result = F.embedding(ids, W).to(acc)
+    result = (result if base is None else base.to(acc) * result) + _cast(scale, acc) * delta.to(acc)
+    if rows is not None:
+        result = result * F.embedding(ids, rows.unsqueeze(-1)).to(acc)
+    result = result.to(W.dtype)
     if padding_idx is None:
-        return rows
-    return torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return result
+    return torch.where((ids == padding_idx).unsqueeze(-1), result.detach(), result)

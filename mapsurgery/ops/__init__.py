@@ -1,7 +1,7 @@
-"""Operators of MAP as differentiable Python functions.
+"""The weight W' = s_w W + s_d BA and products with it, as differentiable Python functions.
 
-Each runs the native kernel of its device where one is loaded and the pure-torch reference (`mapsurgery.ops.reference`,
-the definition) where none is; both are registered under ``torch.ops.mapsurgery``.
+Each runs the native kernel of its device where one is loaded and the definition in pure torch
+(`mapsurgery.ops.operators`) where none is; both are registered under ``torch.ops.mapsurgery``.
 """
 
 from __future__ import annotations
@@ -14,79 +14,144 @@ import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference, registration
-
-registration.register()
-
-from . import autograd, decompositions  # noqa: E402  (their operators exist only now)
-
-autograd.register()
-decompositions.register()
-
-from . import flops  # noqa: E402
-
-flops.register()
-
-from .lazy import can_wait, lazy  # noqa: E402
-from .reference import accumulate_dtype, magnitudes, safe_sqrt  # noqa: E402
-from .registration import full_precision  # noqa: E402
-from .stacked import stacked_weight  # noqa: E402
+from . import autograd, operators, registration
+from .autograd import Product, Scales
+from .lazy import can_wait, lazy
+from .operators import accumulate_dtype, conv_weight_space, magnitudes, safe_sqrt
+from .registration import full_precision
 
 __all__ = [
+    "Scales",
     "accumulate_dtype",
     "can_wait",
+    "conv_weight_space",
     "effective_weight",
     "frobenius_norm",
     "full_precision",
     "lazy",
-    "lowrank_norm",
+    "lowrank_conv",
+    "lowrank_linear",
     "magnitudes",
     "map_conv",
     "map_linear",
     "map_scales",
-    "map_scales_many",
     "merge_",
     "safe_sqrt",
-    "stacked_weight",
     "unmerge_",
 ]
 
-for _name in ("map_linear", "map_conv", "map_scales", "effective_weight", "stacked_weight"):
+for _name in ("effective_weight", "lowrank_conv", "lowrank_linear", "map_conv", "map_linear", "map_scales"):
     torch.fx.wrap(_name)  # one node of a symbolic trace each: what they do depends on dtypes that a trace cannot see
 
 _ops = torch.ops.mapsurgery
 _NORM_CHUNK = 1 << 22  # elements cast to float64 at a time: bounds the temporary memory of `frobenius_norm`
 
 
-def _call(function: type[torch.autograd.Function], name: str, args: tuple[Any, ...]) -> Tensor:
-    """The first result of an operator, by the quickest way that the running mode allows."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # graphs hold operators, not Python functions
-        return getattr(_ops, name).default(*args)[0]
+def _tracing() -> bool:
+    """Whether a graph is made that holds operators, not Python functions."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def _transforming() -> bool:
+    """Whether torch.func or forward-mode AD is at work: vmap, jvp and nested grad follow from plain torch."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _product(*inputs: Any) -> Tensor:
+    """`autograd.Product`, by the quickest way that the running mode allows."""
+    x, weight, bias, A, B, first, second, numbers, scales, settings = inputs
+    if x.dtype != weight.dtype or torch._C._is_any_autocast_enabled():
+        x = _as_product_takes(x, weight)
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        s_w, s_d = (first, second) if numbers is None else _ops.map_scales.default(A, B, first, second, *numbers)[:2]
+        operator = _ops.lowrank_conv.default if settings else _ops.lowrank_linear.default
+        return operator(x, weight, bias, A, B, s_w, s_d, *settings)[0]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return getattr(reference, name)(*args)[0]  # vmap, jvp and nested grad follow from plain torch
-    if torch.is_grad_enabled():
-        return function.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return autograd.plain(getattr(_ops, name).default(*args)[0])
+        return autograd.defined_product(x, weight, bias, A, B, first, second, numbers, settings)
+    run = Product.record if torch.is_grad_enabled() else autograd.product
+    return run(x, weight, bias, A, B, first, second, numbers, scales, settings)
 
 
-Given = tuple[Tensor, Tensor, Tensor]
-"""What `map_scales` returns, without a gradient: scales (7,), A A^T and B^T B (r, r)."""
-
-
-def _takes_given() -> bool:
-    """Whether given scalars may be used: a trace would hold them for ever, torch.func's derivatives pass them by."""
-    if torch.compiler.is_compiling():  # their tensors are inputs of the graph
-        return not torch.compiler._is_exporting_flag  # is_exporting() is always true where torch 2.11 compiles
-    return (
-        not torch.jit.is_tracing() and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
-    )
-
-
-def _same_dtype(x: Tensor, weight: Tensor) -> None:
-    """nn.Linear refuses mixed dtypes outside autocast; so does its adapted form, instead of casting in silence."""
+def _as_product_takes(x: Tensor, weight: Tensor) -> Tensor:
+    """x as autocast casts it. Outside, nn.Linear refuses mixed dtypes; so does its adapted form."""
     if x.dtype != weight.dtype and not registration.autocasting(x.device.type):
         raise RuntimeError(f"input is {x.dtype} and the weight {weight.dtype}: cast one of them, or use torch.autocast")
+    return registration.autocast(x)
+
+
+_constants: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
+
+
+def _scalar(value: Tensor | float, A: Tensor) -> Tensor:
+    """A scalar as operators take it. Numbers are those that nothing trains: 1, or LoRA's scaling."""
+    if isinstance(value, Tensor):
+        return value
+    dtype = accumulate_dtype(A.dtype)
+    if _tracing() or torch._C._len_torch_dispatch_stack() or type(A) not in (Tensor, torch.nn.Parameter):
+        return A.new_full((1,), value, dtype=dtype)
+    key = (value, A.device, dtype)
+    if key not in _constants:
+        with torch.inference_mode(False):
+            made = torch.full((1,), value, dtype=dtype, device=A.device)
+        if A.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made  # a graph fills it when it is replayed
+        _constants[key] = made
+    return _constants[key]
+
+
+def map_scales(
+    A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, weight_norm: Tensor, tau: float = 0.0, relative: bool = True
+) -> tuple[Tensor, Tensor]:
+    """s_w and s_d of W' = alpha W/||W||_F + beta BA/sqrt(||BA||_F^2 + tau^2) (arXiv 2505.23094), differentiable.
+
+    Args:
+        A, B: (r, K) and (m, r) low-rank factors, one floating dtype, or stacks (E, r, K) and (E, m, r).
+        alpha, beta: (1,), or (E,) of a stack: magnitudes, in units of ||W||_F if `relative`, else absolute.
+        weight_norm: (1,) or (E,) ||W||_F; 0 means a zero weight: the base term is 0 and beta absolute.
+        tau: softening of ||BA||_F in units of ||W||_F; 0 is the paper's formula.
+
+    Returns:
+        s_w, s_d: (1,) or (E,), in float32 (float64 for float64 factors).
+    """
+    inputs = (A, B, alpha, beta, weight_norm, tau, relative)
+    if A.dim() == 3:  # no native kernel: r x r matrices, by autograd of the definition
+        with full_precision(A.device.type):
+            return operators.scales_in(None if torch.compiler.is_exporting() else torch.float64, *inputs)[:2]
+    if _tracing():
+        return _ops.map_scales.default(*inputs)[:2]
+    if _transforming():
+        with full_precision(A.device.type):
+            return operators.map_scales(*inputs)[:2]
+    return autograd.MapScales.apply(*inputs)[:2]
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s_w: Tensor | float,
+    s_d: Tensor | float,
+) -> Tensor:
+    """y = x W'^T + bias with W' = s_w W + s_d BA, fused.
+
+    Neither W' nor anything else of size (m, K) is built, and backward keeps only x and h = x A^T.
+
+    Args:
+        x: (..., K), floating; under autocast it is cast as for ``F.linear``.
+        weight: (m, K) frozen weight, any strides.
+        bias: (m,) or None.
+        A, B: (r, K) and (m, r) low-rank factors, one floating dtype.
+        s_w, s_d: (1,) tensors on the device and in `accumulate_dtype` of A, or numbers that nothing trains.
+
+    Returns:
+        (..., m) in the dtype of x. Differentiable in x, weight, bias, A, B, s_w and s_d.
+
+    Raises:
+        RuntimeError: x and weight differ in dtype outside autocast, or shapes do not fit.
+    """
+    return _product(x, weight, bias, A, B, _scalar(s_w, A), _scalar(s_d, A), None, None, ())
 
 
 def map_linear(
@@ -100,35 +165,43 @@ def map_linear(
     weight_norm: Tensor,
     tau: float = 0.0,
     relative: bool = True,
-    given: Given | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
-    """y = x W'^T + bias with W' = alpha W/||W||_F + beta BA/sqrt(||BA||_F^2 + tau^2) (arXiv 2505.23094), fused.
+    """`map_scales`, then `lowrank_linear`, as one node of autograd; backward keeps r x r Gram matrices besides.
 
-    Neither W' nor anything else of size (m, K) is built, and backward keeps only x, h = x A^T and r x r matrices.
+    Args: as in these two; scales: what the operator map_scales gives for them, to save computing it: gradients are the
+    same. Where a graph is traced, or under torch.func, it is computed all the same.
+    """
+    return _product(x, weight, bias, A, B, alpha, beta, (weight_norm, tau, relative), scales, ())
+
+
+def lowrank_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s_w: Tensor | float,
+    s_d: Tensor | float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`lowrank_linear` for 1d, 2d and 3d convolutions, W seen as (m, K) with K = in_channels/groups * prod(kernel).
+
+    Runs in activation space or in weight space, whichever `conv_weight_space` finds cheaper.
 
     Args:
-        x: (..., K), floating; under autocast it is cast as for ``F.linear``.
-        weight: (m, K) frozen weight, any strides.
-        bias: (m,) or None.
-        A, B: (r, K) and (m, r) low-rank factors, one floating dtype (norms accumulate in float32, or float64).
-        alpha, beta: (1,) magnitudes, in units of ||W||_F if `relative`, else absolute.
-        weight_norm: (1,) ||W||_F; 0 means a zero weight: the base term is 0 and beta absolute.
-        tau: softening of ||BA||_F in units of ||W||_F; 0 is the paper's formula.
-        given: what `map_scales_many` returned for these A, B, alpha ..., to save computing it; gradients are the same.
-            Where a graph is traced for export, or under torch.func, it is computed all the same.
+        x: (N, C, *spatial) or, unbatched, (C, *spatial).
+        weight: (m, C/groups, *kernel); A: (r, K); B: (m, r); the rest as in `lowrank_linear`.
+        stride, padding, dilation: one int per spatial dimension; padding is with zeros.
 
     Returns:
-        (..., m) in the dtype of x. Differentiable in x, weight, bias, A, B, alpha and beta.
-
-    Raises:
-        RuntimeError: x and weight differ in dtype outside autocast, or shapes do not fit.
+        (N, m, *out) or (m, *out).
     """
-    _same_dtype(x, weight)
-    x = registration.autocast(x)
-    args = (x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative)
-    if given is not None and _takes_given():
-        return _call(autograd.MapLinearGivenFunction, "map_linear_given", (*args, *given))
-    return _call(autograd.MapLinearFunction, "map_linear", args)
+    inputs = (weight, bias, A, B, _scalar(s_w, A), _scalar(s_d, A), None, None)
+    return _conv(x, *inputs, (stride, padding, dilation, groups))
 
 
 def map_conv(
@@ -146,111 +219,59 @@ def map_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    given: Given | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
-    """`map_linear` for 1d, 2d and 3d convolutions, W seen as (m, K) with K = in_channels/groups * prod(kernel).
+    """`map_scales`, then `lowrank_conv`, as one node of autograd; see `map_linear`."""
+    inputs = (weight, bias, A, B, alpha, beta, (weight_norm, tau, relative), scales)
+    return _conv(x, *inputs, (stride, padding, dilation, groups))
 
-    Runs in activation space or in weight space, whichever `reference.conv_weight_space` finds cheaper.
 
-    Args:
-        x: (N, C, *spatial) or, unbatched, (C, *spatial).
-        weight: (m, C/groups, *kernel); A: (r, K); B: (m, r); the rest as in `map_linear`.
-        stride, padding, dilation: one int per spatial dimension; padding is with zeros.
-
-    Returns:
-        (N, m, *out) or (m, *out).
-    """
-    _same_dtype(x, weight)
-    if x.dim() == len(stride) + 1:
-        batched = map_conv(
-            x.unsqueeze(0),
-            weight,
-            bias,
-            A,
-            B,
-            alpha,
-            beta,
-            weight_norm,
-            tau,
-            relative,
-            stride,
-            padding,
-            dilation,
-            groups,
-            given,
-        )
-        return batched.squeeze(0)
-    x = registration.autocast(x)
-    weight_space = reference.conv_weight_space(weight.shape[0], A.shape[1], A.shape[0], groups)
+def _conv(x: Tensor, weight: Tensor, bias: Any, A: Tensor, *others: Any) -> Tensor:
+    """`_product` of a batched or unbatched convolution; the last argument: stride, padding, dilation and groups."""
+    *others, (stride, padding, dilation, groups) = others
+    weight_space = conv_weight_space(weight.shape[0], A.shape[1], A.shape[0], groups)
     settings = (list(stride), list(padding), list(dilation), groups, weight_space)
-    args = (x, weight, bias, A, B, alpha, beta, weight_norm, tau, relative, *settings)
-    if given is not None and _takes_given():
-        return _call(autograd.MapConvGivenFunction, "map_conv_given", (*args, *given))
-    return _call(autograd.MapConvFunction, "map_conv", args)
+    if x.dim() == weight.dim() - 1:
+        return _product(x.unsqueeze(0), weight, bias, A, *others, settings).squeeze(0)
+    return _product(x, weight, bias, A, *others, settings)
 
 
 def effective_weight(
     weight: Tensor,
     A: Tensor,
     B: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    weight_norm: Tensor,
-    tau: float = 0.0,
-    relative: bool = True,
+    s_w: Tensor | float,
+    s_d: Tensor | float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """W' itself (arXiv 2505.23094), differentiable, computed in float32 (float64 for float64) and rounded once.
+    """W' = s_w W + s_d BA itself, differentiable, computed in float32 (float64 for float64) and rounded once.
 
-    Args: weight (m, K) of any strides; dtype of the result, that of weight when None; the rest as in `map_linear`.
-    Returns: (m, K).
+    Args: weight (m, K) of any strides, or a stack (E, m, K) with A (E, r, K), B (E, m, r) and scalars (E,), or (1,)
+        for all; dtype of the result, that of weight when None; the rest as in `lowrank_linear`.
+    Returns: (m, K), or (E, m, K).
     """
-    args = (weight, A, B, alpha, beta, weight_norm, tau, relative, dtype)
-    return _call(autograd.EffectiveWeightFunction, "effective_weight", args)
-
-
-def map_scales(
-    A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, weight_norm: Tensor, tau: float, relative: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.map_scales`, differentiable by plain torch, for layers that no operator computes."""
-    definition = decompositions if torch.compiler.is_exporting() else reference  # no float64 in an exported graph
-    with full_precision(A.device.type):
-        return definition.map_scales(A, B, alpha, beta, weight_norm, tau, relative)
-
-
-def map_scales_many(layers: Sequence[tuple[Any, ...]]) -> list[Given]:
-    """`reference.map_scales` of many layers by the operator, one call for all of a device and dtype. No gradient.
-
-    Args: layers: (A, B, alpha, beta, weight_norm, tau, relative) of each.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, (A, *_) in enumerate(layers):
-        groups.setdefault((A.device, A.dtype), []).append(i)
-    results: dict[int, Given] = {}
-    # No inference tensors: calls with autograd may use the result.
-    with torch.inference_mode(False), torch.no_grad():
-        for (device, _), members in groups.items():
-            with full_precision(device.type):
-                found = _ops.map_scales_many.default(*map(list, zip(*(layers[i] for i in members), strict=True)))
-            results.update(zip(members, zip(*found, strict=True), strict=True))
-    return [results[i] for i in range(len(layers))]
-
-
-def lowrank_norm(A: Tensor, B: Tensor) -> Tensor:
-    """||BA||_F, shape (1,), from the r x r Gram matrices; see `reference.lowrank_norm`. Not differentiable."""
-    return _ops.lowrank_norm.default(A.detach(), B.detach())[0]
+    scalars = [_scalar(s, A) for s in (s_w, s_d)]
+    if weight.dim() == 3:
+        scalars = [s.expand(len(weight)) for s in scalars]
+    inputs = (weight, A, B, *scalars, dtype)
+    if _transforming() or (weight.dim() == 3 and _tracing()):
+        with full_precision(weight.device.type):
+            return operators.effective_weight(*inputs)
+    if _tracing():
+        return _ops.effective_weight.default(*inputs)
+    return autograd.EffectiveWeight.apply(*inputs)
 
 
 @torch.no_grad()
-def merge_(weight: Tensor, *adapter: Any) -> None:
-    """weight <- W' in place; arguments as in `effective_weight` without dtype."""
-    _ops.merge_.default(weight, *adapter)
+def merge_(weight: Tensor, A: Tensor, B: Tensor, s_w: Tensor | float, s_d: Tensor | float) -> None:
+    """weight (m, K) <- W' in place; arguments as in `effective_weight`."""
+    _ops.merge_.default(weight, A, B, _scalar(s_w, A), _scalar(s_d, A))
 
 
 @torch.no_grad()
-def unmerge_(weight: Tensor, *adapter: Any) -> None:
+def unmerge_(weight: Tensor, A: Tensor, B: Tensor, s_w: Tensor | float, s_d: Tensor | float) -> None:
     """weight <- (weight - s_d BA)/s_w in place, the inverse of `merge_` up to its rounding."""
-    _ops.unmerge_.default(weight, *adapter)
+    _ops.unmerge_.default(weight, A, B, _scalar(s_w, A), _scalar(s_d, A))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,42 @@ from torch.nn import functional as F
 
 from .. import ops
 
-Parameters = Any
-"""The adapter, whose attributes are the family's parameters and buffers by their names."""
+if TYPE_CHECKING:
+    from ..methods import Init
+    from ..reuse import KnownScales
+
+
+class Parameters(Protocol):
+    """What update families and methods read of an adapter (`mapsurgery.methods.Adapter`).
+
+    Its other attributes are the family's and the method's own tensors, by their names.
+    """
+
+    update: Any
+    method: Any
+    init: Init
+    roles: dict[str, str]
+    rank: int
+    scaling: float
+    dropout: float
+    training: bool
+    transposed: bool
+    stacked: bool
+    shape: torch.Size
+    weight_norm: Tensor
+    scales: KnownScales | None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (m, K), or a stack as (E, m, K)."""
+
+    def unit(self) -> Tensor:
+        """(1,) or (E,): ‖W‖_F, by which some families scale ΔW."""
+
+    def entry_size(self) -> Tensor | None:
+        """(1,) or (E,): root mean square of the entries of ΔW's first derivative; None: LoRA's own."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
 
 
 @dataclass(frozen=True)
@@ -97,10 +131,6 @@ class Update:
     def refuse(self, live: bool) -> None:
         """Raises ValueError if the family cannot start so (see `start`)."""
 
-    def form(self) -> dict[str, float]:
-        """Numbers, beside the options in a file, that say how the parameters are meant."""
-        return {}
-
     def shared(self, matrix: Matrix, rank: int, place: dict[str, Any], siblings: dict[Any, Any]) -> dict[str, Any]:
         """Frozen Parameters that several layers hold, by name, and that no file holds: they can be made again.
 
@@ -125,10 +155,6 @@ class Update:
     def apply(self, p: Parameters, x: Tensor, scale: Tensor | float) -> Tensor:
         """scale · x ΔWᵀ; x (..., K), result (..., m)."""
         return F.linear(x * scale, self.delta(p).to(x.dtype))
-
-    def rows(self, p: Parameters, ids: Tensor) -> Tensor:
-        """Rows of ΔW; ids (...), result (..., K)."""
-        return F.embedding(ids, self.delta(p))
 
     def row_products(self, p: Parameters, weight: Tensor) -> tuple[Tensor, Tensor]:
         """⟨W_i, ΔW_i⟩ and ‖ΔW_i‖² of every row, (m,) or (E, m) each; weight as (m, K) or (E, m, K)."""
@@ -163,11 +189,6 @@ class FactoredUpdate(Update):
     def apply(self, p: Parameters, x: Tensor, scale: Tensor | float) -> Tensor:
         A, B = self.factors(p)
         return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
-
-    def rows(self, p: Parameters, ids: Tensor) -> Tensor:
-        A, B = self.factors(p)
-        with ops.full_precision(A.device.type):
-            return F.embedding(ids, B) @ A
 
     def row_products(self, p: Parameters, weight: Tensor) -> tuple[Tensor, Tensor]:
         A, B = self.factors(p)

@@ -24,6 +24,14 @@
 
 using cudaStream_t = void*;
 
+// Variables of the device are variables of the CPU.
+enum cudaError_t { cudaSuccess = 0 };
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
+
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
