@@ -62,6 +62,7 @@ def save(model: nn.Module, path: Path) -> None:
         "layers": json.dumps(layers),
         "trained": json.dumps(list(record.trained_names(root, memory))),
         "buffers": json.dumps(buffers),
+        "form": json.dumps(memory.config.update.form()),
     }
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
     if diverged:
@@ -179,11 +180,21 @@ def _read(path: str) -> _File:
         buffers=_names(path, metadata, "buffers"),
         tensors=tensors,
     )
-    _check_consistent(file)
     if metadata["format_version"] == "1":
         for layer in file.layers.values():
             file.tensors.pop(_entry(layer, "form"), None)
+    else:
+        _check_form(file, _json(path, metadata, "form", dict))
+    _check_consistent(file)
     return file
+
+
+def _check_form(file: _File, found: dict[str, float]) -> None:
+    own = file.config.update.form()
+    if found.keys() != own.keys() or not all(abs(own[name] - found[name]) <= 1e-6 * abs(own[name]) for name in own):
+        raise ValueError(
+            f"{file.path}: update {file.config.update.name!r} was trained with {found}, and has {own} here"
+        )
 
 
 def _check_version(path: str, found: str | None) -> None:

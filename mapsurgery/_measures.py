@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..updates.base import Parameters
+from .updates.base import Parameters
 
 MEASURES = {
     "weight_norm": "||W||_F",

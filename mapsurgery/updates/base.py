@@ -50,7 +50,6 @@ class Parameters(Protocol):
     def __getattr__(self, name: str) -> Any: ...
 
 
-
 @dataclass(frozen=True)
 class Matrix:
     """The shape of a weight as an adapter sees it.
@@ -130,6 +129,10 @@ class Update:
 
     def refuse(self, live: bool) -> None:
         """Raises ValueError if the family cannot start so (see `start`)."""
+
+    def form(self) -> dict[str, float]:
+        """Numbers, beside the options, that say how the parameters are meant; a file with others is refused."""
+        return {}
 
     def shared(self, matrix: Matrix, rank: int, place: dict[str, Any], siblings: dict[Any, Any]) -> dict[str, Any]:
         """Frozen Parameters that several layers hold, by name, and that no file holds: they can be made again.
