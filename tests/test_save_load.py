@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mapsurgery
-from mapsurgery import storage
+from mapsurgery import _adapter_file
 
 
 @pytest.fixture
