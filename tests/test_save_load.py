@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mapsurgery
-from mapsurgery import storage
+from mapsurgery import _adapter_file
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
             Path(args[1]).write_bytes(b"half a file")
         raise error("disk full")
 
-    monkeypatch.setattr(storage if step == "save_file" else os, step, fail)
+    monkeypatch.setattr(_adapter_file if step == "save_file" else os, step, fail)
     with pytest.raises(error, match="disk full"):
         mapsurgery.save(model, path)
     monkeypatch.undo()
