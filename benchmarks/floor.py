@@ -9,25 +9,13 @@ over the bandwidth of a copy, both measured in this run; nothing overlaps and no
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import (
-    Row,
-    Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
-    median,
-    paired_ratio,
-    prepare,
-    table,
-    write_results,
-)
+from common import Row, Stamps, make_parser, median, paired_ratio, print_paths, start, table, write_results
 from ops import Ceilings, measure_ceilings
 from torch import Tensor, nn
 from train_step import METHODS
@@ -187,20 +175,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
+    parser = make_parser(__doc__, repeats=15)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["vit_small", "llama_tiny"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
     arguments = parser.parse_args(argv)
-    device, dtype = prepare(arguments), DTYPES[arguments.dtype]
+    (device, run), dtype = start(arguments, repeats=arguments.repeats), DTYPES[arguments.dtype]
     ceilings = measure_ceilings(device, [dtype], tiny=arguments.shapes == ["test"])
-    run = describe_run(device) | {
-        "copy_gb_per_s": round(ceilings.bandwidth / 1e9, 2),
-        "matmul_gflop_per_s": round(ceilings.rates[dtype] / 1e9, 1),
-        "repeats": arguments.repeats,
-    }
-    print(describe(run))
+    run["copy_gb_per_s"] = round(ceilings.bandwidth / 1e9, 2)
+    run["matmul_gflop_per_s"] = round(ceilings.rates[dtype] / 1e9, 1)
     print(f"copy {run['copy_gb_per_s']} GB/s (read and written), products {run['matmul_gflop_per_s']} GFLOP/s")
     rows = [
         row
@@ -210,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     print(table("floor", rows, COLUMNS))
     notes = "Predicted: FLOPs over the rate of a large product plus bytes over the bandwidth of a copy, no overlap."
-    for path in write_results(arguments.out, "floor", arguments.tag, rows, COLUMNS, run, notes):
-        print(path)
+    print_paths(write_results(arguments.out, "floor", arguments.tag, rows, COLUMNS, run, notes))
     return 0
 
 

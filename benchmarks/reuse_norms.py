@@ -22,14 +22,13 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    print_paths,
+    start,
     table,
     write_results,
 )
@@ -172,15 +171,13 @@ NOTES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, rank=False)
+    parser = make_parser(__doc__, repeats=25, rank=False)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256], help="those above a width are left out")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of a micro-batch (default 64)")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens-of-a-loop", type=int, default=64, help="decoded in one block, at least (default 64)")
-    parser.add_argument("--repeats", type=int, default=25, help="rounds at a point (default 25)")
     parser.add_argument("--min-ms", type=float, default=2.0, help="least time of one measurement (default 2 ms)")
     parser.add_argument(
         "--point-seconds", type=float, default=20.0, help="rounds at a point end after this (default 20)"
@@ -191,9 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     arguments = parse(argv)
-    device = prepare(arguments)
-    run = describe_run(device)
-    print(describe(run), flush=True)
+    device, run = start(arguments)
     rows: list[Row] = []
     for width in arguments.widths:
         for rank in arguments.ranks:
@@ -202,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
                 free_memory(device)
     print(table("reused norms", rows, COLUMNS))
     paths = write_results(arguments.out, "reuse_norms", arguments.tag, rows, COLUMNS, run, NOTES)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return 0
 
 

@@ -24,21 +24,21 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    print_paths,
     randomise_zeros,
     slug,
+    start,
     table,
     write_results,
 )
 from torch import Tensor, nn
-from train_step import METHODS, seeded, share_weights
+from train_step import METHODS
+from workloads import seeded, share_weights
 
 PLOTS = Path(__file__).resolve().parent / "plots"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -373,14 +373,11 @@ _INSTALL = "no plots: matplotlib is not installed (pip install matplotlib, or ma
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser, rank=False)
+    parser = make_parser(__doc__, repeats=25, rank=False)
     parser.add_argument("--curves", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--methods", nargs="+", choices=APPLY, help="default: all that make sense for the dtype")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="of the layers; one or several")
     parser.add_argument("--size", choices=["tiny", "full"], default="full", help="tiny: to see that it runs")
-    parser.add_argument("--repeats", type=int, default=25, help="rounds at a point (default 25)")
     parser.add_argument("--min-ms", type=float, default=2.0, help="least time of one measurement (default 2 ms)")
     parser.add_argument(
         "--point-seconds",
@@ -391,10 +388,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plots", type=Path, default=PLOTS, help="folder of the plots (default benchmarks/plots)")
     parser.add_argument("--plot-only", type=Path, metavar="CSV", help="measure nothing, plot these results")
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -402,13 +396,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.plot_only:
         try:
-            print("\n".join(f"wrote {path}" for path in draw(arguments.plot_only, arguments.plots, arguments.tag)))
+            print_paths(draw(arguments.plot_only, arguments.plots, arguments.tag))
         except ModuleNotFoundError:
             raise SystemExit(_INSTALL) from None
         return 0
-    device = prepare(arguments)
-    run = describe_run(device) | {"repeats": arguments.repeats}
-    print(describe(run))
+    device, run = start(arguments, repeats=arguments.repeats)
     rows: list[Row] = []
     notes = NOTES
     points = curves(device, arguments.size == "tiny")
@@ -436,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
             print(_INSTALL, file=sys.stderr)
     else:
         print("no plots: they compare with LoRA, which did not run", file=sys.stderr)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return int(any(row["error"] for row in rows))
 
 
