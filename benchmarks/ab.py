@@ -31,7 +31,9 @@ from common import Row, iqr, make_parser, median, positive, print_paths, start, 
 
 METHODS = ("map", "lora")
 STEPS = ("vit_small:2", "llama_tiny:2", "resnet50:2")
-MOST_CALLS = 1000
+MOST_CALLS = 100
+"""Of one layer in a measurement."""
+FEWEST_ROUNDS = 4
 
 
 def all_cases() -> list[Case]:
@@ -147,8 +149,11 @@ def run_rounds(case: Case, workers: dict[str, Worker], times: Times, arguments: 
     first = {name: worker.ask("prepare", words[name]) for name, worker in workers.items()}
     single = case.model.startswith(LINEAR)
     once = min(worker.ask("measure", words[name], 3 if single else 1)["ms"] for name, worker in workers.items())
-    calls = min(MOST_CALLS, max(3, math.ceil(arguments.min_ms / once))) if single else 1
+    calls = min(MOST_CALLS, max(2, math.ceil(arguments.min_ms / once))) if single else 1
+    began = time.perf_counter()
     for index in range(arguments.rounds):
+        if index >= FEWEST_ROUNDS and time.perf_counter() - began > arguments.case_seconds:
+            break
         for name in list(workers) if index % 2 == 0 else reversed(workers):
             for key, value in workers[name].ask("measure", words[name], calls).items():
                 times.setdefault(name, {key: [] for key in first[name]})[key].append(value)
@@ -170,8 +175,8 @@ def row_of(case: Case, times: Times, calls: int) -> Row:
         **{f"{name.lower()}_ms": median(of["ms"]) for name, of in times.items()},
         "b_to_a": median(both),
         "iqr": iqr(both),
+        "error_of_median": 0.93 * iqr(both) / math.sqrt(len(both)),
         "processor_b_to_a": median(processor),
-        "processor_iqr": iqr(processor),
         "a_to_peft": median(ratios(times, "A", PEFT)),
         "b_to_peft": median(ratios(times, "B", PEFT)),
         "rounds": len(both),
@@ -190,8 +195,8 @@ COLUMNS = {
     "b_ms": "B ms",
     "b_to_a": "B / A",
     "iqr": "IQR",
+    "error_of_median": "±",
     "processor_b_to_a": "CPU B / A",
-    "processor_iqr": "IQR",
     "peft_ms": "peft ms",
     "a_to_peft": "A / peft",
     "b_to_peft": "B / peft",
@@ -201,10 +206,10 @@ COLUMNS = {
 }
 NOTES = (
     "Medians over rounds in which A and B take turns; ratios are medians of the ratios within a round, IQR the "
-    "distance of their quartiles; CPU: processor time of all threads. A measurement is the median of its calls, each "
-    "timed alone. linear:TxK is one square layer, forward and backward, with an AdamW step of 1e-4 between timed "
-    "calls; other models take whole steps, AdamW included. no_grad: forward alone, of parameters that stand still. "
-    "peft: its LoRA, whatever the method of A and B."
+    "distance of their quartiles, ± the standard error of the median that it gives; CPU: processor time of all "
+    "threads. A measurement is the quickest of its calls, each timed alone. linear:TxK is one square layer, forward "
+    "and backward, with an AdamW step of 1e-4 between timed calls; other models take whole steps, AdamW included. "
+    "no_grad: forward alone, of parameters that stand still. peft: its LoRA, whatever the method of A and B."
 )
 
 
@@ -237,9 +242,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=[], metavar="GLOB", help="default: all; see --list")
     parser.add_argument("--extra", nargs="+", type=Case.parse, default=[], metavar="CASE", help="others than the usual")
     parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
-    parser.add_argument("--rounds", type=positive, default=8, help="with each pair of processes (default 8)")
     parser.add_argument("--processes", type=positive, default=2, help="pairs, one after the other (default 2)")
-    parser.add_argument("--min-ms", type=float, default=20.0, help="of a measurement of a layer (default 20 ms)")
+    parser.add_argument("--rounds", type=positive, default=50, help="of a case, by each pair (default 50)")
+    least = f"rounds of a case end after this, but not before {FEWEST_ROUNDS} (default 4)"
+    parser.add_argument("--case-seconds", type=float, default=4.0, help=least)
+    parser.add_argument("--min-ms", type=float, default=2.0, help="of a measurement of a layer (default 2 ms)")
     parser.add_argument("--no-peft", action="store_true", help="leave out peft's LoRA")
     return parser.parse_args(argv)
 
@@ -265,7 +272,10 @@ def main(argv: list[str] | None = None) -> int:
     options = [
         f"--{name} {shlex.join(map(str, value))}" for name in ("cases", "extra") if (value := vars(arguments)[name])
     ]
-    options += [f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in ("rounds", "processes", "min_ms")]
+    options += [
+        f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+        for name in ("processes", "rounds", "case_seconds", "min_ms")
+    ]
     # Without the folders: which machine's they are is nobody's business.
     device, run = start(arguments, **commits, command=" ".join(["python benchmarks/ab.py A B", *options]))
     checkouts = {"A": arguments.A, "B": arguments.B} | ({} if arguments.no_peft else {PEFT: arguments.A})
