@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Stamps, native_details, native_state, randomise_zeros
+from common import Stamps, make_optimizer, native_details, native_state, randomise_zeros
 from torch import Tensor, nn
 from train_step import METHODS
 from workloads import WORKLOADS, Model, make_base, seeded
@@ -53,8 +54,13 @@ class Case:
 
     @staticmethod
     def parse(text: str) -> Case:
-        model, rank, dtype, mode, method = text.split("/")
-        return Case(model, int(rank.removeprefix("r")), dtype, mode, method)
+        """Raises argparse.ArgumentTypeError where it is not written so."""
+        form = rf"(\w+(?::\d+(?:x\d+)?)?)/r([1-9]\d*)/({'|'.join(DTYPES)})/({'|'.join(MODES)})/([\w-]+)"
+        found = re.fullmatch(form, text)
+        if not found or (text.startswith(LINEAR) and not re.match(rf"{LINEAR}:\d+x\d+/", text)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no case, such as {LINEAR}:8x768/r64/fp32/train/map")
+        model, rank, dtype, mode, method = found.groups()
+        return Case(model, int(rank), dtype, mode, method)
 
 
 class Subject:
@@ -77,11 +83,7 @@ class Subject:
             randomise_zeros(self.model)
         self.model.train(self.train)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        groups: Any = [{"params": list(self.trained.values())}]
-        if case.method != PEFT:
-            groups = mapsurgery.param_groups(self.model, lr=1e-4)
-        # fused: else it is Python's loop over the parameters that is timed on the CPU.
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, fused=True)
+        self.optimizer = make_optimizer(self.model)
 
     def _layer(self, case: Case) -> tuple[nn.Module, list[str]]:
         tokens, width = map(int, case.model.partition(":")[2].split("x"))

@@ -101,6 +101,21 @@ def randomise_zeros(model: nn.Module) -> None:
             parameter.uniform_(-0.01, 0.01)
 
 
+LR = 1e-4
+"""Of every benchmark's AdamW."""
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer | None:
+    """AdamW on what the model trains; None where that is nothing.
+
+    Layers take its step between timed calls, so that no call sees the numbers of the one before: a library that
+    compiles a kernel for each new number would look quick where they stand still.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # fused: else most of a step is Python's loop over the parameters.
+    return torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True) if trained else None
+
+
 # --- the run's description ------------------------------------------------------------------------------------------
 
 

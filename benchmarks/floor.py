@@ -15,7 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import Row, Stamps, make_parser, median, paired_ratio, print_paths, start, table, write_results
+from common import (
+    Row,
+    Stamps,
+    make_optimizer,
+    make_parser,
+    median,
+    paired_ratio,
+    print_paths,
+    start,
+    table,
+    write_results,
+)
 from ops import Ceilings, measure_ceilings
 from torch import Tensor, nn
 from train_step import METHODS
@@ -105,12 +116,16 @@ def make(method: str, base: One, rank: int) -> nn.Module:
     return model if method == "frozen" else METHODS[method](model, ["layer"], rank)
 
 
-def timed_step(model: nn.Module, x: Tensor, grad: Tensor, device: torch.device) -> Stamps:
-    """Forward and backward; gradients are dropped outside of the time."""
+def timed_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, x: Tensor, grad: Tensor, device: torch.device
+) -> Stamps:
+    """Forward and backward; the optimiser's step and the end of the gradients come after the time."""
     stamps = Stamps(device)
     stamps.mark()
     model(x).backward(grad)
     stamps.mark()
+    if optimizer is not None:
+        optimizer.step()
     for tensor in (x, *model.parameters()):
         tensor.grad = None
     return stamps
@@ -123,16 +138,17 @@ def measure_shape(
     T, K, m = shape
     base = One(K, m).to(device, dtype).requires_grad_(False)
     models = {method: make(method, base, rank) for method in WORK}
+    optimizers = {method: make_optimizer(model) for method, model in models.items()}
     x, grad = (
         torch.randn(T, K, device=device, dtype=dtype, requires_grad=True),
         torch.randn(T, m, device=device).to(dtype),
     )
-    for model in models.values():
-        timed_step(model, x, grad, device).milliseconds()
+    for method, model in models.items():
+        timed_step(model, optimizers[method], x, grad, device).milliseconds()
     times: dict[str, list[float]] = {method: [] for method in WORK}
     for _ in range(rounds):
         for method, model in models.items():
-            times[method] += timed_step(model, x, grad, device).milliseconds()
+            times[method] += timed_step(model, optimizers[method], x, grad, device).milliseconds()
     work_of = works(rank, dtype, device)
     predictions = {method: predicted_ms(work(T, K, m, rank), dtype, ceilings) for method, work in work_of.items()}
     return [
@@ -191,7 +207,10 @@ def main(argv: list[str] | None = None) -> int:
         for row in measure_shape(shape, arguments.rank, dtype, device, arguments.repeats, ceilings)
     ]
     print(table("floor", rows, COLUMNS))
-    notes = "Predicted: FLOPs over the rate of a large product plus bytes over the bandwidth of a copy, no overlap."
+    notes = (
+        "Predicted: FLOPs over the rate of a large product plus bytes over the bandwidth of a copy, no overlap. An "
+        "AdamW step lies between timed steps."
+    )
     print_paths(write_results(arguments.out, "floor", arguments.tag, rows, COLUMNS, run, notes))
     return 0
 

@@ -24,6 +24,7 @@ from common import (
     Stamps,
     free_memory,
     iqr,
+    make_optimizer,
     make_parser,
     median,
     paired_ratio,
@@ -54,6 +55,7 @@ class Candidate:
     """A method on a stack of layers, with an input and the gradient of its output.
 
     Attributes:
+        optimizer: takes a step between the timed steps, outside of the block.
         calls: steps, or tokens of a decode loop, that make one measurement, by quantity.
         times: milliseconds of a step or token, by quantity, one per round.
     """
@@ -63,12 +65,12 @@ class Candidate:
     block: Block
     x: Tensor
     grad: Tensor
+    optimizer: torch.optim.Optimizer
     calls: dict[str, int] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
 
     def train(self, micro_batches: int) -> None:
-        """Forward and backward of the micro-batches; no optimiser, which costs all methods the same."""
-        self.model.zero_grad(set_to_none=True)
+        """Forward and backward of the micro-batches."""
         with self.block(self.model):
             for _ in range(micro_batches):
                 self.model(self.x).backward(self.grad)
@@ -87,14 +89,18 @@ class Candidate:
         if self.x.is_cuda:
             torch.cuda.synchronize()
         stamps = Stamps(self.x.device)
-        stamps.mark()
         if quantity == DECODE:
+            stamps.mark()
             self.decode(calls)
+            stamps.mark()
         else:
             for _ in range(calls):
+                self.optimizer.step()
+                self.model.zero_grad(set_to_none=True)
+                stamps.mark()
                 self.train(int(quantity))
-        stamps.mark()
-        return stamps.milliseconds()[0] / calls
+                stamps.mark()
+        return sum(stamps.milliseconds()[::2]) / calls
 
 
 def make_candidates(point: Point, device: torch.device) -> list[Candidate]:
@@ -103,7 +109,9 @@ def make_candidates(point: Point, device: torch.device) -> list[Candidate]:
     made = []
     for name, (method, block) in METHODS.items():
         checked = make_candidate(method, base, x, grad, point.rank)  # its gradients are finite and not zero
-        made.append(Candidate(name, checked.model, block, x, grad))
+        optimizer = make_optimizer(checked.model)
+        assert optimizer is not None  # each method trains something
+        made.append(Candidate(name, checked.model, block, x, grad, optimizer))
     return made
 
 
@@ -161,9 +169,9 @@ COLUMNS = {
     "rounds": "rounds",
 }
 NOTES = (
-    "A stack of square linear layers. step of k: forward and backward of k micro-batches without an optimiser, the "
-    "norms computed once for all of them where they are reused; unchecked: without the copy of the adapters that is "
-    "compared at the end. "
+    "A stack of square linear layers. step of k: forward and backward of k micro-batches, with an AdamW step between "
+    "timed steps, the norms computed once for all of them where they are reused; unchecked: without the copy of the "
+    "adapters that is compared at the end. "
     "decode: one token under no_grad, in a block around the whole loop. Medians over interleaved rounds, and of the "
     "ratios within a round."
 )

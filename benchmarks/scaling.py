@@ -26,6 +26,7 @@ from common import (
     Stamps,
     free_memory,
     iqr,
+    make_optimizer,
     make_parser,
     median,
     paired_ratio,
@@ -116,6 +117,7 @@ class Candidate:
     """A method on a stack of layers, with an input and the gradient of its output.
 
     Attributes:
+        optimizer: takes a step between the calls; None for the frozen layers.
         steps: calls in a row that make one measurement.
         times, processor_times: milliseconds of a call, by quantity, one per round.
     """
@@ -124,15 +126,21 @@ class Candidate:
     model: nn.Module
     x: Tensor
     grad: Tensor
+    optimizer: torch.optim.Optimizer | None
     steps: dict[str, int] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
     processor_times: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
 
     def train(self) -> None:
-        """Forward and backward; the gradients of the last call are dropped, not added to."""
+        """Forward and backward."""
+        self.model(self.x).backward(self.grad)
+
+    def use_gradients(self) -> None:
+        """The optimiser's step on the gradients of the last call, and their end."""
+        if self.optimizer is not None:
+            self.optimizer.step()
         self.x.grad = None
         self.model.zero_grad(set_to_none=True)
-        self.model(self.x).backward(self.grad)
 
     def eval(self) -> None:
         """Forward alone; the caller switches gradients off."""
@@ -145,13 +153,17 @@ class Candidate:
         with torch.set_grad_enabled(quantity == "train"):
             if self.x.is_cuda:
                 torch.cuda.synchronize()
-            stamps, processor = Stamps(self.x.device), time.process_time()
-            stamps.mark()
+            stamps, processor = Stamps(self.x.device), 0.0
             for _ in range(steps):
+                if quantity == "train":
+                    self.use_gradients()
+                start = time.process_time()
+                stamps.mark()
                 call()
-            stamps.mark()
-            (elapsed,) = stamps.milliseconds()
-        return elapsed / steps, 1e3 * (time.process_time() - processor) / steps
+                stamps.mark()
+                processor += time.process_time() - start
+            elapsed = sum(stamps.milliseconds()[::2])
+        return elapsed / steps, 1e3 * processor / steps
 
     def measure(self, quantity: str) -> None:
         """One round."""
@@ -179,7 +191,7 @@ def make_candidate(name: str, base: nn.Module, x: Tensor, grad: Tensor, rank: in
     with seeded():
         model = APPLY[name](share_weights(base), targets, rank)
         randomise_zeros(model)
-    candidate = Candidate(name, model, x.clone().requires_grad_(), grad)
+    candidate = Candidate(name, model, x.clone().requires_grad_(), grad, make_optimizer(model))
     for quantity in QUANTITIES:
         candidate.time(quantity, 1)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -280,10 +292,11 @@ COLUMNS = {
     "error": "error",
 }
 NOTES = (
-    "A stack of square linear layers. train: forward and backward, the gradient of the input included; eval: forward "
-    "in eval mode under no_grad. Medians over interleaved rounds; ratios are medians of the ratios within a round, q1 "
-    "and q3 their quartiles. CPU ms: processor time of all threads. frozen: the layers without an adapter, with the "
-    "gradient of the input only. In bf16 the ratio is to the LoRA with bfloat16 parameters, where that ran."
+    "A stack of square linear layers. train: forward and backward, the gradient of the input included, with an AdamW "
+    "step between timed calls; eval: forward in eval mode under no_grad. Medians over interleaved rounds; ratios are "
+    "medians of the ratios within a round, q1 and q3 their quartiles. CPU ms: processor time of all threads. frozen: "
+    "the layers without an adapter, with the gradient of the input only. In bf16 the ratio is to the LoRA with "
+    "bfloat16 parameters, where that ran."
 )
 
 # --- plots ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 from common import (
+    LR,
     Row,
     Stamps,
     allow_many_compilations,
@@ -305,11 +306,11 @@ def make_candidate(
     if arguments.compile:
         model.compile()
     if name.startswith("map") and name != "map-plain":
-        groups = mapsurgery.param_groups(model, lr=1e-4)
+        groups = mapsurgery.param_groups(model, lr=LR)
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     # fused: else it is Python's loop over the parameters that is timed on the CPU.
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
 
     def loss_of_step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "autocast-bf16"):
