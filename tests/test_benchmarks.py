@@ -1,5 +1,6 @@
 """The benchmarks run, on tiny shapes, and write what they promise. No time is a pass condition."""
 
+import argparse
 import csv
 import json
 import math
@@ -460,6 +461,21 @@ def test_ab_steps_move_the_scalars():
     before = {name: parameter.detach().clone() for name, parameter in subject.trained.items()}
     subject.measure(1)
     assert len(before) == 4 and all(not before[name].equal(parameter) for name, parameter in subject.trained.items())
+
+
+def test_whole_steps_move_the_scalars():
+    pytest.importorskip("timm")
+    import train_step
+
+    workload = train_step.WORKLOADS["vit_test"]
+    base = train_step.make_base(workload, 32, "fp32", torch.device("cpu"))
+    arguments = argparse.Namespace(rank=2, checkpoint=False, compile=False)
+    loss = workload.data(2, 32, torch.float32, torch.device("cpu"))
+    candidate = train_step.make_candidate("map", base, workload, loss, "fp32", arguments)
+    candidate.step()
+    before = {name: parameter.detach().clone() for name, parameter in candidate.trained().items()}
+    candidate.measure(1)
+    assert not any(before[name].equal(parameter) for name, parameter in candidate.trained().items())
 
 
 def test_scaling_moves_the_scalars():
