@@ -1,4 +1,7 @@
-"""What the benchmarks share: the run's description, time stamps, statistics, tables and result files."""
+"""What the benchmarks share: command line, the run's description, time stamps, statistics, tables and result files.
+
+Only public functions of mapsurgery are used, so that ab.py can run two versions of it from here.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,41 @@ import torch
 from torch import nn
 
 import mapsurgery
-from mapsurgery.tables import render
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, rank: bool = True) -> None:
-    """Options that every benchmark has; rank: but for those that choose the ranks themselves."""
+def make_parser(doc: str | None, repeats: int | None = None, rank: bool = True) -> argparse.ArgumentParser:
+    """A command line with the options that every benchmark has.
+
+    Args:
+        doc: docstring of the script.
+        repeats: default of --repeats; without it there is no such option.
+        rank: whether there is --rank; not where a script chooses the ranks itself.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     if rank:
-        parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (default 8)")
-    parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
+        parser.add_argument("--rank", type=positive, default=8, help="rank of the adapters (default 8)")
+    if repeats is not None:
+        parser.add_argument("--repeats", type=positive, default=repeats, help=f"rounds (default {repeats})")
+    parser.add_argument("--threads", type=positive, help="threads of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--tf32", action="store_true", help="CUDA: float32 products in TF32 (default: not)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
     parser.add_argument("--tag", default="", help="added to the names of the result files")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as an option's type.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def prepare(arguments: argparse.Namespace) -> torch.device:
@@ -78,6 +101,21 @@ def randomise_zeros(model: nn.Module) -> None:
             parameter.uniform_(-0.01, 0.01)
 
 
+LR = 1e-4
+"""Of every benchmark's AdamW."""
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer | None:
+    """AdamW on what the model trains; None where that is nothing.
+
+    Layers take its step between timed calls, so that no call sees the numbers of the one before: a library that
+    compiles a kernel for each new number would look quick where they stand still.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # fused: else most of a step is Python's loop over the parameters.
+    return torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True) if trained else None
+
+
 # --- the run's description ------------------------------------------------------------------------------------------
 
 
@@ -106,10 +144,13 @@ def native_state(device: torch.device) -> str:
     return "native" if loaded else f"pure torch ({info.error or f'no native {device.type} library'})"
 
 
+def native_details() -> dict[str, Any]:
+    """How the native libraries were built. Not where they lie: whose folders these are is nobody's business."""
+    return {name: value for name, value in asdict(mapsurgery.native_info()).items() if not name.endswith("_library")}
+
+
 def describe_run(device: torch.device) -> dict[str, Any]:
     """Everything needed to tell one result file from another."""
-    # Paths of libraries say where, not what: which machine's folders these are is nobody's business.
-    native = {name: value for name, value in asdict(mapsurgery.native_info()).items() if not name.endswith("_library")}
     # The same of where the results went.
     options = re.sub(r"--out[ =]\S+\s?", "", shlex.join(sys.argv[1:])).strip()
     run: dict[str, Any] = {
@@ -121,7 +162,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         **{package: _version(package) for package in ("peft", "timm", "transformers", "mapsurgery")},
         "kernels": native_state(device),
-        "native": native,
+        "native": native_details(),
         "threads": torch.get_num_threads(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "tf32": torch.backends.cuda.matmul.allow_tf32,
@@ -190,6 +231,8 @@ def _cell(value: Any) -> Any:
 
 def table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Rows as text; `columns` maps keys to headings, and columns without any value are left out."""
+    from mapsurgery.tables import render  # here: private, so a worker of ab.py must not need it
+
     used = {key: head for key, head in columns.items() if any(_cell(row.get(key)) not in ("-", "") for row in rows)}
     return render(title, list(used.values()), [[_cell(row.get(key)) for key in used] for row in rows])
 
@@ -239,6 +282,23 @@ def write_results(
     about = "\n".join(f"- {key}: {value}" for key, value in run.items())
     paths[2].write_text(f"# {name}\n\n{markdown(rows, columns)}\n\n{notes}\n\n{about}\n")
     return paths
+
+
+def start(arguments: argparse.Namespace, **about: Any) -> tuple[torch.device, dict[str, Any]]:
+    """Apply the common options and print what the run depends on.
+
+    Returns:
+        The device, and the run's description with `about` added to it.
+    """
+    device = prepare(arguments)
+    run = describe_run(device) | about
+    print(describe(run), flush=True)
+    return device, run
+
+
+def print_paths(paths: Iterable[Path]) -> None:
+    """Say where the results are."""
+    print("\n".join(f"wrote {path}" for path in paths))
 
 
 def describe(run: Mapping[str, Any]) -> str:

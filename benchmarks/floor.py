@@ -9,7 +9,6 @@ over the bandwidth of a copy, both measured in this run; nothing overlaps and no
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable
@@ -19,12 +18,12 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
+    make_optimizer,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    print_paths,
+    start,
     table,
     write_results,
 )
@@ -117,12 +116,16 @@ def make(method: str, base: One, rank: int) -> nn.Module:
     return model if method == "frozen" else METHODS[method](model, ["layer"], rank)
 
 
-def timed_step(model: nn.Module, x: Tensor, grad: Tensor, device: torch.device) -> Stamps:
-    """Forward and backward; gradients are dropped outside of the time."""
+def timed_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, x: Tensor, grad: Tensor, device: torch.device
+) -> Stamps:
+    """Forward and backward; the optimiser's step and the end of the gradients come after the time."""
     stamps = Stamps(device)
     stamps.mark()
     model(x).backward(grad)
     stamps.mark()
+    if optimizer is not None:
+        optimizer.step()
     for tensor in (x, *model.parameters()):
         tensor.grad = None
     return stamps
@@ -135,16 +138,17 @@ def measure_shape(
     T, K, m = shape
     base = One(K, m).to(device, dtype).requires_grad_(False)
     models = {method: make(method, base, rank) for method in WORK}
+    optimizers = {method: make_optimizer(model) for method, model in models.items()}
     x, grad = (
         torch.randn(T, K, device=device, dtype=dtype, requires_grad=True),
         torch.randn(T, m, device=device).to(dtype),
     )
-    for model in models.values():
-        timed_step(model, x, grad, device).milliseconds()
+    for method, model in models.items():
+        timed_step(model, optimizers[method], x, grad, device).milliseconds()
     times: dict[str, list[float]] = {method: [] for method in WORK}
     for _ in range(rounds):
         for method, model in models.items():
-            times[method] += timed_step(model, x, grad, device).milliseconds()
+            times[method] += timed_step(model, optimizers[method], x, grad, device).milliseconds()
     work_of = works(rank, dtype, device)
     predictions = {method: predicted_ms(work(T, K, m, rank), dtype, ceilings) for method, work in work_of.items()}
     return [
@@ -187,20 +191,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
+    parser = make_parser(__doc__, repeats=15)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["vit_small", "llama_tiny"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds (default 15)")
     arguments = parser.parse_args(argv)
-    device, dtype = prepare(arguments), DTYPES[arguments.dtype]
+    (device, run), dtype = start(arguments, repeats=arguments.repeats), DTYPES[arguments.dtype]
     ceilings = measure_ceilings(device, [dtype], tiny=arguments.shapes == ["test"])
-    run = describe_run(device) | {
-        "copy_gb_per_s": round(ceilings.bandwidth / 1e9, 2),
-        "matmul_gflop_per_s": round(ceilings.rates[dtype] / 1e9, 1),
-        "repeats": arguments.repeats,
-    }
-    print(describe(run))
+    run["copy_gb_per_s"] = round(ceilings.bandwidth / 1e9, 2)
+    run["matmul_gflop_per_s"] = round(ceilings.rates[dtype] / 1e9, 1)
     print(f"copy {run['copy_gb_per_s']} GB/s (read and written), products {run['matmul_gflop_per_s']} GFLOP/s")
     rows = [
         row
@@ -209,9 +207,11 @@ def main(argv: list[str] | None = None) -> int:
         for row in measure_shape(shape, arguments.rank, dtype, device, arguments.repeats, ceilings)
     ]
     print(table("floor", rows, COLUMNS))
-    notes = "Predicted: FLOPs over the rate of a large product plus bytes over the bandwidth of a copy, no overlap."
-    for path in write_results(arguments.out, "floor", arguments.tag, rows, COLUMNS, run, notes):
-        print(path)
+    notes = (
+        "Predicted: FLOPs over the rate of a large product plus bytes over the bandwidth of a copy, no overlap. An "
+        "AdamW step lies between timed steps."
+    )
+    print_paths(write_results(arguments.out, "floor", arguments.tag, rows, COLUMNS, run, notes))
     return 0
 
 

@@ -7,14 +7,14 @@ The methods are those of train_step.py. The frozen layer computes its output and
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 
 import torch
-from common import Row, add_common_arguments, describe, describe_run, prepare, randomise_zeros, table, write_results
+from common import Row, make_parser, print_paths, randomise_zeros, start, table, write_results
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from train_step import METHODS, share_weights
+from train_step import METHODS
+from workloads import share_weights
 
 CHOICES = ("frozen", "lora-bf16", "lora", "dora", "map")
 LAYERS = {
@@ -65,15 +65,11 @@ NOTES = (
 
 def main(argv: list[str] | None = None) -> int:
     """Profiles every method on every layer, one after the other."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
+    parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=4096, help="of the Linear layers; convolutions: channels / 8")
     parser.add_argument("--tokens", type=int, default=2048, help="rows of the input")
     arguments = parser.parse_args(argv)
-    device = prepare(arguments)
-    run = describe_run(device) | {key: getattr(arguments, key) for key in ("width", "tokens", "rank")}
-    print(describe(run))
+    device, run = start(arguments, **{key: getattr(arguments, key) for key in ("width", "tokens", "rank")})
     rows: list[Row] = []
     for kind, make in LAYERS.items():
         base = nn.Sequential(make(arguments.width)).to(device, torch.bfloat16).requires_grad_(False)
@@ -87,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({"layer": kind, "method": method, **counts, "names": names})
     print(table("One layer, forward and backward", rows, {key: COLUMNS[key] for key in list(COLUMNS)[:-1]}))
     paths = write_results(arguments.out, "launches", arguments.tag, rows, COLUMNS, run, NOTES)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,13 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
     allow_many_compilations,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_parser,
     median,
-    prepare,
+    print_paths,
+    start,
     table,
     write_results,
 )
@@ -486,14 +486,32 @@ def input_sets(case: Case, device: torch.device, tiny: bool) -> list[Args]:
 
 def timed(function: Function, sets: list[Args], device: torch.device, calls: int) -> float:
     """Milliseconds per call of so many calls in a row, going round the sets."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     stamps = Stamps(device)
+    if device.type == "cpu":
+        for index in range(calls):
+            args = sets[index % len(sets)]
+            move_scalars(args)
+            stamps.mark()
+            function(*args)
+            stamps.mark()
+        return sum(stamps.milliseconds()[::2]) / calls
+    torch.cuda.synchronize()
     stamps.mark()
     for index in range(calls):
         function(*sets[index % len(sets)])
     stamps.mark()
     return stamps.milliseconds()[0] / calls
+
+
+@torch.no_grad()
+def move_scalars(args: Args) -> None:
+    """Change the numbers in their last digits, as an optimiser does.
+
+    A library for CPUs may compile a kernel for each new number that it is given; on a GPU they are read by address.
+    """
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.shape == (1,):
+            tensor.mul_(1 + 1e-6 * random.gauss(0, 1))
 
 
 def captured(function: Function, sets: list[Args]) -> Callable[[], None]:
@@ -644,20 +662,14 @@ IMPLEMENTATIONS = ("op", "autograd", "reference", "compiled", "base")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
+    parser = make_parser(__doc__, repeats=15)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="one or several (default fp32; on CUDA bf16 too)")
     parser.add_argument("--size", choices=LINEARS, help="shapes (default small on CPU, large on CUDA)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (default 15)")
     parser.add_argument("--no-graphs", action="store_true", help="CUDA: leave out the times in a CUDA graph")
     parser.add_argument("--min-ms", type=float, default=5.0, help="least time of one measurement (default 5 ms)")
     arguments = parser.parse_args(argv)
-    for name in ("rank", "repeats"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     cuda = arguments.device == "cuda"
     arguments.size = arguments.size or ("large" if cuda else "small")
     arguments.dtype = arguments.dtype or (["bf16", "fp32"] if cuda else ["fp32"])
@@ -673,14 +685,13 @@ def describe_ceilings(ceilings: Ceilings) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if an operator failed or gave wrong results."""
     arguments = parse(argv)
-    device = prepare(arguments)
+    device, run = start(arguments, size=arguments.size, repeats=arguments.repeats)
     if "compiled" in arguments.implementations:
         allow_many_compilations()
     dtypes = [DTYPES[name] for name in arguments.dtype]
     # float32 always: the norms' factors have it whatever the layer's dtype.
     ceilings = measure_ceilings(device, {torch.float32, *dtypes}, arguments.size == "tiny")
-    run = describe_run(device) | describe_ceilings(ceilings) | {"size": arguments.size, "repeats": arguments.repeats}
-    print(describe(run))
+    run |= describe_ceilings(ceilings)
     print(", ".join(f"{name} {value:.4g}" for name, value in describe_ceilings(ceilings).items()))
     rows: list[Row] = []
     done: set[tuple[str, str, torch.dtype]] = set()
@@ -694,7 +705,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = {key: head for key, head in COLUMNS.items() if key != "operator"}
     for operator in dict.fromkeys(row["operator"] for row in rows):
         print(table(operator, [row for row in rows if row["operator"] == operator], columns))
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return int(any(row.get("error") for row in rows))
 
 

@@ -18,13 +18,12 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
     free_memory,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    print_paths,
+    start,
     table,
     write_results,
 )
@@ -215,17 +214,12 @@ NOTES = (
 
 def main(argv: list[str] | None = None) -> int:
     """Raises RuntimeError where a way is wrong or cuBLAS refuses it."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
+    parser = make_parser(__doc__, repeats=9)
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 1024, 8192], help="rows of x")
     parser.add_argument("--widths", nargs=2, type=int, action="append", help="in and out of a layer; several times")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--repeats", type=int, default=9, help="rounds (default 9)")
     arguments = parser.parse_args(argv)
-    device = prepare(arguments)
-    run = describe_run(device) | {"repeats": arguments.repeats}
-    print(describe(run))
+    device, run = start(arguments, repeats=arguments.repeats)
     rows: list[Row] = []
     for dtype in arguments.dtype:
         for T in arguments.tokens:
@@ -237,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(table(f"{T} x {inner} -> {m}, {dtype}", found, columns), flush=True)
                 paths = write_results(arguments.out, "products", arguments.tag, rows, COLUMNS, run, NOTES)
             free_memory(device)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return 0
 
 

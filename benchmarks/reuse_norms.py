@@ -22,14 +22,14 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_optimizer,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    print_paths,
+    start,
     table,
     write_results,
 )
@@ -55,6 +55,7 @@ class Candidate:
     """A method on a stack of layers, with an input and the gradient of its output.
 
     Attributes:
+        optimizer: takes a step between the timed steps, outside of the block.
         calls: steps, or tokens of a decode loop, that make one measurement, by quantity.
         times: milliseconds of a step or token, by quantity, one per round.
     """
@@ -64,12 +65,12 @@ class Candidate:
     block: Block
     x: Tensor
     grad: Tensor
+    optimizer: torch.optim.Optimizer
     calls: dict[str, int] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
 
     def train(self, micro_batches: int) -> None:
-        """Forward and backward of the micro-batches; no optimiser, which costs all methods the same."""
-        self.model.zero_grad(set_to_none=True)
+        """Forward and backward of the micro-batches."""
         with self.block(self.model):
             for _ in range(micro_batches):
                 self.model(self.x).backward(self.grad)
@@ -88,14 +89,18 @@ class Candidate:
         if self.x.is_cuda:
             torch.cuda.synchronize()
         stamps = Stamps(self.x.device)
-        stamps.mark()
         if quantity == DECODE:
+            stamps.mark()
             self.decode(calls)
+            stamps.mark()
         else:
             for _ in range(calls):
+                self.optimizer.step()
+                self.model.zero_grad(set_to_none=True)
+                stamps.mark()
                 self.train(int(quantity))
-        stamps.mark()
-        return stamps.milliseconds()[0] / calls
+                stamps.mark()
+        return sum(stamps.milliseconds()[::2]) / calls
 
 
 def make_candidates(point: Point, device: torch.device) -> list[Candidate]:
@@ -104,7 +109,9 @@ def make_candidates(point: Point, device: torch.device) -> list[Candidate]:
     made = []
     for name, (method, block) in METHODS.items():
         checked = make_candidate(method, base, x, grad, point.rank)  # its gradients are finite and not zero
-        made.append(Candidate(name, checked.model, block, x, grad))
+        optimizer = make_optimizer(checked.model)
+        assert optimizer is not None  # each method trains something
+        made.append(Candidate(name, checked.model, block, x, grad, optimizer))
     return made
 
 
@@ -162,9 +169,9 @@ COLUMNS = {
     "rounds": "rounds",
 }
 NOTES = (
-    "A stack of square linear layers. step of k: forward and backward of k micro-batches without an optimiser, the "
-    "norms computed once for all of them where they are reused; unchecked: without the copy of the adapters that is "
-    "compared at the end. "
+    "A stack of square linear layers. step of k: forward and backward of k micro-batches, with an AdamW step between "
+    "timed steps, the norms computed once for all of them where they are reused; unchecked: without the copy of the "
+    "adapters that is compared at the end. "
     "decode: one token under no_grad, in a block around the whole loop. Medians over interleaved rounds, and of the "
     "ratios within a round."
 )
@@ -172,15 +179,13 @@ NOTES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, rank=False)
+    parser = make_parser(__doc__, repeats=25, rank=False)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256], help="those above a width are left out")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of a micro-batch (default 64)")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens-of-a-loop", type=int, default=64, help="decoded in one block, at least (default 64)")
-    parser.add_argument("--repeats", type=int, default=25, help="rounds at a point (default 25)")
     parser.add_argument("--min-ms", type=float, default=2.0, help="least time of one measurement (default 2 ms)")
     parser.add_argument(
         "--point-seconds", type=float, default=20.0, help="rounds at a point end after this (default 20)"
@@ -191,9 +196,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     arguments = parse(argv)
-    device = prepare(arguments)
-    run = describe_run(device)
-    print(describe(run), flush=True)
+    device, run = start(arguments)
     rows: list[Row] = []
     for width in arguments.widths:
         for rank in arguments.ranks:
@@ -202,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
                 free_memory(device)
     print(table("reused norms", rows, COLUMNS))
     paths = write_results(arguments.out, "reuse_norms", arguments.tag, rows, COLUMNS, run, NOTES)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return 0
 
 

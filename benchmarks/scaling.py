@@ -24,21 +24,22 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_optimizer,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    print_paths,
     randomise_zeros,
     slug,
+    start,
     table,
     write_results,
 )
 from torch import Tensor, nn
-from train_step import METHODS, seeded, share_weights
+from train_step import METHODS
+from workloads import seeded, share_weights
 
 PLOTS = Path(__file__).resolve().parent / "plots"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -116,6 +117,7 @@ class Candidate:
     """A method on a stack of layers, with an input and the gradient of its output.
 
     Attributes:
+        optimizer: takes a step between the calls; None for the frozen layers.
         steps: calls in a row that make one measurement.
         times, processor_times: milliseconds of a call, by quantity, one per round.
     """
@@ -124,15 +126,21 @@ class Candidate:
     model: nn.Module
     x: Tensor
     grad: Tensor
+    optimizer: torch.optim.Optimizer | None
     steps: dict[str, int] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
     processor_times: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
 
     def train(self) -> None:
-        """Forward and backward; the gradients of the last call are dropped, not added to."""
+        """Forward and backward."""
+        self.model(self.x).backward(self.grad)
+
+    def use_gradients(self) -> None:
+        """The optimiser's step on the gradients of the last call, and their end."""
+        if self.optimizer is not None:
+            self.optimizer.step()
         self.x.grad = None
         self.model.zero_grad(set_to_none=True)
-        self.model(self.x).backward(self.grad)
 
     def eval(self) -> None:
         """Forward alone; the caller switches gradients off."""
@@ -145,13 +153,17 @@ class Candidate:
         with torch.set_grad_enabled(quantity == "train"):
             if self.x.is_cuda:
                 torch.cuda.synchronize()
-            stamps, processor = Stamps(self.x.device), time.process_time()
-            stamps.mark()
+            stamps, processor = Stamps(self.x.device), 0.0
             for _ in range(steps):
+                if quantity == "train":
+                    self.use_gradients()
+                start = time.process_time()
+                stamps.mark()
                 call()
-            stamps.mark()
-            (elapsed,) = stamps.milliseconds()
-        return elapsed / steps, 1e3 * (time.process_time() - processor) / steps
+                stamps.mark()
+                processor += time.process_time() - start
+            elapsed = sum(stamps.milliseconds()[::2])
+        return elapsed / steps, 1e3 * processor / steps
 
     def measure(self, quantity: str) -> None:
         """One round."""
@@ -179,7 +191,7 @@ def make_candidate(name: str, base: nn.Module, x: Tensor, grad: Tensor, rank: in
     with seeded():
         model = APPLY[name](share_weights(base), targets, rank)
         randomise_zeros(model)
-    candidate = Candidate(name, model, x.clone().requires_grad_(), grad)
+    candidate = Candidate(name, model, x.clone().requires_grad_(), grad, make_optimizer(model))
     for quantity in QUANTITIES:
         candidate.time(quantity, 1)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -280,10 +292,11 @@ COLUMNS = {
     "error": "error",
 }
 NOTES = (
-    "A stack of square linear layers. train: forward and backward, the gradient of the input included; eval: forward "
-    "in eval mode under no_grad. Medians over interleaved rounds; ratios are medians of the ratios within a round, q1 "
-    "and q3 their quartiles. CPU ms: processor time of all threads. frozen: the layers without an adapter, with the "
-    "gradient of the input only. In bf16 the ratio is to the LoRA with bfloat16 parameters, where that ran."
+    "A stack of square linear layers. train: forward and backward, the gradient of the input included, with an AdamW "
+    "step between timed calls; eval: forward in eval mode under no_grad. Medians over interleaved rounds; ratios are "
+    "medians of the ratios within a round, q1 and q3 their quartiles. CPU ms: processor time of all threads. frozen: "
+    "the layers without an adapter, with the gradient of the input only. In bf16 the ratio is to the LoRA with "
+    "bfloat16 parameters, where that ran."
 )
 
 # --- plots ----------------------------------------------------------------------------------------------------------
@@ -373,14 +386,11 @@ _INSTALL = "no plots: matplotlib is not installed (pip install matplotlib, or ma
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser, rank=False)
+    parser = make_parser(__doc__, repeats=25, rank=False)
     parser.add_argument("--curves", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--methods", nargs="+", choices=APPLY, help="default: all that make sense for the dtype")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="of the layers; one or several")
     parser.add_argument("--size", choices=["tiny", "full"], default="full", help="tiny: to see that it runs")
-    parser.add_argument("--repeats", type=int, default=25, help="rounds at a point (default 25)")
     parser.add_argument("--min-ms", type=float, default=2.0, help="least time of one measurement (default 2 ms)")
     parser.add_argument(
         "--point-seconds",
@@ -391,10 +401,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plots", type=Path, default=PLOTS, help="folder of the plots (default benchmarks/plots)")
     parser.add_argument("--plot-only", type=Path, metavar="CSV", help="measure nothing, plot these results")
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -402,13 +409,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.plot_only:
         try:
-            print("\n".join(f"wrote {path}" for path in draw(arguments.plot_only, arguments.plots, arguments.tag)))
+            print_paths(draw(arguments.plot_only, arguments.plots, arguments.tag))
         except ModuleNotFoundError:
             raise SystemExit(_INSTALL) from None
         return 0
-    device = prepare(arguments)
-    run = describe_run(device) | {"repeats": arguments.repeats}
-    print(describe(run))
+    device, run = start(arguments, repeats=arguments.repeats)
     rows: list[Row] = []
     notes = NOTES
     points = curves(device, arguments.size == "tiny")
@@ -436,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
             print(_INSTALL, file=sys.stderr)
     else:
         print("no plots: they compare with LoRA, which did not run", file=sys.stderr)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return int(any(row["error"] for row in rows))
 
 

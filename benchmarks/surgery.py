@@ -22,20 +22,20 @@ from pathlib import Path
 import torch
 from common import (
     Row,
-    add_common_arguments,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    print_paths,
     randomise_zeros,
+    start,
     table,
     write_results,
 )
 from torch import Tensor, nn
-from train_step import METHODS, MIB, llama, seeded, share_weights
+from train_step import METHODS, MIB
+from workloads import llama, seeded, share_weights
 
 import mapsurgery
 
@@ -331,18 +331,12 @@ NOTES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
+    parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--size", choices=[s for s in SHAPES if s != "70b"], default="1b", help="default 1b")
     parser.add_argument("--meta-size", choices=SHAPES, help="the model on meta (default 70b, with --size small small)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default bf16)")
     parser.add_argument("--methods", nargs="+", choices=["lora", "dora", "map"], default=["lora", "dora", "map"])
-    parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
     arguments = parser.parse_args(argv)
-    for name in ("rank", "repeats"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     arguments.meta_size = arguments.meta_size or ("small" if arguments.size == "small" else "70b")
     return arguments
 
@@ -350,13 +344,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write."""
     arguments = parse(argv)
-    device, dtype = prepare(arguments), DTYPES[arguments.dtype]
+    (device, run), dtype = start(arguments, repeats=arguments.repeats), DTYPES[arguments.dtype]
     speeds = bandwidths(device, 128 if arguments.size == "small" else 512)
     base = random_llama(arguments.size, dtype, device)
     weights = sum(layer.weight.numel() for layer in adapted_layers(base).values())
     about = {"model": f"llama {arguments.size}", "dtype": arguments.dtype, "adapted_weights": weights}
-    run = describe_run(device) | about | speeds | {"repeats": arguments.repeats}
-    print(describe(run))
+    run |= about | speeds
     print(f"memory: {speeds['read_gbs']:.1f} GB/s read, {speeds['copy_gbs']:.1f} GB/s read and written in a copy")
     print(f"{about['model']}, {arguments.dtype}: {weights:,} weights in {len(adapted_layers(base))} adapted layers")
     rows = run_operations(base, speeds, arguments, device)
@@ -372,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table("without memory", meta, COLUMNS), flush=True)
     rows = [{"model": about["model"], "dtype": arguments.dtype, **row} for row in (*rows, *files, *meta)]
     paths = write_results(arguments.out, "surgery", arguments.tag, rows, COLUMNS, run, NOTES)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return 0
 
 

@@ -17,18 +17,19 @@ import torch
 from common import (
     Row,
     Stamps,
-    add_common_arguments,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    positive,
+    print_paths,
+    start,
     table,
     write_results,
 )
-from train_step import WORKLOADS, Candidate, make_base, make_candidate, prepare_candidate, seeded
+from train_step import Candidate, make_candidate, prepare_candidate
+from workloads import WORKLOADS, make_base, seeded
 
 import mapsurgery
 from mapsurgery import MEASURES
@@ -123,11 +124,9 @@ NOTES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
+    parser = make_parser(__doc__, repeats=15)
     parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=["vit_small", "llama_tiny"])
-    parser.add_argument("--batch", type=int, help="samples (default: the model's own)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (default 15)")
+    parser.add_argument("--batch", type=positive, help="samples (default: the model's own)")
     arguments = parser.parse_args(argv)
     arguments.checkpoint = arguments.compile = False
     return arguments
@@ -136,16 +135,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     arguments = parse(argv)
-    device = prepare(arguments)
-    run = describe_run(device)
-    print(describe(run), flush=True)
+    device, run = start(arguments)
     rows: list[Row] = []
     for name in arguments.models:
         rows += run_model(name, device, arguments)
         free_memory(device)
     print(table("cost of tracking", rows, COLUMNS))
     paths = write_results(arguments.out, "tracking", arguments.tag, rows, COLUMNS, run, NOTES)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return 0
 
 

@@ -10,146 +10,39 @@ take turns in every round, so that what disturbs one disturbs all. benchmarks/RE
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-import re
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from common import (
+    LR,
     Row,
     Stamps,
-    add_common_arguments,
     allow_many_compilations,
-    describe,
-    describe_run,
     free_memory,
     iqr,
+    make_parser,
     median,
     paired_ratio,
-    prepare,
+    positive,
+    print_paths,
+    start,
     table,
     write_results,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from workloads import WORKLOADS, Loss, Model, Workload, make_base, seeded, share_weights
 
 import mapsurgery
 
-Loss = Callable[[nn.Module], Tensor]
 MIB = 2**20
-
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model and one batch for it.
-
-    Attributes:
-        make: builds the model on the CPU, in float32.
-        data: (batch, size, dtype, device) -> the loss of a model on one fixed random batch.
-        size: side of the images or length of the sequences, unless --size is given.
-        cpu_batch, cuda_batch: samples, unless --batch is given.
-        inside: adapted are the Linear and Conv2d layers whose path starts with one of these.
-        blocks: paths of the lists of blocks that --checkpoint recomputes one by one.
-    """
-
-    make: Callable[[int], nn.Module]
-    data: Callable[[int, int, torch.dtype, torch.device], Loss]
-    size: int
-    cpu_batch: int
-    cuda_batch: int
-    inside: tuple[str, ...]
-    blocks: tuple[str, ...]
-
-    def targets(self, model: nn.Module) -> list[str]:
-        """Paths of the layers that every method adapts."""
-        kinds = (nn.Linear, nn.Conv2d)
-        return [name for name, m in model.named_modules() if isinstance(m, kinds) and name.startswith(self.inside)]
-
-
-CLASSES = 100
-
-
-def image_data(batch: int, size: int, dtype: torch.dtype, device: torch.device) -> Loss:
-    """Random images and labels; cross-entropy."""
-    images = torch.randn(batch, 3, size, size).to(device, dtype)
-    labels = torch.randint(CLASSES, (batch,)).to(device)
-    return lambda model: F.cross_entropy(model(images).float(), labels)
-
-
-def embedded_text_data(width: int, batch: int, size: int, dtype: torch.dtype, device: torch.device) -> Loss:
-    """Random embeddings in, random targets for the last hidden state: no vocabulary, which no adapter touches."""
-    embeddings = torch.randn(batch, size, width).to(device, dtype)
-    wanted = torch.randn(batch, size, width).to(device, dtype)
-    return lambda model: F.mse_loss(model(inputs_embeds=embeddings, use_cache=False).last_hidden_state, wanted)
-
-
-def timm_model(name: str, size: int, **options: object) -> nn.Module:
-    """A timm model with random weights."""
-    import timm
-
-    return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
-
-
-def vit(name: str, size: int, **options: object) -> nn.Module:
-    """A timm ViT for images of this size."""
-    return timm_model(name, size, img_size=size, **options)
-
-
-def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, size: int) -> nn.Module:
-    """The blocks of a Llama, with random weights and next to no vocabulary."""
-    from transformers import LlamaConfig, LlamaModel
-
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max(size, 32),
-        pad_token_id=None,
-    )
-    return LlamaModel(config)
-
-
-def _vit(name: str, size: int, cpu_batch: int, cuda_batch: int, **options: object) -> Workload:
-    make = partial(vit, name, **options)
-    return Workload(make, image_data, size, cpu_batch, cuda_batch, ("blocks.",), ("blocks",))
-
-
-def _llama(shape: tuple[int, int, int, int, int], size: int, cpu_batch: int, cuda_batch: int) -> Workload:
-    data = partial(embedded_text_data, shape[0])
-    return Workload(partial(llama, *shape), data, size, cpu_batch, cuda_batch, ("layers.",), ("layers",))
-
-
-def _resnet(name: str, size: int, cpu_batch: int, cuda_batch: int) -> Workload:
-    stages = tuple(f"layer{i}" for i in range(1, 5))
-    # A last BatchNorm of zeros, the usual start of training from nothing, would keep gradients out of the branches.
-    make = partial(timm_model, name, zero_init_last=False)
-    return Workload(make, image_data, size, cpu_batch, cuda_batch, ("conv1", *(f"{s}." for s in stages)), stages)
-
-
-WORKLOADS: dict[str, Workload] = {
-    "vit_test": _vit("vit_tiny_patch16_224", 32, 2, 2, depth=2),
-    "vit_small": _vit("vit_small_patch16_224", 224, 8, 128),
-    "vit_base": _vit("vit_base_patch16_224", 224, 2, 128),
-    "llama_test": _llama((64, 128, 2, 4, 2), 8, 2, 2),
-    "llama_tiny": _llama((256, 688, 4, 4, 4), 128, 8, 32),
-    "llama_135m": _llama((576, 1536, 30, 9, 3), 128, 1, 16),  # the shape of SmolLM-135M
-    "llama_8b": _llama((4096, 14336, 4, 32, 8), 1024, 1, 4),  # four of the 32 layers of Llama 3 8B
-    "resnet_test": _resnet("resnet10t", 32, 2, 2),
-    "resnet50": _resnet("resnet50", 224, 2, 64),
-}
 
 # --- methods --------------------------------------------------------------------------------------------------------
 
@@ -394,27 +287,6 @@ def state_bytes(candidate: Candidate) -> int:
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """Random numbers from a seed inside, and as before outside."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def make_base(workload: Workload, size: int, dtype: str, device: torch.device) -> nn.Module:
-    """The frozen model that all methods share."""
-    with seeded(), device:
-        model = workload.make(size)
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return model.to(device, kind).requires_grad_(False).train()
-
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules and buffers that holds the very same parameters."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
 def recompute_blocks(model: nn.Module, blocks: tuple[str, ...]) -> None:
     """Activation checkpointing, block by block."""
     for path in blocks:
@@ -434,11 +306,11 @@ def make_candidate(
     if arguments.compile:
         model.compile()
     if name.startswith("map") and name != "map-plain":
-        groups = mapsurgery.param_groups(model, lr=1e-4)
+        groups = mapsurgery.param_groups(model, lr=LR)
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     # fused: else it is Python's loop over the parameters that is timed on the CPU.
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
 
     def loss_of_step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "autocast-bf16"):
@@ -481,29 +353,6 @@ def finish_rows(candidates: list[Candidate]) -> None:
             known = lora is not None and bool(lora.row[f"{key}_bytes"])
             row[f"{key}_to_lora"] = row[f"{key}_bytes"] / lora.row[f"{key}_bytes"] if known else None
         row["state_mib"] = row["state_bytes"] / MIB
-
-
-@dataclass(frozen=True)
-class Model:
-    """A workload as the command line names it, NAME or NAME:BATCH or NAME:BATCHxSIZE.
-
-    Raises:
-        argparse.ArgumentTypeError: no such workload, or batch and size are not positive numbers.
-    """
-
-    name: str
-    batch: int | None = None
-    size: int | None = None
-
-    @staticmethod
-    def parse(text: str) -> Model:
-        name, colon, shape = text.partition(":")
-        if name not in WORKLOADS:
-            raise argparse.ArgumentTypeError(f"no model is called {name!r}; there are {', '.join(WORKLOADS)}")
-        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape)
-        if colon and not found:
-            raise argparse.ArgumentTypeError(f"{text!r}: after the colon stands BATCH or BATCHxSIZE, as in {name}:8x64")
-        return Model(name, *(int(n) if n else None for n in found.groups())) if found else Model(name)
 
 
 def run_group(
@@ -570,25 +419,19 @@ NOTES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
+    parser = make_parser(__doc__, repeats=15)
     usual = [Model(name) for name in ("vit_small", "llama_tiny", "resnet50")]
     text = f"NAME[:BATCH[xSIZE]] of {', '.join(WORKLOADS)} (default: {', '.join(model.name for model in usual)})"
     parser.add_argument("--models", nargs="+", type=Model.parse, default=usual, metavar="MODEL", help=text)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that make sense for the dtype")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="of the model; one or several")
-    parser.add_argument("--batch", type=int, help="samples (default: by model and device)")
-    parser.add_argument("--size", type=int, help="side of images, length of sequences (default: by model)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (default 15)")
-    parser.add_argument("--steps", type=int, help="steps in a row per round (default 3 on CUDA, 1 on CPU)")
+    parser.add_argument("--batch", type=positive, help="samples (default: by model and device)")
+    parser.add_argument("--size", type=positive, help="side of images, length of sequences (default: by model)")
+    parser.add_argument("--steps", type=positive, help="steps in a row per round (default 3 on CUDA, 1 on CPU)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before the rounds (default 2)")
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing of every block")
     arguments = parser.parse_args(argv)
-    for name in ("rank", "repeats", "batch", "size", "steps"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
     arguments.steps = arguments.steps or (3 if arguments.device == "cuda" else 1)
     return arguments
 
@@ -596,11 +439,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a method failed on a model."""
     arguments = parse(argv)
-    device = prepare(arguments)
+    kept = ("compile", "checkpoint", "repeats", "steps")
+    device, run = start(arguments, **{key: getattr(arguments, key) for key in kept})
     if arguments.compile:
         allow_many_compilations()
-    run = describe_run(device) | {key: getattr(arguments, key) for key in ("compile", "checkpoint", "repeats", "steps")}
-    print(describe(run))
     rows: list[Row] = []
     for dtype in arguments.dtype:
         for model in arguments.models:
@@ -614,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
             print(table(title, found, columns), flush=True)
             paths = write_results(arguments.out, "train_step", arguments.tag, rows, COLUMNS, run, NOTES)
             free_memory(device)
-    print("\n".join(f"wrote {path}" for path in paths))
+    print_paths(paths)
     return int(any(row["error"] for row in rows))
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run, on tiny shapes, and write what they promise. No time is a pass condition."""
 
+import argparse
 import csv
 import json
 import math
@@ -406,6 +407,101 @@ def test_peak_memory():
     assert 98 < surgery.peak_since(before, device) / surgery.MIB < 150  # the kernel counts in batches of pages
     before = surgery.start_peak(device)
     assert surgery.peak_since(before, device) / surgery.MIB < 50
+
+
+AB_CASES = ("linear:2x16/r2/fp32/train/map", "linear:2x16/r2/autocast-bf16/no_grad/lora", "vit_test/r2/fp32/train/map")
+
+
+def test_ab(tmp_path):
+    """The same checkout twice, in processes of their own."""
+    pytest.importorskip("timm")
+    pytest.importorskip("peft")
+    import ab
+
+    options = ["--extra", *AB_CASES, "--rounds", "2", "--processes", "1", "--threads", "1", "--device", "cpu"]
+    root = str(BENCHMARKS.parent)
+    assert ab.main([root, root, *options, "--out", str(tmp_path)]) == 0
+    rows = results(tmp_path)
+    assert [str(ab.Case(*(row[key] for key in vars(ab.Case.parse(AB_CASES[0]))))) for row in rows] == list(AB_CASES)
+    assert all(row["b_to_a"] > 0 and row["rounds"] == 2 and row["error"] is None for row in rows)
+    assert rows[0]["a_to_peft"] > 0
+    assert root not in next(tmp_path.glob("*.json")).read_text()
+
+
+def test_ab_reports_a_failing_case(tmp_path, capsys):
+    import ab
+
+    case = "linear:2x16/r2/fp32/train/nothing"
+    root = str(BENCHMARKS.parent)
+    options = ["--extra", case, "--no-peft", "--rounds", "1", "--processes", "1", "--device", "cpu"]
+    assert ab.main([root, root, *options, "--out", str(tmp_path)]) == 1
+    assert "nothing" in results(tmp_path)[0]["error"] and case in capsys.readouterr().err
+
+
+def test_ab_refuses_what_it_cannot_measure(tmp_path, capsys):
+    import ab
+
+    root = str(BENCHMARKS.parent)
+    with pytest.raises(SystemExit):
+        ab.main([root, str(tmp_path)])
+    assert "no checkout" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"no such\*.*\n.*linear:1x768/r8/fp32/train/map"):
+        ab.main([root, root, "--cases", "no such*"])
+    for wrong in ("linear:2x16/r2/fp32/train", "linear:2/r2/fp32/train/map", "vit_test/2/fp32/train/map"):
+        with pytest.raises(SystemExit):
+            ab.main([root, root, "--extra", wrong])
+        assert wrong in capsys.readouterr().err
+
+
+def test_ab_steps_move_the_scalars():
+    """The next call never sees the numbers of the one before."""
+    import ab_worker
+
+    subject = ab_worker.Subject(ab_worker.Case.parse(AB_CASES[0]), torch.device("cpu"))
+    before = {name: parameter.detach().clone() for name, parameter in subject.trained.items()}
+    subject.measure(1)
+    assert len(before) == 4 and all(not before[name].equal(parameter) for name, parameter in subject.trained.items())
+
+
+def test_whole_steps_move_the_scalars():
+    pytest.importorskip("timm")
+    import train_step
+
+    workload = train_step.WORKLOADS["vit_test"]
+    base = train_step.make_base(workload, 32, "fp32", torch.device("cpu"))
+    arguments = argparse.Namespace(rank=2, checkpoint=False, compile=False)
+    loss = workload.data(2, 32, torch.float32, torch.device("cpu"))
+    candidate = train_step.make_candidate("map", base, workload, loss, "fp32", arguments)
+    candidate.step()
+    before = {name: parameter.detach().clone() for name, parameter in candidate.trained().items()}
+    candidate.measure(1)
+    assert not any(before[name].equal(parameter) for name, parameter in candidate.trained().items())
+
+
+def test_scaling_moves_the_scalars():
+    pytest.importorskip("peft")
+    import scaling
+
+    candidate = scaling.make_candidate(
+        "map", *scaling.make_base(scaling.Point(2, 8, 2, 1), "fp32", torch.device("cpu")), 2
+    )
+    trained = [parameter for parameter in candidate.model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    candidate.time("train", 2)
+    assert not any(old.equal(new) for old, new in zip(before, trained, strict=True))
+
+
+def test_calls(capsys):
+    import calls
+
+    assert calls.main([str(BENCHMARKS.parent)]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    counts = {what: list(map(int, numbers)) for what, *numbers in lines}
+    assert counts == {what: list(found.values()) for what, found in calls.all_counts().items()}
+    before, whole = (counts[f"forward{part}, training"] for part in (" before C++", ""))
+    assert 1 <= before[0] <= whole[0] and 1 <= before[1] <= before[0] <= before[2]
+    assert calls.main(["--list"]) == 0
+    assert "-- C++ --" in capsys.readouterr().out
 
 
 def test_statistics():
