@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -20,18 +21,22 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         Tensors (detached, not copied) by their names in the model: "<layer>.adapter.A" ..., "<parameter>", "<buffer>".
+        How the adapters' numbers are meant is in its ``_metadata``, as in a module's state_dict.
 
     Raises:
         ValueError: the model is not patched, an adapted layer was replaced since, or a frozen weight was unfrozen.
     """
     root, memory = record.find_patched(model)
-    state: dict[str, Tensor] = {}
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    state._metadata = metadata = {}  # type: ignore[attr-defined]
     for site in record.intact_sites(root, memory):
+        metadata[site.entry("")] = {"form": site.adapter.form()}
         for name in site.adapter.own_tensors():
             state[site.entry(name)] = getattr(site.adapter, name).detach()
     for name in record.trained_names(root, memory):
         state[name] = root.get_parameter(name).detach()
-    return state | {name: root.get_buffer(name) for name in changed_buffers(root, memory)}
+    state.update({name: root.get_buffer(name) for name in changed_buffers(root, memory)})
+    return state
 
 
 def changed_buffers(root: nn.Module, memory: Record) -> list[str]:
@@ -57,7 +62,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
         The same model.
 
     Raises:
-        ValueError: a name is missing or unknown, or a shape differs; the message names them, nothing is changed.
+        ValueError: a name is missing or unknown, a shape differs, or the numbers were meant in another way (tau, scaling);
+            the message names them, nothing is changed.
     """
     root, memory = record.find_patched(model)
     places = places_of(root, memory)
@@ -67,6 +73,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     problems += [
         problem for name in state if name in places and (problem := _misfit(name, state[name], places[name][0]))
     ]
+    metadata = getattr(state, "_metadata", {})
+    for site in record.one_per_adapter(record.all_sites(root)):
+        misfit = site.adapter.misfit(metadata.get(site.entry(""), {}).get("form"))
+        problems += [misfit] if misfit else []
     if problems:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems[:10]))
     for name, tensor in state.items():

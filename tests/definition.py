@@ -102,7 +102,7 @@ def _of_stack(a: nn.Module, e: int) -> Any:
     """The parameters of one matrix of a stack, as an adapter of its own has them."""
     names = {name: getattr(a, name) for name in a.own_tensors()}
     one = {name: t[e : e + 1] if name in ("alpha", "beta") else t[e] for name, t in names.items()}
-    shared = {name: p for name, p in a._parameters.items() if name not in names and name != "base_weight"}
+    shared = {name: p for name, p in a._parameters.items() if name not in names}
     facts = {name: getattr(a, name) for name in ("own_tensors", "init", "update", "method", "rank")}
     return SimpleNamespace(**shared, **one, **facts)
 

@@ -99,7 +99,7 @@ def test_forward_gradients_and_merge_are_those_of_the_materialised_weight(case: 
     assert type(adapted) is type(original)
     torch.testing.assert_close(adapted(x), y, rtol=1e-10, atol=1e-10)
     mapsurgery.unmerge(adapted)
-    base = adapted.adapter.base_weight if hasattr(adapted, "adapter") else None
+    base = adapted.get_parameter("weight") if hasattr(adapted, "adapter") else None
     torch.testing.assert_close(base.detach(), original.weight.detach(), rtol=1e-9, atol=1e-11)
 
 
@@ -122,7 +122,7 @@ def test_the_gradient_of_dora_takes_the_lengths_as_constants(update: str) -> Non
     case = LAYERS[0]
     _, adapted, x = adapted_case(case, "dora", update)
     a, own = adapted.adapter, adapted.adapter.own_parameters()
-    W = a.base_weight.detach()
+    W = adapted.get_parameter("weight").detach()
     lengths = (W + a.scaling * a.update.delta(a)).norm(dim=1).detach()
     rows = (a.m / lengths)[:, None]
     y = torch.nn.functional.linear(x, rows * (W + a.scaling * a.update.delta(a)), adapted.bias)
@@ -184,7 +184,7 @@ def test_verify_and_report(case: Case, update: str, method: str) -> None:
     assert not mapsurgery.verify(adapted, x).failures
     to_generic_point(adapted)
     a, W_ = adapted.adapter, weight_of(adapted)
-    W = a.base_weight.detach().double()
+    W = adapted.get_parameter("weight").detach().double()
     matrix = (lambda t: t.t()) if a.transposed else (lambda t: t.flatten(1))
     numbers = mapsurgery.report(adapted).layers[""]
     assert numbers["change"] == pytest.approx(((W_ - W).norm() / W.norm()).item(), rel=1e-3)
@@ -358,7 +358,7 @@ def test_a_method_of_ones_own_needs_nothing_else(case: Case, tmp_path, monkeypat
     mapsurgery.merge(layer)
     torch.testing.assert_close(layer(x), y)
     mapsurgery.unmerge(layer)
-    torch.testing.assert_close(layer.adapter.base_weight, original.weight)
+    torch.testing.assert_close(layer.get_parameter("weight"), original.weight)
 
 
 def test_a_file_of_an_unknown_family_names_it(tmp_path) -> None:
@@ -490,11 +490,11 @@ def test_autocast_does_not_reach_norms_and_weights(update: str, method: str, dro
     layer = mapsurgery.patch(case.make(), "*", rank=3, dropout=dropout, **options(method, update))
     to_generic_point(layer)
     W = layer.weight.detach().clone()
-    a = layer.adapter
-    plain = a.method.coefficients(a, lambda: a.base_weight, a.weight_norm)
+    a, base = layer.adapter, layer.get_parameter("weight")
+    plain = a.method.coefficients(a, lambda: base, a.weight_norm)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.weight.detach() + 0, W)
-        inside = a.method.coefficients(a, lambda: a.base_weight, a.weight_norm)
+        inside = a.method.coefficients(a, lambda: base, a.weight_norm)
     for want, got in zip(plain, inside, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 

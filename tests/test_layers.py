@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_materialised_weight(case: Case) -> None:
     a = adapted.adapter
     leaves = [getattr(a, name).detach().clone().requires_grad_() for name in names]
     x.requires_grad_()
-    W = a.base_weight.detach()
+    W = adapted.get_parameter("weight").detach()
     transposed = case.name == "transformers_conv1d"
     matrix = W.t() if transposed else W.flatten(1)
     W_ = defined_weight(matrix, *leaves, tau=a.init.beta / a.init.gain)
@@ -179,7 +179,7 @@ def test_every_adapter_parameter_gets_a_finite_gradient(case: Case, init: mapsur
     grads = {name: p.grad for name, p in adapted.adapter.own_parameters().items()}
     assert all(g is not None and g.isfinite().all() for g in grads.values())
     assert any(grads[name].any() for name in ("A", "B", "beta"))
-    assert adapted.adapter.base_weight.grad is None
+    assert adapted.get_parameter("weight").grad is None
 
 
 @every_layer
@@ -330,7 +330,7 @@ def test_backward_of_a_fused_layer_keeps_nothing_of_the_weights_or_the_outputs_s
     _, adapted, x = patched_case(case)
     x = x.requires_grad_()
     y = adapted(x)
-    m, K = adapted.adapter.matrix(adapted.adapter.base_weight).shape
+    m, K = adapted.adapter.matrix(adapted.get_parameter("weight")).shape
     rank = adapted.adapter.rank
     allowed = {x.shape, (rank, rank), (1,), (3,)}
     for t in _saved(adapted, x).values():
@@ -342,7 +342,7 @@ def test_backward_of_a_fused_layer_keeps_nothing_of_the_weights_or_the_outputs_s
         )
         unbatched = t.shape == (1, *x.shape)
         assert tuple(t.shape) in allowed or is_h or padded or unbatched or t.numel() == 0, t.shape
-        assert t.shape != (m, K) and t.shape != adapted.adapter.base_weight.shape
+        assert t.shape != (m, K) and t.shape != adapted.get_parameter("weight").shape
         assert t.shape != y.shape or t.shape == x.shape
 
 
@@ -374,10 +374,13 @@ def test_dropout_gives_the_adapted_output_on_average_and_trains_all(case: Case) 
 
 
 @every_layer
-def test_the_weight_of_an_adapted_layer_cannot_be_overwritten(case: Case) -> None:
-    _, adapted, _ = patched_case(case)
-    with pytest.raises(AttributeError, match="base_weight"):
-        adapted.weight = nn.Parameter(torch.zeros(1))
+def test_a_parameter_that_is_assigned_is_the_new_base(case: Case) -> None:
+    _, adapted, x = patched_case(case, dtype=torch.float64)
+    before = weight_of(adapted)
+    adapted.weight = base = nn.Parameter(3 * adapted.get_parameter("weight").detach(), requires_grad=False)
+    assert adapted.get_parameter("weight") is base
+    torch.testing.assert_close(adapted.weight.detach() + 0, 3 * before)  # magnitudes are in units of ||W||_F
+    torch.testing.assert_close(adapted.adapter.weight_norm, base.norm().reshape(1))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mapsurgery.ops.schemas import SCHEMAS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import mapsurgery
 from mapsurgery.ops import reference
-from mapsurgery.ops.schemas import SCHEMAS
 
 ops = torch.ops.mapsurgery
 native = pytest.mark.skipif(not mapsurgery.native_info().cpu, reason="no native library is loaded")

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 from definition import defined_weight
+from mapsurgery.ops.schemas import SCHEMAS
 from torch import Tensor
 from torch.nn import functional as F
 
 from mapsurgery import ops
 from mapsurgery.ops import reference
-from mapsurgery.ops.schemas import SCHEMAS
 
 M, K, R = 5, 7, 3
 SETTINGS = [(0.0, True), (0.0, False), (0.1, True), (0.1, False)]

@@ -37,7 +37,7 @@ def test_patch_works_in_place_on_the_same_objects() -> None:
     for path, module in modules.items():
         assert model.get_submodule(path) is module
     assert isinstance(held[0], nn.Conv2d) and isinstance(held[0], mapsurgery.AdaptedLayer)
-    assert model.stem.adapter.base_weight.data_ptr() == weights["stem.weight"]  # held, not copied
+    assert model.stem.get_parameter("weight").data_ptr() == weights["stem.weight"]  # held, not copied
 
 
 def test_only_adapters_and_what_train_names_are_trained() -> None:
@@ -101,7 +101,7 @@ def test_a_tie_is_kept_by_patch_and_unpatch() -> None:
     ids = torch.arange(5)
     expected = model(ids)
     mapsurgery.patch(model, ["out", "body"], rank=2, tied="separate")
-    assert model.out.adapter.base_weight is model.embed.weight
+    assert model.out.get_parameter("weight") is model.embed.weight
     assert torch.equal(model(ids), expected)
     mapsurgery.unpatch(model)
     assert model.out.weight is model.embed.weight
@@ -289,8 +289,8 @@ def test_a_meta_model_is_the_base_once_its_weights_arrive(how: str, kind: str, r
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
     torch.testing.assert_close(model(image()), source(image()), rtol=1e-5, atol=1e-6)
     for layer in (model.stem, model.body[0], model.body[2], model.head):
-        assert torch.equal(layer.adapter.weight_norm, layer.adapter.base_weight.double().norm().float().reshape(1))
-        assert layer.adapter.A.any() and not layer.adapter.base_weight.requires_grad
+        assert torch.equal(layer.adapter.weight_norm, layer.get_parameter("weight").double().norm().float().reshape(1))
+        assert layer.adapter.A.any() and not layer.get_parameter("weight").requires_grad
         assert all(p.requires_grad for p in layer.adapter.own_parameters().values())
     assert not mapsurgery.verify(model, image()).failures
 

@@ -47,7 +47,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _way_of_a_call(layer: nn.Module, x: Tensor, fused: str, products: tuple[str, ...]) -> str:
-    with _Operators(layer.adapter.base_weight) as operators:
+    with _Operators(layer.get_parameter("weight")) as operators:
         layer(x)
     assert operators.run & {f"mapsurgery::{fused}", *products}
     if f"mapsurgery::{fused}" in operators.run:

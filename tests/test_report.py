@@ -46,7 +46,7 @@ def row_numbers(W: torch.Tensor, W_: torch.Tensor) -> dict[str, float]:
 def test_the_measures_are_those_of_the_materialised_weights(case: Case, init: mapsurgery.Init) -> None:
     _, adapted, _ = patched_case(case, init=init, dtype=torch.float64)
     a = adapted.adapter
-    W, W_ = a.base_weight.detach(), weight_of(adapted)
+    W, W_ = adapted.get_parameter("weight").detach(), weight_of(adapted)
     BA = (a.B @ a.A).detach()
     matrix = W.t() if case.name == "transformers_conv1d" else W.flatten(1)
     found = mapsurgery.report(adapted).layers[""]
@@ -71,7 +71,7 @@ def test_a_base_that_is_turned_round_shows(alpha: float, beta: float) -> None:
     layer = to_generic_point(mapsurgery.patch(nn.Linear(6, 5).double(), "*", rank=2))
     layer.adapter.alpha.data.fill_(alpha)
     layer.adapter.beta.data.fill_(beta)
-    W, W_ = layer.adapter.base_weight.detach(), weight_of(layer)
+    W, W_ = layer.get_parameter("weight").detach(), weight_of(layer)
     found = mapsurgery.report(layer).layers[""]
     if alpha:
         expected = row_numbers(W, W_)

@@ -338,7 +338,8 @@ def test_double_backward_through_a_model_is_that_of_the_materialised_weights() -
     a = layer.adapter
     leaves = [p.detach().clone().requires_grad_() for p in a.own_parameters().values()]
     A, B, alpha, beta = leaves
-    W, unit = a.base_weight, a.base_weight.norm()
+    W = layer.get_parameter("weight")
+    unit = W.norm()
     BA = B @ A
     W_ = alpha * W + unit * beta * BA / torch.sqrt((BA**2).sum() + (a.init.tau * unit) ** 2)
     z = x.detach().clone().requires_grad_()

@@ -63,7 +63,7 @@ class Bypassed(TwoPaths):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return F.linear(self.first(x), self.second.adapter.base_weight, self.second.bias)
+            return F.linear(self.first(x), self.second.get_parameter("weight"), self.second.bias)
         return super().forward(x)
 
 

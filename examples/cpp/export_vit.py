@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mapsurgery
+from mapsurgery.methods import Adapter
 
 FIXED = (".form", ".weight_norm")
 """Ends of the names of an adapter's tensors that a package is compiled for: they are compared, and not replaced."""
@@ -70,8 +71,10 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     Args: model: patched; tensors come under their names in it, on the CPU.
     """
     state = mapsurgery.adapter_state_dict(model)
-    norms = [name.removesuffix("form") + "weight_norm" for name in state if name.endswith(".form")]
-    state |= {name: model.get_buffer(name) for name in norms}
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            state[f"{path}.weight_norm"] = module.weight_norm
+            state[f"{path}.form"] = torch.tensor([module.init.tau, float(module.init.relative)])
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 

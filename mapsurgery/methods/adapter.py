@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -373,6 +373,25 @@ class Adapter(nn.Module):
         """A copy knows nothing of a block of `mapsurgery.disabled` or `reuse_norms` that is open, nor holds W."""
         return {**self.__dict__, "enabled": True, "scales": None, "_measured": None}
 
+    def form(self) -> dict[str, float]:
+        """Numbers that say how the parameters are meant: adapters that differ in them cannot be exchanged."""
+        return {**self.method.form(self.init, self.rank), **self.update.form()}
+
+    def misfit(self, form: Mapping[str, float] | None) -> str | None:
+        """Why parameters of another adapter, with this form, cannot be this one's; None if they can, or none is known."""
+        own = self.form()
+        if form is None or (own.keys() == form.keys() and all(_close(form[name], own[name]) for name in own)):
+            return None
+        return (
+            f"{self.layer_name}: the adapter was trained with {_said(form)}, this one has {_said(own)}; patch with the "
+            "same method, update and init"
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # where torch keeps the versions of modules
+            destination._metadata.setdefault(prefix[:-1], {})["form"] = self.form()
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -385,11 +404,23 @@ class Adapter(nn.Module):
     ) -> None:
         """A checkpoint of the original model holds none of the adapter's own entries: then none is missing."""
         own = [prefix + name for name in self._parameters]
+        misfit = self.misfit(local_metadata.get("form"))
+        if misfit is not None:
+            error_msgs.append(misfit)
+            return
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         if any(key in state_dict for key in own):
             missing_keys.extend(missing)
             self.pending = self.pending and bool(missing)
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * abs(b)
+
+
+def _said(form: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.6g}" for name, value in form.items())
 
 
 def _version(weight: Tensor) -> int:

@@ -53,6 +53,9 @@ class Map(Method):
                 'init="random" starts with beta = 0: with train_beta=False the update would stay 0 for ever'
             )
 
+    def form(self, init: Init, rank: int) -> dict[str, float]:
+        return {"tau": init.tau, "relative": float(init.relative)}
+
     @torch.no_grad()
     def start(self, p: Parameters, weight: Callable[[], Tensor]) -> None:
         norm = torch.where(p.weight_norm > 0, p.weight_norm, 1)

@@ -60,6 +60,10 @@ class Method:
         """The factors of W and ΔW, differentiable. Args: W gives (m, K) or (E, m, K); norm: ||W||_F."""
         raise NotImplementedError
 
+    def form(self, init: Init, rank: int) -> dict[str, float]:
+        """Numbers that say how the parameters are meant."""
+        return {"scaling": self.scaling(rank)}
+
     # What a subclass may define ---------------------------------------------------------------------------------
 
     def refuse(self, init: Init) -> None:

@@ -60,7 +60,7 @@ def test_the_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
     entry = Entry("hazard/none", "hazard", _Bypassing, lambda: args(floats(4, 6)))
     assert check(entry).kind == "right"  # fc is not live in the plain model
-    monkeypatch.setattr(FusedLinear, "forward", lambda self, x: F.linear(x, self.adapter.base_weight, self.bias))
+    monkeypatch.setattr(FusedLinear, "forward", lambda self, x: F.linear(x, self.get_parameter("weight"), self.bias))
     verdict = check(entry)
     assert verdict.kind == "wrong" and {"learns", "output"} <= set(verdict.failures)
 
