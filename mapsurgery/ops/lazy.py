@@ -29,6 +29,10 @@ _LOST = (
 )
 
 
+def _refused(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(_LOST)
+
+
 class LazyWeight(Tensor):
     """A tensor like `like` whose value `compute()` gives, at most once."""
 
@@ -71,7 +75,8 @@ class LazyWeight(Tensor):
         result = func(*args, **kwargs)
         return tree_map_only(Tensor, _guarded, result) if _is_view(func) else result
 
-    # Assignments past the dispatcher.
+    # What would change this tensor, past the dispatcher ---------------------------------------------------------------
+
     @property
     def data(self) -> Tensor:
         return self.detach()
@@ -80,10 +85,28 @@ class LazyWeight(Tensor):
     def data(self, value: Any) -> None:
         raise RuntimeError(f"`weight.data = ...`: {_LOST}")
 
+    @property
+    def grad(self) -> Tensor | None:
+        return Tensor.grad.__get__(self)  # type: ignore[attr-defined]
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        raise RuntimeError(f"`weight.grad = ...`: {_LOST}")
+
+    @property
+    def requires_grad(self) -> bool:
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
-        if requires_grad != self.requires_grad:
-            raise RuntimeError(f"`weight.requires_grad_({requires_grad})`: {_LOST}")
+        if requires_grad:  # False is what the frozen weight has already
+            raise RuntimeError(f"`weight.requires_grad = True`: {_LOST}")
         return self
+
+    apply_ = map_ = map2_ = share_memory_ = register_hook = _refused
 
     # What reads memory without an operation: kernels that take a pointer, other libraries.
     def data_ptr(self) -> int:

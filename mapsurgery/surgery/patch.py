@@ -213,6 +213,7 @@ def become_patched(model: nn.Module, adapters: Iterable[Adapter], memory: Record
     cut_graphs.install(model, adapters)
     resizing.install(model)
     record.put(model, memory)
+    model.register_load_state_dict_pre_hook(_Rebased(memory))
 
 
 def become_plain(model: nn.Module, memory: Record) -> None:
@@ -221,6 +222,28 @@ def become_plain(model: nn.Module, memory: Record) -> None:
     resizing.uninstall(model)
     _restore_requires_grad(model, memory)
     record.drop(model)
+    for key in [key for key, hook in model._load_state_dict_pre_hooks.items() if isinstance(_inner(hook), _Rebased)]:
+        del model._load_state_dict_pre_hooks[key]
+
+
+class _Rebased:
+    """Pre-hook of loading: what a checkpoint of another base brings is what `unpatch` is to give back."""
+
+    def __init__(self, memory: Record) -> None:
+        self.memory = memory
+
+    def __call__(self, model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        own = {prefix + name for name, module in model.named_modules() if isinstance(module, Adapter)}
+        if any(name.rpartition(".")[0] in own for name in state_dict):
+            return  # the adapters come too: what was trained since
+        for name in self.memory.originals:
+            if prefix + name in state_dict:
+                self.memory.originals[name] = state_dict[prefix + name].detach().clone()
+
+
+def _inner(hook: Any) -> Any:
+    """The hook itself; torch wraps it."""
+    return getattr(hook, "hook", hook)
 
 
 def _restore_requires_grad(model: nn.Module, memory: Record) -> None:
