@@ -34,7 +34,9 @@ class KnownScales:
 
     def _marks(self) -> dict[str, Any]:
         return {
-            name: (0 if t.is_inference() else t._version, t.data_ptr()) for name, t in self.tensors.items() if t is not None
+            name: (0 if t.is_inference() else t._version, t.data_ptr())
+            for name, t in self.tensors.items()
+            if t is not None
         }
 
     def of(self, adapter: Adapter, norm: Tensor) -> ops.Scales | None:
@@ -125,7 +127,9 @@ def _known(model: nn.Module) -> dict[Adapter, KnownScales]:
     with torch.inference_mode(False), torch.no_grad():
         for adapter in adapters:
             plain = all(type(t) in (nn.Parameter, Tensor) and not t.is_meta for t in adapter.own_parameters().values())
-            values = adapter.method.scales(adapter) if plain and adapter.scales is None and not adapter.pending else None
+            if not plain or adapter.pending or adapter.scales is not None:
+                continue
+            values = adapter.method.scales(adapter)
             if values is not None:
                 held[adapter] = KnownScales(adapter, values)
     return held

@@ -50,7 +50,6 @@ class Parameters(Protocol):
     def __getattr__(self, name: str) -> Any: ...
 
 
-
 @dataclass(frozen=True)
 class Matrix:
     """The shape of a weight as an adapter sees it.
