@@ -16,15 +16,15 @@ from transformers.pytorch_utils import Conv1D
 import mapsurgery
 from mapsurgery.updates import REGISTRY
 
-# A layer, its input, the operator that MAP is fused in, and those of torch that make the output.
+# A layer, its input, the operator that methods are fused in, and those of torch that make the output.
 _PRODUCTS, _CONVOLUTION = ("aten::mm", "aten::addmm"), ("aten::convolution",)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str, tuple[str, ...]]] = {
-    "linear": (lambda: nn.Linear(24, 20), lambda: torch.randn(3, 24), "map_linear", _PRODUCTS),
-    "transformers_conv1d": (lambda: Conv1D(20, 24), lambda: torch.randn(3, 24), "map_linear", _PRODUCTS),
-    "conv": (lambda: nn.Conv2d(24, 40, 3), lambda: torch.randn(1, 24, 5, 5), "map_conv", _CONVOLUTION),
-    "depthwise": (lambda: nn.Conv1d(6, 6, 3, groups=6), lambda: torch.randn(1, 6, 9), "map_conv", _CONVOLUTION),
-    "embedding": (lambda: nn.Embedding(30, 24), lambda: torch.arange(4), "map_linear", ("aten::embedding",)),
-    "transposed": (lambda: nn.ConvTranspose1d(6, 6, 3), lambda: torch.randn(1, 6, 9), "map_conv", _CONVOLUTION),
+    "linear": (lambda: nn.Linear(24, 20), lambda: torch.randn(3, 24), "lowrank_linear", _PRODUCTS),
+    "transformers_conv1d": (lambda: Conv1D(20, 24), lambda: torch.randn(3, 24), "lowrank_linear", _PRODUCTS),
+    "conv": (lambda: nn.Conv2d(24, 40, 3), lambda: torch.randn(1, 24, 5, 5), "lowrank_conv", _CONVOLUTION),
+    "depthwise": (lambda: nn.Conv1d(6, 6, 3, groups=6), lambda: torch.randn(1, 6, 9), "lowrank_conv", _CONVOLUTION),
+    "embedding": (lambda: nn.Embedding(30, 24), lambda: torch.arange(4), "lowrank_linear", ("aten::embedding",)),
+    "transposed": (lambda: nn.ConvTranspose1d(6, 6, 3), lambda: torch.randn(1, 6, 9), "lowrank_conv", _CONVOLUTION),
 }
 
 
@@ -74,8 +74,9 @@ def test_the_cases_see_every_way() -> None:
     others = {"embedding": "beside", "transposed": "weight"}
     fused = {layer.path: layer.path_kind for layer in mapsurgery.plan(model, "*", rank=2).layers}
     assert fused == dict.fromkeys(LAYERS, "fused") | others
-    plain = {layer.path: layer.path_kind for layer in mapsurgery.plan(model, "*", rank=2, method="lora").layers}
-    assert plain == dict.fromkeys(LAYERS, "beside") | others | {"depthwise": "weight"}
+    beside = ("linear", "transformers_conv1d", "embedding")
+    plain = {layer.path: layer.path_kind for layer in mapsurgery.plan(model, "*", rank=2, update="dense").layers}
+    assert plain == dict.fromkeys(LAYERS, "weight") | dict.fromkeys(beside, "beside")
 
 
 def _ways_in(table: str) -> dict[str, str]:
@@ -98,7 +99,7 @@ def test_the_table_says_the_way_in_words() -> None:
 
 def test_convolutions_alike_but_for_their_groups_have_rows_of_their_own() -> None:
     alike = nn.ModuleList([nn.Conv1d(1, 8, 3), nn.Conv1d(8, 8, 3, groups=8)])
-    assert mapsurgery.plan(alike, "*", method="lora").table().count("Conv1d") == 2
+    assert mapsurgery.plan(alike, "*", update="dense").table().count("Conv1d") == 2
 
 
 @pytest.mark.parametrize("update", REGISTRY)
