@@ -70,6 +70,14 @@ def _by_out_in_a_view(layer: nn.Linear) -> None:
     torch.mul(torch.ones(8), 3, out=layer.weight[1])
 
 
+def _element_by_element(layer: nn.Linear, name: str, *args: Any) -> None:
+    """torch walks the memory itself, where a tensor that has none ends the process: not to be tried without a guard."""
+    for weight in (layer.weight, layer.weight.detach()):
+        if type(weight) not in (Tensor, nn.Parameter):
+            assert getattr(type(weight), name) is not getattr(Tensor, name), f"{name} ends the process"
+    getattr(layer.weight, name)(*args)
+
+
 HALF = torch.tensor([True, False, True, False])
 ONES, ROWS = torch.ones(4, 8), torch.tensor([0, 2])
 UNDER_NO_GRAD: dict[str, Way] = {
@@ -86,7 +94,8 @@ UNDER_NO_GRAD: dict[str, Way] = {
     "index_add_": lambda l: l.weight.index_add_(0, ROWS, torch.ones(2, 8)),
     "scatter_": lambda l: l.weight.scatter_(0, torch.zeros(1, 8, dtype=torch.long), 3.0),
     "addmm_": lambda l: l.weight.addmm_(torch.ones(4, 2), torch.ones(2, 8)),
-    "apply_": lambda l: l.weight.apply_(lambda value: value + 1),
+    "apply_": lambda l: _element_by_element(l, "apply_", lambda value: value + 1),
+    "map_": lambda l: _element_by_element(l, "map_", ONES, lambda value, other: value + other),
     "t_": lambda l: l.weight.t_(),
     "set_": lambda l: l.weight.set_(torch.ones(4, 8)),
     "resize_": lambda l: l.weight.resize_(2, 8),
