@@ -1,5 +1,6 @@
-"""What the tests of this folder share: a small model for every way in which a layer holds its weight, and adapters that
-have learned something. Nothing here knows the library beyond its public functions and the names of an adapter's tensors.
+"""What the tests of this folder share: a small model for every way in which a layer holds its weight.
+
+Nothing here knows the library beyond its public functions and the names of an adapter's tensors.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
-from transformers.pytorch_utils import Conv1D
 
 import mapsurgery
 
@@ -93,6 +92,11 @@ def _parametrized() -> nn.Module:
     return layer
 
 
+def named(module: str, name: str) -> Any:
+    """A class of a library that takes seconds to import: the processes of a distributed test do not need it."""
+    return getattr(importlib.import_module(module), name)
+
+
 def ids() -> Tensor:
     return torch.tensor([[1, 2, 5], [2, 8, 0]])
 
@@ -157,12 +161,12 @@ PLAIN = [
     Case("conv1d", lambda: nn.Conv1d(6, 5, 3), rows(2, 6, 7)),
     Case("conv2d", lambda: nn.Conv2d(4, 5, 3, padding=1), rows(2, 4, 5, 5)),
     Case("conv2d_grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), rows(2, 4, 5, 5)),
-    Case("conv2d_own_forward", lambda: StdConv2d(4, 5, 3), rows(2, 4, 5, 5)),
+    Case("conv2d_own_forward", lambda: named("timm.layers", "StdConv2d")(4, 5, 3), rows(2, 4, 5, 5)),
     Case("conv3d", lambda: nn.Conv3d(3, 4, 2), rows(2, 3, 3, 3, 3)),
     Case("conv_transpose1d", lambda: nn.ConvTranspose1d(4, 6, 3), rows(2, 4, 5)),
     Case("conv_transpose2d", lambda: nn.ConvTranspose2d(4, 6, 3), rows(2, 4, 5, 5)),
     Case("conv_transpose3d", lambda: nn.ConvTranspose3d(3, 4, 2), rows(2, 3, 3, 3, 3)),
-    Case("transformers_conv1d", lambda: Conv1D(5, 6), rows(3, 6)),
+    Case("transformers_conv1d", lambda: named("transformers.pytorch_utils", "Conv1D")(5, 6), rows(3, 6)),
     Case("embedding", lambda: nn.Embedding(9, 6), ids),
     Case("embedding_bag", lambda: nn.EmbeddingBag(9, 6), ids),
     Case("bilinear", lambda: Pair(nn.Bilinear(6, 6, 4)), rows(3, 6)),
@@ -190,13 +194,13 @@ COMPUTED = [
 
 
 def _bnb4() -> nn.Module:
-    layer = importlib.import_module("bitsandbytes").nn.Linear4bit(64, 32, compute_dtype=torch.float32)
+    layer = named("bitsandbytes.nn", "Linear4bit")(64, 32, compute_dtype=torch.float32)
     layer.load_state_dict(nn.Linear(64, 32).state_dict())
     return layer.to("cpu")
 
 
 def _bnb8() -> nn.Module:
-    layer = importlib.import_module("bitsandbytes").nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    layer = named("bitsandbytes.nn", "Linear8bitLt")(64, 32, has_fp16_weights=False)
     layer.load_state_dict(nn.Linear(64, 32).state_dict())
     return layer.to("cpu")
 

@@ -1,4 +1,4 @@
-"""||W||_F is that of the base which is there: loaded, cast, moved, arrived from meta, changed in place or by another tool."""
+"""||W||_F is that of the base which is there: loaded, cast, arrived from meta, changed in place or by another tool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps in the CPU's memory or on disk: adapted before or after, outputs are bitwise the same."""
+"""Weights that accelerate keeps in the CPU's memory or on disk: adapted before or after, outputs are the same bits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _two_places(model: nn.Module) -> dict[str, str]:
 
 
 WHOLE = ["MultiheadAttention", "MapMultiheadAttention"]
-"""Classes, by their names, that accelerate brings in with all they contain: attention reads a child it does not call."""
+"""Classes, by their names, that accelerate brings in whole: attention reads a child that it does not call."""
 
 
 def _cpu(model: nn.Module, folder: Path) -> None:
@@ -84,9 +84,7 @@ def _one_place(model: nn.Module, folder: Path) -> None:
 
 def _cpu_and_disk(model: nn.Module, folder: Path) -> None:
     places = _two_places(model)
-    accelerate.dispatch_model(
-        model, places, main_device="cpu", offload_dir=str(folder), preload_module_classes=WHOLE
-    )
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), preload_module_classes=WHOLE)
 
 
 OFFLOADS: dict[str, Callable[[nn.Module, Path], None]] = {

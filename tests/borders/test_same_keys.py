@@ -1,4 +1,4 @@
-"""Every key of the unpatched model's state_dict exists in the patched one, with the same meaning, in both directions."""
+"""Every key of the unpatched model's state_dict exists in the patched one, with the same meaning, both ways."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_original_checkpoint_loads_and_is_the_base(case: Case, assign: bool)
 
 @float_case
 def test_unpatch_after_a_checkpoint_is_that_checkpoint(case: Case) -> None:
-    """Buffers that arrived with the other base (u and v of a spectral norm, a mask) do not go back to the first one's."""
+    """Buffers that arrived with the other base (u and v of a spectral norm, a mask) stay the other's."""
     model, other = case.patch(case.built()), other_base(case)
     model.load_state_dict(other.state_dict())
     mapsurgery.unpatch(model)

@@ -80,7 +80,7 @@ def test_a_merged_model_is_saved_as_it_computes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [MODELS["llama_tied"], gpt2, t5], ids=["llama_tied", "gpt2", "t5"])
 def test_tie_weights_keeps_the_tie(make: Callable[[], nn.Module]) -> None:
-    """transformers ties again whenever it loads or resizes: one Parameter for both, before and after, and one output."""
+    """transformers ties again whenever it loads or resizes: one Parameter for both, and the output of before."""
     model = patched(make)
     output = logits(model)
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()

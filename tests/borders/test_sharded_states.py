@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sharded_worker
 import torch
-from homes import ADAPTER_KEY, Case, PLAIN, of_cases
+from homes import ADAPTER_KEY, PLAIN, Case, of_cases
 from torch import multiprocessing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
