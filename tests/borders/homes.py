@@ -147,6 +147,15 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if ADAPTER_KEY.fullmatch(name)}
 
 
+@torch.no_grad()
+def with_adapters_of(model: nn.Module, patched: nn.Module) -> nn.Module:
+    """A patched model with the adapters of another one: where A starts depends on the base."""
+    theirs = adapter_tensors(model)
+    for name, parameter in adapter_tensors(patched).items():
+        parameter.copy_(theirs[name])
+    return patched
+
+
 def registered(layer: nn.Module, name: str = "weight") -> nn.Parameter:
     """The frozen W: the Parameter that a layer registers under its own name."""
     parameter = layer._parameters[name]

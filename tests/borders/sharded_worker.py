@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from homes import ADAPTER_KEY, OwnForward, registered, trained
+from homes import ADAPTER_KEY, OwnForward, registered, trained, with_adapters_of
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -141,7 +141,7 @@ def original_checkpoint(strict: bool, broadcast: bool) -> list[str]:
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=strict)
     result = set_model_state_dict(many, dict(given), options=options)
     odd = [] if dist.get_rank() and broadcast else [f"unexpected: {key}" for key in result.unexpected_keys]
-    expected = patched(**OTHER)
+    expected = with_adapters_of(patched(), patched(**OTHER))
     odd += different(dict(many.named_parameters()), dict(expected.named_parameters()))
     return odd + near(many(data()), expected(data()), "original checkpoint")
 

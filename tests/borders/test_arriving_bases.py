@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from homes import OwnForward, adapter_tensors, registered, trained
+from homes import OwnForward, adapter_tensors, registered, trained, with_adapters_of
 from torch import Tensor, nn
 
 import mapsurgery
@@ -98,7 +98,7 @@ def test_the_norm_is_that_of_the_base_that_arrived(arrive: Callable[[nn.Module],
     if used:
         model(data()).sum().backward()
     arrive(model)
-    expected = trained(patched(net(**OTHER)))
+    expected = with_adapters_of(model, patched(net(**OTHER)))
     assert torch.equal(model(data()), expected(data()))
     with mapsurgery.disabled(model):
         assert torch.equal(model(data()), net(**OTHER)(data()))
@@ -157,7 +157,7 @@ def test_a_copied_or_pickled_model_has_its_own_norm() -> None:
     expected = model(data())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         _load(other)
-        assert torch.equal(other(data()), trained(patched(net(**OTHER)))(data()))
+        assert torch.equal(other(data()), with_adapters_of(model, patched(net(**OTHER)))(data()))
         assert torch.equal(model(data()), expected)
 
 
@@ -166,7 +166,7 @@ def test_functional_call_computes_with_the_base_it_is_given() -> None:
     model, theirs = trained(patched(net())), dict(net(**OTHER).named_parameters())
     output = model(data())
     found = torch.func.functional_call(model, theirs, (data(),))
-    torch.testing.assert_close(found, trained(patched(net(**OTHER)))(data()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, with_adapters_of(model, patched(net(**OTHER)))(data()), rtol=1e-5, atol=1e-5)
     assert torch.equal(model(data()), output)
 
 
@@ -177,7 +177,7 @@ def test_swapped_parameters_when_loading_are_the_new_base() -> None:
     try:
         model = trained(patched(net()))
         _load(model)
-        assert torch.equal(model(data()), trained(patched(net(**OTHER)))(data()))
+        assert torch.equal(model(data()), with_adapters_of(model, patched(net(**OTHER)))(data()))
         model.double()
         assert registered(model[0]).dtype == torch.float64
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from homes import OwnForward, adapter_tensors, trained
+from homes import OwnForward, adapter_tensors, trained, with_adapters_of
 from small_models import gpt2, llama, logits
 from torch import Tensor, nn
 
@@ -212,4 +212,4 @@ def test_a_value_set_by_accelerate_is_the_new_base() -> None:
         accelerate.utils.set_module_tensor_to_device(model, name, "cpu", value=value)
     with mapsurgery.disabled(model):
         assert torch.equal(mixed_run(model), mixed_run(other))
-    assert torch.equal(mixed_run(model), mixed_run(trained(patched(other, ()))))
+    assert torch.equal(mixed_run(model), mixed_run(with_adapters_of(model, patched(other, ()))))

@@ -18,6 +18,7 @@ from homes import (
     of_cases,
     registered,
     trained,
+    with_adapters_of,
 )
 from torch import Tensor, nn
 
@@ -45,15 +46,6 @@ def other_base(case: Case) -> nn.Module:
         for parameter in model.parameters():
             parameter.mul_(2.5)
     return model
-
-
-def with_adapter_of(model: nn.Module, base: nn.Module, case: Case) -> nn.Module:
-    """A base that is patched afresh and has the adapters of `model`."""
-    fresh, theirs = case.patch(base), adapter_tensors(model)
-    with torch.no_grad():
-        for name, parameter in adapter_tensors(fresh).items():
-            parameter.copy_(theirs[name])
-    return fresh
 
 
 @every_case
@@ -108,7 +100,7 @@ def test_the_original_checkpoint_loads_and_is_the_base(case: Case, assign: bool)
     expected = other(case.data())
     with mapsurgery.disabled(model):
         assert torch.equal(model(case.data()), expected)
-    assert torch.equal(model(case.data()), with_adapter_of(model, other_base(case), case)(case.data()))
+    assert torch.equal(model(case.data()), with_adapters_of(model, case.patch(other_base(case)))(case.data()))
 
 
 @float_case
@@ -159,7 +151,7 @@ def test_a_quantised_checkpoint_loads_as_it_does_without_adapters(case: Case, as
     if not isinstance(expected, str):
         with mapsurgery.disabled(model):
             assert torch.equal(model(case.data()), plain(case.data()))
-        assert torch.equal(model(case.data()), with_adapter_of(model, case.built(seed=1), case)(case.data()))
+        assert torch.equal(model(case.data()), with_adapters_of(model, case.patch(case.built(seed=1)))(case.data()))
 
 
 def test_what_a_checkpoint_lacks_is_reported_under_the_plain_name() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sharded_worker
 import torch
-from homes import ADAPTER_KEY, PLAIN, Case, of_cases
+from homes import ADAPTER_KEY, PLAIN, Case, of_cases, with_adapters_of
 from torch import multiprocessing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
@@ -41,7 +41,7 @@ def test_one_process_takes_the_original_checkpoint(case: Case, full: bool, stric
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=full, strict=strict))
     with mapsurgery.disabled(model):
         assert torch.equal(model(case.data()), other(case.data()))
-    assert torch.equal(model(case.data()), case.patch(other)(case.data()))
+    assert torch.equal(model(case.data()), with_adapters_of(model, case.patch(other))(case.data()))
 
 
 def test_two_processes_of_fsdp2(tmp_path: Path) -> None:
