@@ -20,8 +20,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import mapsurgery
 
-REFUSALS = (RuntimeError, ValueError, AttributeError)
-"""What a call that cannot be right may raise. (NotImplementedError is a RuntimeError.)"""
+REFUSALS = (RuntimeError, ValueError, AttributeError, BufferError)
+"""What a call that cannot be right may raise. (NotImplementedError is a RuntimeError; DLPack asks for BufferError.)"""
 
 ADAPTER_KEY = re.compile(r"(.*\.)?adapter(_\w+)?\.(A|B|alpha|beta)")
 

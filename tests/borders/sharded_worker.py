@@ -110,8 +110,8 @@ def a_shard_reads_as_itself() -> list[str]:
     model = sharded(patched())
     layers = (model.embed, model.blocks[0].up, model.blocks[1].down, model.mix)
     odd = ["a layer's weight is not its shard" for layer in layers if layer.weight is not registered(layer)]
-    model(data())
-    return odd + ["after a forward it is not" for layer in layers if layer.weight is not registered(layer)]
+    model(data()).sum().backward()  # the root keeps its weights gathered until then
+    return odd + ["after a step it is not" for layer in layers if layer.weight is not registered(layer)]
 
 
 def the_full_state_is_that_of_one_process() -> list[str]:
@@ -135,7 +135,7 @@ OTHER = {"seed": 5, "scale": 1.7}
 def original_checkpoint(strict: bool, broadcast: bool) -> list[str]:
     """Another base arrives in the shards, the adapters stay, and outputs are those of one process."""
     many = sharded(patched())
-    many(data())
+    many(data()).sum().backward()
     checkpoint_of_base = base(**OTHER).state_dict()
     given = checkpoint_of_base if dist.get_rank() == 0 or not broadcast else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=strict)
@@ -149,7 +149,7 @@ def original_checkpoint(strict: bool, broadcast: bool) -> list[str]:
 def own_checkpoint(full: bool, broadcast: bool) -> list[str]:
     """What get_model_state_dict gave goes into a model with another base and other adapters."""
     source, target = sharded(patched()), sharded(patched(**OTHER, adapters=301))
-    target(data())
+    target(data()).sum().backward()
     state = state_of(source, full_state_dict=full)
     options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=broadcast, strict=True)
     set_model_state_dict(target, state if dist.get_rank() == 0 or not broadcast else {}, options=options)

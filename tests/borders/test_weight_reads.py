@@ -72,7 +72,7 @@ def test_metadata_cost_nothing() -> None:
             _ = weight.shape, weight.size(0), weight.dtype, weight.device, weight.layout, weight.dim(), weight.ndim
             _ = weight.numel(), weight.stride(), weight.is_cuda, weight.is_meta, weight.requires_grad, weight.itemsize
             _ = weight.is_floating_point(), weight.is_contiguous(), len(weight), weight.element_size(), weight.is_sparse
-            _ = isinstance(weight, nn.Parameter), model.get_parameter("0.weight").shape, weight.is_leaf, weight.names
+            _ = isinstance(weight, nn.Parameter), model.get_parameter("0.weight").shape, weight.is_leaf
     assert not computed(events)
     with profile(activities=[ProfilerActivity.CPU]) as events:
         assert model[0].weight[0, 0].item() != 0
