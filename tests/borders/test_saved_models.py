@@ -145,8 +145,10 @@ def test_diffusers_save_pretrained_gives_the_base(targets: str, tmp_path: Path) 
     model = trained(mapsurgery.patch(unet(), targets, rank=2))
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(image_of(loaded), image_of(unet()))
-    assert set(unet().state_dict()) == set(loaded.state_dict())
+    base, found = unet().state_dict(), loaded.state_dict()
+    assert set(found) == set(base) and all(torch.equal(found[key], value) for key, value in base.items())
+    # convolutions may differ in the last bit where a file's tensors lie otherwise in memory
+    torch.testing.assert_close(image_of(loaded), image_of(unet()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_diffusers_pipeline_saves_the_base(tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_a_diffusers_pipeline_saves_the_base(tmp_path: Path) -> None:
     trained(mapsurgery.patch(model, "*", rank=2))
     pipe.save_pretrained(tmp_path)
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-    assert torch.equal(loaded.unet.eval()(x, 3).sample, expected)
+    torch.testing.assert_close(loaded.unet.eval()(x, 3).sample, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_pytorch_model_hub_mixin_gives_the_base(tmp_path: Path) -> None:
