@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ._atomic_write import write_whole
 from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .methods import Init
+from .methods.adapter import DTYPES
 from .surgery import record
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
@@ -234,7 +235,7 @@ def _config(path: str, value: dict[str, Any]) -> Config:
         raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
 
 
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
     "layer": str,
     "parameter": str,

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from ..methods import Init, Map, Method, find_method
-from ..methods.adapter import check_dropout, check_rank
+from ..methods.adapter import DTYPES, check_dropout, check_rank
 from ..named import plain
 from ..updates import LoraUpdate, Update, find_update
 from .globs import as_patterns
-from .layers import DTYPES
 
 Patterns = str | Iterable[str]
 TIES = ("share", "separate", "refuse")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..methods import Adapter
-from ..methods.adapter import frobenius_norms, matrix_of
+from ..methods.adapter import frobenius_norms
 from ..updates import Matrix
 from .config import Config
 from .layers import LayerType, find_type, mixin_of, weight_of
@@ -138,7 +138,7 @@ def planned_layer(
     weight = weight_of(module, name)
     assert weight is not None
     stacked = layer_type is None and weight.dim() == 3
-    matrix = matrix_of(weight.shape, layer_type is not None and layer_type.transposed, stacked)
+    matrix = Matrix.of(weight.shape, layer_type is not None and layer_type.transposed, stacked)
     rank = config.update.limited(asked, matrix)
     shapes = parameter_shapes(config, matrix, rank)
     trainable = sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed())

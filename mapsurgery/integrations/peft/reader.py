@@ -25,6 +25,7 @@ from ...surgery.paths import module_paths, site_paths
 from ...surgery.plan import Plan, count_parameters
 from ...surgery.planned import PlannedLayer, planned_layer
 from ...surgery.quantised import kinds
+from ...updates import Matrix
 from .layout import (
     CONFIG_FILE,
     PREFIX,
@@ -250,7 +251,7 @@ def _planned(
 def _matrix(module: nn.Module, weight: Tensor, layout: Layout) -> Tensor:
     if kinds.kind_of(module) is not None:
         return kinds.dequantised(module)
-    return weight.t() if layout.transposed else weight.flatten(1)
+    return Matrix.of(weight.shape, layout.transposed).view(weight)
 
 
 def _trained(model: nn.Module, content: _Content, settings: Settings) -> tuple[list[str], list[str]]:
