@@ -33,7 +33,7 @@ def test_the_cases_cover_both_execution_spaces_of_each_convolution() -> None:
 
 @every_layer
 def test_plan_names_the_execution_path(case: Case) -> None:
-    assert mapsurgery.plan(case.make(), "*").layers[0].path_kind == ("fused" if case.fused else "weight")
+    assert mapsurgery.plan(case.make(), "*").layers[0].way == ("fused" if case.fused else "effective")
 
 
 @every_layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,22 @@ from .known_scales import KnownScales
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Settings = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation and groups of a convolution."""
+
+
+class Way(str, Enum):
+    """How a layer computes with W'; in tables and in docs/layers.md, too."""
+
+    FUSED = "fused"
+    """A forward of ours, on the operators of `mapsurgery.ops` with thin factors of ΔW; W' is not built."""
+    BESIDE = "beside"
+    """A forward of ours, in which W and ΔW (or its factors) have products of their own, in plain torch."""
+    EFFECTIVE = "effective"
+    """The layer's own forward, which reads the effective weight, W'; or a convolution of ours with W'."""
+    AROUND = "around"
+    """The layer's own forward on its own (quantised) weight; what it gives is corrected (`Method.around`)."""
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class Parameters(updates_base.Parameters, Protocol):
@@ -131,18 +148,13 @@ class Method:
                 )
         return init
 
-    def way(self, p: Parameters, groups: int | None = None) -> str:
-        """How `linear`, or with `groups` a `conv` of as many, computes in p's mode.
-
-        Returns:
-            "fused": on the operators of `mapsurgery.ops`, with thin factors of ΔW; "beside": W and ΔW (or its factors)
-            each have products of their own, in plain torch; "weight": on W'.
-        """
+    def way(self, p: Parameters, convolution: bool = False) -> Way:
+        """How `linear`, or `conv`, computes in p's mode."""
         if drops(p):
-            return "beside"
+            return Way.BESIDE
         if p.update.factors(p) is not None:
-            return "fused"
-        return "beside" if groups is None else "weight"
+            return Way.FUSED
+        return Way.EFFECTIVE if convolution else Way.BESIDE
 
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
         """x W'^T + bias."""

@@ -254,9 +254,9 @@ def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
     if layer.stacked:
         notes.append(f"{layer.matrices} matrices, adapted one by one")
     if layer.quantisation is not None:
-        return (*notes, f"quantised ({layer.quantisation.name}): runs on its own kernel")
-    if not layer.replaced:
-        notes.append("own forward, runs on W'")
+        return (*notes, f"quantised ({layer.quantisation.name})")
+    if layer.own_forward:
+        notes.append("own forward")
     if config.dropout and not layer.drops:
         notes.append("no dropout")
     if not isinstance(weight, nn.Parameter):
