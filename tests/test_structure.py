@@ -90,6 +90,19 @@ def test_there_is_no_circle() -> None:
     TopologicalSorter({name: _imports(name) - {name} for name in PATHS}).prepare()  # raises CycleError with its names
 
 
+def test_no_import_within_the_package_waits_in_a_function() -> None:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    waiting = {
+        name or "mapsurgery"
+        for name, path in PATHS.items()
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, functions)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.level or _ours(node.module or ""))
+    }
+    assert not waiting
+
+
 def test_nothing_inside_imports_the_package_itself() -> None:
     assert not [name for name in PATHS if "" in _imports(name) and name]
 

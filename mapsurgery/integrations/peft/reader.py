@@ -199,7 +199,7 @@ def _config(content: _Content, settings: Settings, trained: list[str], model: nn
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(map(settings.alpha_of, content.layers)).most_common(1)[0][0]
     parameters = dict(model.named_parameters())
-    return Config.checked(
+    return Config(
         list(ranks),
         rank=max(rank, 1),
         rank_pattern={path: r for path, r in ranks.items() if r not in (0, rank)},
