@@ -13,9 +13,8 @@ from .. import ops
 from ..named import flags
 from ..ops.operators import magnitudes
 from ..updates import Matrix
-from ..updates.base import Parameters
+from .base import Coefficients, Method, Parameters, Settings, drops
 from .init import Init
-from .method import Coefficients, Method, Settings, drops
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,6 @@ def _scales_of(p: Parameters, norm: Tensor) -> tuple[Tensor, Tensor]:
     acc = length.dtype
     wide = acc if torch.compiler.is_exporting() else torch.float64  # no float64 in an exported graph
     size = p.update.size(p).to(wide) if p.init.tau == 0 else None
-    scalars = (t.to(wide) for t in (p.alpha, p.beta, norm))
-    s_w, s_d, *_ = magnitudes(length.to(wide).square(), size, *scalars, p.init.tau, p.init.relative)
+    length, alpha, beta, norm = (t.to(wide) for t in (length, p.alpha, p.beta, norm))
+    s_w, s_d, *_ = magnitudes(length.square(), size, alpha, beta, norm, p.init.tau, p.init.relative)
     return s_w.to(acc), s_d.to(acc)
