@@ -20,6 +20,7 @@ from .methods.adapter import DTYPES
 from .surgery import record
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
+from .surgery.offloaded import at_hand
 from .surgery.patch import apply_plan, unpatch
 from .surgery.paths import entry, module_paths, site_paths
 from .surgery.plan import Plan, count_parameters
@@ -358,7 +359,8 @@ def _problem_with(module: nn.Module | None, parameter: str, described: dict[str,
     reason = why_not(module, parameter, raw=True)
     if reason is not None:
         return f"cannot be adapted here: {reason}"
-    weight = weight_of(module, parameter)
+    with at_hand(module):
+        weight = weight_of(module, parameter)
     assert weight is not None
     if list(weight.shape) != described["shape"]:
         return f"has shape {tuple(weight.shape)}, the file's was {tuple(described['shape'])}"
@@ -408,12 +410,13 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     for layer in layers:
         if layer.shares:
             continue
-        weight = weight_of(layer.module, layer.parameter)
-        assert weight is not None
-        tolerance = _norm_tolerance(layer, weight, file.layers[layer.path])
-        found, expected = (
-            torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
-        )
+        with at_hand(layer.module):
+            weight = weight_of(layer.module, layer.parameter)
+            assert weight is not None
+            tolerance = _norm_tolerance(layer, weight, file.layers[layer.path])
+            found, expected = (
+                torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
+            )
         off = ~((found - expected).abs() <= tolerance * expected)
         if off.any():
             first = int(off.nonzero()[0])
