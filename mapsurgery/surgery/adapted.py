@@ -116,13 +116,13 @@ class AdaptedLayer(nn.Module):
         return self.base_of(parameter).requires_grad
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.adapted and isinstance(value, nn.Parameter) and value is not self._parameters.get(name):
-            if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in _MAY_ASSIGN:
-                raise AttributeError(
-                    f"{self.adapter_of(name).layer_name or type(self).__name__}: `{name}` of an adapted layer reads as "
-                    f"W'; write into the frozen weight, `layer.get_parameter({name!r})`, or call mapsurgery.unpatch or "
-                    "mapsurgery.merge first"
-                )
+        new = name in self.adapted and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
+        if new and sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in _MAY_ASSIGN:
+            raise AttributeError(
+                f"{self.adapter_of(name).layer_name or type(self).__name__}: `{name}` of an adapted layer reads as W'; "
+                f"write into the frozen weight, `layer.get_parameter({name!r})`, or call mapsurgery.unpatch or "
+                "mapsurgery.merge first"
+            )
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
