@@ -62,8 +62,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
         The same model.
 
     Raises:
-        ValueError: a name is missing or unknown, a shape differs, or the numbers were meant in another way (tau, scaling);
-            the message names them, nothing is changed.
+        ValueError: a name is missing or unknown, a shape differs, or the numbers are meant in another way (tau,
+            scaling); the message names them, nothing is changed.
     """
     root, memory = record.find_patched(model)
     places = places_of(root, memory)

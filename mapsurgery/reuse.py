@@ -80,9 +80,9 @@ def _known(model: nn.Module) -> dict[Adapter, KnownScales]:
     with torch.inference_mode(False), torch.no_grad():
         for adapter in adapters:
             plain = all(type(t) in (nn.Parameter, Tensor) and not t.is_meta for t in adapter.own_parameters().values())
-            values = (
-                adapter.method.scales(adapter) if plain and adapter.scales is None and not adapter.pending else None
-            )
+            if not plain or adapter.pending or adapter.scales is not None:
+                continue
+            values = adapter.method.scales(adapter)
             if values is not None:
                 held[adapter] = KnownScales(adapter, values)
     return held

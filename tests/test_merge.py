@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -234,11 +235,11 @@ def test_an_unmerge_that_fails_midway_can_be_repeated(monkeypatch: pytest.Monkey
     original = adapter.unmerge_from
     calls = []
 
-    def failing(self: nn.Module, weight: torch.Tensor) -> None:
+    def failing(self: nn.Module, *args: torch.Tensor) -> None:
         calls.append(self)
         if len(calls) == 2:
             raise MemoryError("midway")
-        original(self, weight)
+        original(self, *args)
 
     monkeypatch.setattr(adapter, "unmerge_from", failing)
     with pytest.raises(MemoryError, match="midway"):
@@ -254,8 +255,8 @@ def test_an_interrupt_comes_after_the_merge_not_within(monkeypatch: pytest.Monke
     expected = model(image())
     original = type(model.stem.adapter).merge_into
 
-    def interrupted(adapter: nn.Module, weight: torch.Tensor) -> None:
-        original(adapter, weight)
+    def interrupted(*args: Any) -> None:
+        original(*args)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(type(model.stem.adapter), "merge_into", interrupted)
@@ -338,10 +339,10 @@ def test_a_merge_that_fails_midway_leaves_the_model_as_it_was(monkeypatch: pytes
     last = model.body[2].adapter
     original = type(last).merge_into
 
-    def failing(adapter: nn.Module, weight: torch.Tensor) -> None:
+    def failing(adapter: nn.Module, *args: torch.Tensor) -> None:
         if adapter is last:
             raise MemoryError("midway")
-        original(adapter, weight)
+        original(adapter, *args)
 
     monkeypatch.setattr(type(last), "merge_into", failing)
     with pytest.raises(MemoryError, match="midway"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -158,10 +159,10 @@ def test_a_patch_that_fails_midway_is_rolled_back(monkeypatch: pytest.MonkeyPatc
     calls = iter(range(10))
     original = patching.attach
 
-    def failing(layer: nn.Module, adapter: nn.Module) -> nn.Module:
+    def failing(*args: Any) -> nn.Module:
         if next(calls) == at:
             raise error("midway")
-        return original(layer, adapter)
+        return original(*args)
 
     monkeypatch.setattr(patching, "attach", failing)
     with pytest.raises(error, match="midway"):

@@ -233,7 +233,7 @@ def test_the_norm_is_that_of_the_dequantised_weight(case: Case) -> None:
 
 def test_an_unknown_weight_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Packed4(source())
-    monkeypatch.setattr(quantisation, "_PROBE_ELEMENTS", 7 * M)  # blocks of 7 inputs, the last of 1
+    monkeypatch.setattr(kinds, "_PROBE_ELEMENTS", 7 * M)  # blocks of 7 inputs, the last of 1
     torch.testing.assert_close(kinds.dequantised(layer), layer.unpacked(), rtol=1e-6, atol=1e-7)
     layer.bias.add_(1000)
     torch.testing.assert_close(kinds.dequantised(layer), layer.unpacked(), rtol=1e-3, atol=1e-5)

@@ -261,7 +261,7 @@ def test_an_exported_model_with_a_dynamic_batch_is_the_eager_one(strict: bool) -
             program.module()(image(n).double()), model(image(n).double()), rtol=1e-10, atol=1e-10
         )
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert any("map_linear" in t for t in targets) and any("map_conv" in t for t in targets)
+    assert any("lowrank_linear" in t for t in targets) and any("lowrank_conv" in t for t in targets)
 
 
 def test_a_merged_model_exports_without_any_operator_of_this_library() -> None:

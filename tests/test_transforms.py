@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import mapsurgery
-from mapsurgery.ops import reference
 from mapsurgery.surgery.adapted import AdaptedLayer
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=str)
@@ -144,7 +143,7 @@ class _Runs(TorchDispatchMode):
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    products = (_ops.map_linear.default, _ops.map_conv.default)
+    products = (_ops.lowrank_linear.default, _ops.lowrank_conv.default)
     return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -170,9 +169,9 @@ def test_checkpointing_recomputes_what_it_is_told_to(options: dict[str, Any], fo
     with _Runs() as runs:
         found = _step(model, lambda x: checkpoint(model, x, **options), x)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert runs.count["mapsurgery::map_linear"] == 3 * forwards
-    assert runs.count["mapsurgery::map_conv"] == forwards
-    assert runs.count["mapsurgery::map_linear_backward"] == 3
+    assert runs.count["mapsurgery::lowrank_linear"] == 3 * forwards
+    assert runs.count["mapsurgery::lowrank_conv"] == forwards
+    assert runs.count["mapsurgery::lowrank_linear_backward"] == 3
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -195,8 +194,8 @@ def test_compiled_checkpointing_recomputes_what_it_is_told_to(options: dict[str,
     run = torch.compile(lambda x: checkpoint(model, x, **options), backend=backend, fullgraph=True)
     for a, b in zip(_step(model, run, image()), expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert backward["mapsurgery.map_linear_backward.default"] == 3
-    again = backward["mapsurgery.map_linear.default"]
+    assert backward["mapsurgery.lowrank_linear_backward.default"] == 3
+    again = backward["mapsurgery.lowrank_linear.default"]
     assert again == 0 if options is _SELECTIVE else again > 0
 
 
@@ -282,56 +281,6 @@ def _flops(function: Callable[..., Any], *args: Any) -> int:
     return counter.get_total_flops()
 
 
-def _recorded(case: Case) -> list[tuple[str, tuple[Any, ...]]]:
-    """The operators of the library that a training step of a layer runs, with their arguments."""
-    calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "mapsurgery":
-                calls.append((func._schema.name.removeprefix("mapsurgery::"), args))
-            return func(*args, **kwargs or {})
-
-    _, adapted, x = patched_case(case)
-    with Record():
-        adapted(x).pow(2).sum().backward()
-    return calls
-
-
-@every_layer
-def test_the_flop_counter_counts_an_operator_as_its_reference(case: Case) -> None:
-    calls = _recorded(case)
-    assert calls
-    for name, args in calls:
-        assert _flops(getattr(reference, name), *args) > 0
-        needs = sum(isinstance(arg, bool) for arg in args[-5:]) if name.endswith("_backward") else 0
-        kept = args[: len(args) - needs]
-        every = [args] if not needs else [(*kept, *flags) for flags in _flag_choices(needs)]
-        for arguments in every:
-            expected = _flops(getattr(reference, name), *arguments)
-            assert _flops(getattr(_ops, name).default, *arguments) == expected, (name, arguments[len(kept) :])
-
-
-def _flag_choices(n: int) -> list[tuple[bool, ...]]:
-    """All true, and each one alone."""
-    return [(True,) * n, *(tuple(i == j for j in range(n)) for i in range(n))]
-
-
-def test_the_other_operators_are_counted_as_their_reference() -> None:
-    layer = _patched(nn.Sequential(nn.Linear(6, 4)))[0]
-    a = layer.adapter
-    factors = (a.A, a.B, a.alpha, a.beta, a.weight_norm, a.init.tau, a.init.relative)
-    weight = a.base_weight.detach().clone()
-    for name, args in {
-        "lowrank_norm": factors[:2],
-        "map_scales": factors,
-        "map_scales_many": tuple([value] * 2 for value in factors),
-        "merge_": (weight, *factors),
-        "unmerge_": (weight, *factors),
-    }.items():
-        assert _flops(getattr(_ops, name).default, *args) == _flops(getattr(reference, name), *args) > 0, name
-
-
 def test_a_patched_model_counts_the_base_and_a_little_more() -> None:
     base, model, x = net().eval(), _patched(), image()
     plain, adapted = _flops(base, x), _flops(model, x)
@@ -343,9 +292,9 @@ def test_the_profiler_names_the_operators_with_their_shapes() -> None:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         model(image()).sum().backward()
     events = {event.name: event.input_shapes for event in profiler.events()}
-    assert events["mapsurgery::map_conv"][:2] == [[4, 3, 6, 6], [8, 3, 3, 3]]
-    assert events["mapsurgery::map_conv_backward"][0] == [4, 8, 6, 6]
-    assert [4, 8] in events["mapsurgery::map_linear"] and "mapsurgery::map_linear_backward" in events
+    assert events["mapsurgery::lowrank_conv"][:2] == [[4, 3, 6, 6], [8, 3, 3, 3]]
+    assert events["mapsurgery::lowrank_conv_backward"][0] == [4, 8, 6, 6]
+    assert [4, 8] in events["mapsurgery::lowrank_linear"] and "mapsurgery::lowrank_linear_backward" in events
 
 
 # Tracing -----------------------------------------------------------------------------------------------------------

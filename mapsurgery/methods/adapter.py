@@ -14,6 +14,7 @@ from ..updates import Matrix, Update
 from .base import Method
 from .init import Init
 from .known_scales import KnownScales
+from .sharded import is_gathered, is_shard
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Those that weights and adapters may have."""
@@ -109,7 +110,7 @@ class Adapter(nn.Module):
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
-        self._measured: tuple[Tensor, int] | None = None
+        self._measured: tuple[Tensor, _Mark] | None = None
         self._siblings = {} if siblings is None else siblings
         self._create({"device": weight.device, "dtype": dtype})
         if not self.pending:
@@ -256,7 +257,7 @@ class Adapter(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return _device_norm(weight, self.weight_norm.dtype, self.stacked) if self.computed else self.weight_norm
         measured = self._measured
-        if measured is not None and weight is measured[0] and measured[1] == _version(weight):
+        if measured is not None and weight is measured[0] and _mark(weight, measured[1]) == measured[1]:
             return self.weight_norm
         if self.pending and not weight.is_meta:
             self.weight_arrived(weight)
@@ -291,23 +292,24 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        self._measured = (weight, _version(weight)) if type(weight) is nn.Parameter else None
+        self._measured = None
         if isinstance(weight, FakeTensor) or weight.is_meta:
             return
         if norm is None:
             norm = frobenius_norms(weight.detach(), self.stacked)
         norms = torch.tensor(norm, dtype=torch.float64).reshape(-1)
         if not (norms < float("inf")).all():
-            self._measured = None
             raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")
         self.weight_norm = norms.to(weight.device, self.weight_norm.dtype)
+        if type(weight) is nn.Parameter:
+            self._measured = weight, _mark(weight, (None, None) if is_gathered(weight) else _UNKNOWN)
 
     def base_loaded(self, weight: Tensor, with_adapter: bool) -> None:
         """A checkpoint brought another W; with_adapter: and the adapter's own parameters, which are as they should be.
 
         A shard is measured when it is gathered.
         """
-        if type(weight) is not nn.Parameter:
+        if type(weight) not in (nn.Parameter, Tensor):
             self._measured = None
         elif weight.is_meta:
             return
@@ -321,7 +323,16 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def weight_arrived(self, weight: Tensor) -> None:
-        """The frozen weight is there, on which the start had to wait: take its norm, and start."""
+        """The frozen weight is there, on which the start had to wait: take its norm, and start.
+
+        Raises:
+            RuntimeError: FSDP2 shards the adapter's own parameters already, so that a start would be lost.
+        """
+        if any(is_gathered(p) or is_shard(p) for p in self._parameters.values() if p is not None):
+            raise RuntimeError(
+                f"{self.layer_name}: the adapter was made on meta and sharded before it could start from its weight; "
+                "load a checkpoint that holds the adapters too, or load the base weights before fully_shard"
+            )
         self.take_norm(weight)
         self._materialise(weight.device)
         self.method.remember(self, lambda: self.matrix.view(weight.detach()))
@@ -358,7 +369,7 @@ class Adapter(nn.Module):
         return {**self.method.form(self.init, self.rank), **self.update.form()}
 
     def misfit(self, form: Mapping[str, float] | None) -> str | None:
-        """Why parameters of another adapter, with this form, cannot be this one's; None if they can, or none is known."""
+        """Why parameters of an adapter with this form cannot be this one's; None if they can, or if none is known."""
         own = self.form()
         if form is None or (own.keys() == form.keys() and all(_close(form[name], own[name]) for name in own)):
             return None
@@ -403,9 +414,18 @@ def _said(form: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.6g}" for name, value in form.items())
 
 
-def _version(weight: Tensor) -> int:
-    """How often a tensor was written to; inference tensors do not count that."""
-    return 0 if weight.is_inference() else weight._version
+_Mark = tuple[int | None, int | None]
+_UNKNOWN: _Mark = (0, 0)
+
+
+def _mark(weight: Tensor, before: _Mark) -> _Mark:
+    """What changes when a tensor is written to, or gets other memory: torch's counter of writes, and the address.
+
+    Args: before: the mark that it is compared with, whose None stands for what is not looked at: a gathered Parameter
+        changes both each time.
+    """
+    counted = before[0] is not None and not weight.is_inference()
+    return weight._version if counted else before[0], weight.data_ptr() if before[1] is not None else None
 
 
 def _device_norm(weight: Tensor, dtype: torch.dtype, stacked: bool) -> Tensor:

@@ -158,12 +158,12 @@ class Method:
 
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
         """x W'^T + bias."""
-        matrix = p.matrix.view(W)
+        matrix = W.t() if p.transposed else W
         c = self.coefficients(p, lambda: matrix, norm)
         inner = bias if c.rows is None else None
-        factors = None if drops(p) else p.update.factors(p)
+        factors = None if p.dropout and p.training else p.update.factors(p)
         if factors is not None:
-            y = ops.lowrank_linear(x, matrix, inner, *factors, _or_1(c.base), c.update)
+            y = ops.lowrank_linear(x, matrix, inner, *factors, 1.0 if c.base is None else c.base, c.update)
         else:
             # The base's factor goes to x: then its gradient needs x, which is kept anyway, and not x W^T.
             y = F.linear(x if c.base is None else x * c.base.to(x.dtype), matrix, inner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 KINDS = ("soft", "zero", "random")
@@ -47,7 +48,7 @@ class Init:
         if not isinstance(self.relative, bool):
             raise ValueError(f"init relative must be True or False, got {self.relative!r}")
 
-    @property
+    @cached_property
     def tau(self) -> float:
         """Softening of ||BA||_F in units of ||W||_F."""
         return self.beta / self.gain if self.kind == "soft" else 0.0

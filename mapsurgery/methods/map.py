@@ -89,12 +89,12 @@ class Map(Method):
             return torch.ops.mapsurgery.map_scales.default(*factors, *numbers)
 
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
-        factors = None if drops(p) else p.update.factors(p)
+        factors = None if p.dropout and p.training else p.update.factors(p)
         if factors is None:
             return super().linear(p, x, bias, W, norm)
         A, B = factors
-        init, scales = p.init, p.scales and p.scales.of(p, norm)
-        return ops.map_linear(x, p.matrix.view(W), bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, scales)
+        matrix, init, scales = W.t() if p.transposed else W, p.init, p.scales and p.scales.of(p, norm)
+        return ops.map_linear(x, matrix, bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, scales)
 
     def conv(
         self, p: Parameters, x: Tensor, bias: Tensor | None, settings: Settings, W: Tensor, norm: Tensor

@@ -58,14 +58,22 @@ def _transforming() -> bool:
 
 
 def _product(*inputs: Any) -> Tensor:
-    """`autograd.Product`, by the quickest way that the running mode allows."""
+    """`autograd.Product`, by the quickest way that the running mode allows; it is on the way of every call of a layer.
+
+    Where numbers (of `map_scales`) is None, first and second are s_w and s_d, tensors or Python's numbers.
+    """
     x, weight, bias, A, B, first, second, numbers, scales, settings = inputs
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        if numbers is None:
+            s_w, s_d = _scalar(first, A), _scalar(second, A)
+        else:
+            s_w, s_d, *_ = _ops.map_scales.default(A, B, first, second, *numbers)
+        operator = _ops.lowrank_conv.default if settings else _ops.lowrank_linear.default
+        return operator(_as_product_takes(x, weight), weight, bias, A, B, s_w, s_d, *settings)[0]
     if x.dtype != weight.dtype or torch._C._is_any_autocast_enabled():
         x = _as_product_takes(x, weight)
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        s_w, s_d = (first, second) if numbers is None else _ops.map_scales.default(A, B, first, second, *numbers)[:2]
-        operator = _ops.lowrank_conv.default if settings else _ops.lowrank_linear.default
-        return operator(x, weight, bias, A, B, s_w, s_d, *settings)[0]
+    if numbers is None:
+        first, second = _constant(first, A), _constant(second, A)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return autograd.defined_product(x, weight, bias, A, B, first, second, numbers, settings)
     run = Product.record if torch.is_grad_enabled() else autograd.product
@@ -84,15 +92,22 @@ _constants: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
 
 def _scalar(value: Tensor | float, A: Tensor) -> Tensor:
     """A scalar as operators take it. Numbers are those that nothing trains: 1, or LoRA's scaling."""
+    if _tracing() and not isinstance(value, Tensor):
+        return A.new_full((1,), value, dtype=accumulate_dtype(A.dtype))
+    return _constant(value, A)
+
+
+def _constant(value: Tensor | float, A: Tensor) -> Tensor:
+    """`_scalar` in eager, where a number is put on a device once."""
     if isinstance(value, Tensor):
         return value
-    dtype = accumulate_dtype(A.dtype)
-    if _tracing() or torch._C._len_torch_dispatch_stack() or type(A) not in (Tensor, torch.nn.Parameter):
-        return A.new_full((1,), value, dtype=dtype)
-    key = (value, A.device, dtype)
+    # What a mode, a transform or a subclass of tensors makes is its own.
+    if _transforming() or torch._C._len_torch_dispatch_stack() or type(A) not in (Tensor, torch.nn.Parameter):
+        return A.new_full((1,), value, dtype=accumulate_dtype(A.dtype))
+    key = (value, A.device, A.dtype)
     if key not in _constants:
         with torch.inference_mode(False):
-            made = torch.full((1,), value, dtype=dtype, device=A.device)
+            made = torch.full((1,), value, dtype=accumulate_dtype(A.dtype), device=A.device)
         if A.is_cuda and torch.cuda.is_current_stream_capturing():
             return made  # a graph fills it when it is replayed
         _constants[key] = made
@@ -151,7 +166,7 @@ def lowrank_linear(
     Raises:
         RuntimeError: x and weight differ in dtype outside autocast, or shapes do not fit.
     """
-    return _product(x, weight, bias, A, B, _scalar(s_w, A), _scalar(s_d, A), None, None, ())
+    return _product(x, weight, bias, A, B, s_w, s_d, None, None, ())
 
 
 def map_linear(
@@ -200,8 +215,7 @@ def lowrank_conv(
     Returns:
         (N, m, *out) or (m, *out).
     """
-    inputs = (weight, bias, A, B, _scalar(s_w, A), _scalar(s_d, A), None, None)
-    return _conv(x, *inputs, (stride, padding, dilation, groups))
+    return _conv(x, weight, bias, A, B, s_w, s_d, None, None, (stride, padding, dilation, groups))
 
 
 def map_conv(
@@ -222,8 +236,8 @@ def map_conv(
     scales: Scales | None = None,
 ) -> Tensor:
     """`map_scales`, then `lowrank_conv`, as one node of autograd; see `map_linear`."""
-    inputs = (weight, bias, A, B, alpha, beta, (weight_norm, tau, relative), scales)
-    return _conv(x, *inputs, (stride, padding, dilation, groups))
+    settings = (stride, padding, dilation, groups)
+    return _conv(x, weight, bias, A, B, alpha, beta, (weight_norm, tau, relative), scales, settings)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Any, A: Tensor, *others: Any) -> Tensor:

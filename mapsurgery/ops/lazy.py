@@ -11,15 +11,12 @@ W' is computed: what is written into it would be lost. So a write into it, or in
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
@@ -27,6 +24,10 @@ _LOST = (
     "the weight of an adapted layer is computed (W'), what is written to it is lost. Write into the frozen weight, "
     "`model.get_parameter(name)`, or call mapsurgery.merge or mapsurgery.unpatch first; to change a copy, .clone() it"
 )
+
+
+def _refused(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(_LOST)
 
 
 class LazyWeight(Tensor):
@@ -71,7 +72,8 @@ class LazyWeight(Tensor):
         result = func(*args, **kwargs)
         return tree_map_only(Tensor, _guarded, result) if _is_view(func) else result
 
-    # Assignments past the dispatcher.
+    # What would change this tensor, past the dispatcher ---------------------------------------------------------------
+
     @property
     def data(self) -> Tensor:
         return self.detach()
@@ -80,10 +82,28 @@ class LazyWeight(Tensor):
     def data(self, value: Any) -> None:
         raise RuntimeError(f"`weight.data = ...`: {_LOST}")
 
+    @property
+    def grad(self) -> Tensor | None:
+        return Tensor.grad.__get__(self)  # type: ignore[attr-defined]
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        raise RuntimeError(f"`weight.grad = ...`: {_LOST}")
+
+    @property
+    def requires_grad(self) -> bool:
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
-        if requires_grad != self.requires_grad:
-            raise RuntimeError(f"`weight.requires_grad_({requires_grad})`: {_LOST}")
+        if requires_grad:  # False is what the frozen weight has already
+            raise RuntimeError(f"`weight.requires_grad = True`: {_LOST}")
         return self
+
+    apply_ = map_ = map2_ = share_memory_ = register_hook = _refused
 
     # What reads memory without an operation: kernels that take a pointer, other libraries.
     def data_ptr(self) -> int:
@@ -150,69 +170,30 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class _Waiting(torch.autograd.Function):
-    """What a differentiable function of tensors computes, of which the forward waits.
-
-    The graph of the function is made when its value is, and holds what its operators save: not the value.
-    """
+    """What a differentiable function of tensors computes, of which the forward waits; backward computes it anew."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], like: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.function, ctx.needs = function, [t.requires_grad for t in tensors]
-        ctx.graph = graph = _Graph()
-        return _lazy(like, tensors, lambda: graph.run(function, tensors, ctx.needs))
+        ctx.function = function
+        return _lazy(function, like, tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding with sparse=True
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: gradients with a graph of their own
-            wanted = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
-            value = ctx.function(*tensors)
-            found = torch.autograd.grad(value, wanted, grad, create_graph=True, allow_unused=True)
-        else:
-            found = ctx.graph.gradients(ctx.function, tensors, ctx.needs, grad)
-        rest = iter(found)
-        return (None, None, *(next(rest) if need else None for need in ctx.needs))
+        create_graph, needs = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            inputs = [
+                t if create_graph else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.saved_tensors, needs, strict=True)
+            ]
+            wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+            value = ctx.function(*inputs)
+            found = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph, allow_unused=True))
+        return (None, None, *(next(found) if need else None for need in needs))
 
 
-class _Graph:
-    """The graph of one computation: its root, and the leaves that its gradients are of."""
-
-    edge: GradientEdge | None = None
-    leaves: list[Tensor]
-
-    def run(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: list[bool]) -> Tensor:
-        """The value of the function, without a gradient."""
-        inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-        with _autograd():
-            result = function(*inputs)
-        self.edge, self.leaves = get_gradient_edge(result), [t for t in inputs if t.requires_grad]
-        return result.detach()
-
-    def gradients(
-        self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: list[bool], grad: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        if self.edge is None:  # nobody used the numbers of W'
-            self.run(function, tensors, needs)
-        # The graph is freed with the context: a second backward finds it.
-        return torch.autograd.grad([self.edge], self.leaves, [grad], retain_graph=True, allow_unused=True)
-
-
-_AUTOGRAD = DispatchKeySet(DispatchKey.ADInplaceOrView)
-for _key in (DispatchKey.AutogradFunctionality, DispatchKey.AutogradOther, DispatchKey.AutogradNestedTensor):
-    _AUTOGRAD = _AUTOGRAD | DispatchKeySet(_key)
-
-
-@contextmanager
-def _autograd() -> Iterator[None]:
-    """A block with autograd, also where ``__torch_dispatch__`` runs, which is below it."""
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD), torch.enable_grad():
-        yield
-
-
-def _lazy(like: Tensor, tensors: tuple[Tensor, ...], function: Callable[[], Tensor]) -> LazyWeight:
+def _lazy(function: Callable[..., Tensor], like: Tensor, tensors: tuple[Tensor, ...]) -> LazyWeight:
     versions = _versions(tensors)
 
     def compute() -> Tensor:
@@ -221,7 +202,7 @@ def _lazy(like: Tensor, tensors: tuple[Tensor, ...], function: Callable[[], Tens
                 "the adapter or its base was changed in place after this `weight` was read and before it was used: "
                 "read it again, or use it (.clone()) before the change"
             )
-        value = function()
+        value = function(*(t.detach() for t in tensors))
         return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
     return LazyWeight(like.detach(), compute)
@@ -234,7 +215,7 @@ def when_read(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Waiting.apply(function, like, *tensors)
-    return _lazy(like, tensors, lambda: function(*(t.detach() for t in tensors)))
+    return _lazy(function, like, tensors)
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:

@@ -138,7 +138,7 @@ def _rule(decomposition: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-# Floating-point operations ---------------------------------------------------------------------------------------------
+# Floating-point operations -------------------------------------------------------------------------------------------
 
 
 def _flops(definition: Callable[..., Any]) -> Callable[..., int]:

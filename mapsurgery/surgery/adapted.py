@@ -10,6 +10,7 @@ cannot pickle a graph that holds a string for a type.
 
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -18,18 +19,27 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ..methods import Adapter
+from ..methods.sharded import is_shard
 from .paths import CHILD, child_name
-from .sharded import is_shard
 
 _MEMO = "_mapsurgery_memo"
 """Plain attribute of an `AdaptedRaw` layer while its forward runs: what W' was when it was first read there."""
 
-_ASK_FOR_PARAMETER = {
-    "get_parameter": "torch.nn.modules.module",
-    "reset_sharded_param": "torch.distributed.fsdp._fully_shard._fsdp_param",
-    "set_module_tensor_to_device": "accelerate.utils.modeling",  # which replaces it in `_parameters`
+_READERS = {
+    ("torch.nn.modules.module", "get_parameter"): "parameter",
+    ("torch.distributed.fsdp._fully_shard._fsdp_param", "reset_sharded_param"): "parameter",
+    ("accelerate.utils.modeling", "set_module_tensor_to_device"): "parameter",  # which replaces it in `_parameters`
+    ("torch.nn.utils.parametrize", "register_parametrization"): "refuse",
+    ("torch.nn.utils.weight_norm", "apply"): "refuse",
+    ("torch.nn.utils.prune", "apply"): "refuse",
 }
-"""Functions, with their modules, that read an attribute for the Parameter of this name, not for its numbers."""
+"""Functions, by module and name, that read an attribute not for its numbers: they get the Parameter of this name, or
+are refused, as they would take W' for it."""
+
+
+def _too_late(layer: "AdaptedLayer", parameter: str) -> RuntimeError:
+    name = layer.adapter_of(parameter).layer_name or layer.original_class.__name__
+    return RuntimeError(f"{name}: its {parameter} is adapted; parametrise or prune the layer first, and patch then")
 
 
 class Effective:
@@ -51,8 +61,10 @@ class Effective:
             return weight
         if not torch.compiler.is_compiling():
             reader = sys._getframe(1)
-            asked = _ASK_FOR_PARAMETER.get(reader.f_code.co_name)
-            if (asked is not None and asked == reader.f_globals.get("__name__")) or is_shard(weight):
+            wanted = _READERS.get((reader.f_globals.get("__name__"), reader.f_code.co_name))
+            if wanted == "refuse":
+                raise _too_late(layer, self.parameter)
+            if wanted is not None or is_shard(weight):
                 return weight
         memo = layer.__dict__.get(_MEMO)
         if memo is None:
@@ -97,6 +109,12 @@ class AdaptedLayer(nn.Module):
     def base_learns(self, parameter: str) -> bool:
         """Whether the frozen W was unfrozen."""
         return self.base_of(parameter).requires_grad
+
+    def __delattr__(self, name: str) -> None:
+        # torch.nn.utils.spectral_norm moves the Parameter away; others take no notice of what reads as W'.
+        if name in self.adapted and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.spectral_norm":
+            raise _too_late(self, name)
+        super().__delattr__(name)
 
     def extra_repr(self) -> str:
         adapter = self.adapter_of(self.adapted[0])
@@ -221,3 +239,14 @@ class AdaptedRecurrent(AdaptedLayer):
 
     def flatten_parameters(self) -> None:
         """W' is made anew for each call: there is no memory to lay out."""
+
+
+def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
+    """A forward that the object itself keeps (accelerate's hooks keep the one they wrap) is that of its new class.
+
+    Args: before: the class that the layer had until now.
+    """
+    for name in ("forward", "_old_forward"):
+        kept = layer.__dict__.get(name)
+        if isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is before.forward:
+            layer.__dict__[name] = MethodType(type(layer).forward, layer)

@@ -15,12 +15,12 @@ from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .computed import bake, can_bake
 from .interrupts import uninterrupted
-from .patch import MERGED, become_patched, become_plain
+from .patch import become_patched, become_plain
 from .paths import child_name, module_paths, site_paths
 from .quantised.layer import QuantisedLinear
 from .quantised.merged import CHOICES, Replacement, put_in, replacement
 from .record import Record
-from .undo import Snapshot
+from .undo import MERGED, Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 

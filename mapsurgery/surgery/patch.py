@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from .plan import Plan, make_plan
 from .planned import PlannedLayer, norm_of
 from .quantised import kinds
 from .record import Record
+from .undo import MERGED
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -146,10 +147,6 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memo
         module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
 
 
-MERGED = "_mapsurgery_merged"
-"""Plain attribute of a merged layer: what `unmerge` needs."""
-
-
 def _remember(model: nn.Module, plan: Plan) -> Record:
     parameters = dict(model.named_parameters())
     changing: dict[str, Tensor] = {name: parameters[name] for name in plan.trained} | record.persistent_buffers(model)
@@ -184,6 +181,7 @@ def become_patched(model: nn.Module, adapters: Iterable[Adapter], memory: Record
     cut_graphs.install(model, adapters)
     resizing.install(model)
     record.put(model, memory)
+    model.register_load_state_dict_pre_hook(_Rebased(memory))
 
 
 def become_plain(model: nn.Module, memory: Record) -> None:
@@ -192,6 +190,28 @@ def become_plain(model: nn.Module, memory: Record) -> None:
     resizing.uninstall(model)
     _restore_requires_grad(model, memory)
     record.drop(model)
+    for key in [key for key, hook in model._load_state_dict_pre_hooks.items() if isinstance(_inner(hook), _Rebased)]:
+        del model._load_state_dict_pre_hooks[key]
+
+
+class _Rebased:
+    """Pre-hook of loading: what a checkpoint of another base brings is what `unpatch` is to give back."""
+
+    def __init__(self, memory: Record) -> None:
+        self.memory = memory
+
+    def __call__(self, model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        own = {prefix + name for name, module in model.named_modules() if isinstance(module, Adapter)}
+        if any(name.rpartition(".")[0] in own for name in state_dict):
+            return  # the adapters come too: what was trained since
+        for name in self.memory.originals:
+            if prefix + name in state_dict:
+                self.memory.originals[name] = state_dict[prefix + name].detach().clone()
+
+
+def _inner(hook: Any) -> Any:
+    """The hook itself; torch wraps it."""
+    return getattr(hook, "hook", hook)
 
 
 def _restore_requires_grad(model: nn.Module, memory: Record) -> None:
