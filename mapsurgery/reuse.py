@@ -18,7 +18,6 @@ from .surgery.adapted import FusedConv, FusedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
-
 @contextmanager
 def reuse_norms(model: Model) -> Iterator[Model]:
     """Within the block MAP computes ||BA||_F of each layer once, not in every call: parameters may not change there.

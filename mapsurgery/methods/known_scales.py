@@ -19,34 +19,32 @@ class KnownScales:
     """
 
     def __init__(self, adapter: Parameters, values: ops.Scales) -> None:
-        own = {**adapter._parameters, **adapter._buffers}
-        self.values, self.norm = values, adapter.weight_norm
+        own = {**adapter._parameters, **adapter._buffers, "weight_norm": adapter.weight_norm}
+        self.values = values
         self.layer = adapter.layer_name or "an adapted layer"
-        self.tensors = {name: own[name] for name in adapter.own_tensors()}
+        self.tensors = {name: t for name, t in own.items() if t is not None}
         self.marks = self._marks()
 
     def _marks(self) -> dict[str, Any]:
-        return {
-            name: (0 if t.is_inference() else t._version, t.data_ptr())
-            for name, t in self.tensors.items()
-            if t is not None
-        }
+        return {name: (0 if t.is_inference() else t._version, t.data_ptr()) for name, t in self.tensors.items()}
 
-    def of(self, adapter: Parameters, norm: Tensor) -> ops.Scales | None:
-        """The values; None where other tensors stand for the adapter's (functional_call, replicas), and in graphs."""
-        if torch.compiler.is_compiling() or norm is not self.norm or self.swapped(adapter):
+    def of(self, adapter: Parameters, x: Tensor, norm: Tensor) -> ops.Scales | None:
+        """The values; None where other tensors stand for the adapter's (functional_call, replicas), and in graphs.
+
+        Args: x: the input of the layer, a proxy where torch.fx traces; norm: ||W||_F of this call.
+        """
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or norm is not self.tensors["weight_norm"]:
             return None
-        return self.values
+        return None if self.replaced(adapter) else self.values
 
-    def swapped(self, adapter: Parameters) -> str | None:
+    def replaced(self, adapter: Parameters) -> str | None:
         """Name of a tensor that is no longer the adapter's."""
-        own, frozen = adapter._parameters, adapter._buffers
-        return next((n for n, t in self.tensors.items() if own.get(n) is not t and frozen.get(n) is not t), None)
+        return next((name for name, t in self.tensors.items() if getattr(adapter, name, None) is not t), None)
 
     def refuse_changed(self, adapter: Parameters) -> None:
         """Raises RuntimeError if a tensor is another one, was written to or got other memory."""
         marks = self._marks()
-        changed = next((name for name, mark in self.marks.items() if marks[name] != mark), self.swapped(adapter))
+        changed = next((name for name, mark in self.marks.items() if marks[name] != mark), self.replaced(adapter))
         if changed is not None:
             raise self.error(changed, "was changed")
 

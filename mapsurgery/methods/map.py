@@ -93,7 +93,7 @@ class Map(Method):
         if factors is None:
             return super().linear(p, x, bias, W, norm)
         A, B = factors
-        matrix, init, scales = W.t() if p.transposed else W, p.init, p.scales and p.scales.of(p, norm)
+        matrix, init, scales = W.t() if p.transposed else W, p.init, p.scales and p.scales.of(p, x, norm)
         return ops.map_linear(x, matrix, bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, scales)
 
     def conv(
@@ -103,7 +103,7 @@ class Map(Method):
         if factors is None:
             return super().conv(p, x, bias, settings, W, norm)
         A, B = factors
-        init, scales = p.init, p.scales and p.scales.of(p, norm)
+        init, scales = p.init, p.scales and p.scales.of(p, x, norm)
         return ops.map_conv(x, W, bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, *settings, scales)
 
     def recoverable(self, p: Parameters, W: Tensor | None, norm: Tensor) -> bool:
