@@ -417,9 +417,7 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     for layer in layers:
         if layer.shares:
             continue
-        weight = weight_of(layer.module, layer.parameter)
-        assert weight is not None
-        tolerance = _norm_tolerance(layer, weight, file.layers[layer.path])
+        tolerance = _norm_tolerance(layer, layer.weight, file.layers[layer.path])
         found, expected = (
             torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
         )

@@ -17,7 +17,6 @@ from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .config import Config, takes_options
 from .interrupts import uninterrupted
-from .layers import weight_of
 from .offloaded import at_hand
 from .paths import unwrapped
 from .plan import Plan, make_plan
@@ -99,8 +98,7 @@ def build(layer: PlannedLayer, config: Config, siblings: dict[Any, Any], start: 
     Args: siblings: what the adapters of the model share; start: False where the adapter is about to be loaded.
     """
     with at_hand(layer.module):
-        weight = weight_of(layer.module, layer.parameter)
-        assert weight is not None
+        weight = layer.weight
         return Adapter(
             weight,
             method=config.method,
@@ -132,7 +130,7 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], reco
         if planned.shares:
             shared.setdefault(planned.module, set()).add(planned.parameter)
         if planned.parameter in planned.module.__dict__:  # a hook's result, as old as the last forward
-            planned.module.__dict__[planned.parameter] = weight_of(planned.module, planned.parameter)
+            planned.module.__dict__[planned.parameter] = planned.weight
     done: list[AdaptedLayer] = []
     try:
         for module, own in by_module.items():
