@@ -10,6 +10,7 @@ cannot pickle a graph that holds a string for a type.
 
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -254,3 +255,14 @@ class AdaptedRecurrent(AdaptedLayer):
 
     def flatten_parameters(self) -> None:
         """W' is made anew for each call: there is no memory to lay out."""
+
+
+def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
+    """A forward that the object itself keeps (accelerate's hooks keep the one they wrap) is that of its new class.
+
+    Args: before: the class that the layer had until now.
+    """
+    for name in ("forward", "_old_forward"):
+        kept = layer.__dict__.get(name)
+        if isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is before.forward:
+            layer.__dict__[name] = MethodType(type(layer).forward, layer)
