@@ -350,6 +350,32 @@ def test_a_merge_that_fails_midway_leaves_the_model_as_it_was(monkeypatch: pytes
     snapshot.assert_holds(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("undoing", [False, True], ids=["merge", "unmerge"])
+def test_what_fails_midway_gives_back_the_identical_bits(
+    dtype: torch.dtype, undoing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _patched().to(dtype)
+    if undoing:
+        mapsurgery.merge(model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    name = "unmerge_from" if undoing else "merge_into"
+    original, calls = getattr(mapsurgery.methods.Adapter, name), []
+
+    def failing(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError("midway")
+        original(*args)
+
+    monkeypatch.setattr(mapsurgery.methods.Adapter, name, failing)
+    with pytest.raises(MemoryError, match="midway"):
+        mapsurgery.unmerge(model) if undoing else mapsurgery.merge(model)
+    after = model.state_dict()
+    assert len(calls) == 3 and after.keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in after.items())
+
+
 def test_a_part_of_a_patched_model_is_not_undone_by_itself() -> None:
     model = _patched()
     for operation in (mapsurgery.merge, mapsurgery.unpatch):

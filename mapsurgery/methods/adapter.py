@@ -355,7 +355,7 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)
         norm, moved = self.weight_norm, fn(self.weight_norm)
         if not norm.is_meta:
-            self.weight_norm = moved if moved.dtype == norm.dtype and not moved.is_meta else norm.to(moved.device)
+            self.weight_norm = norm.to(moved.device)
         elif not moved.is_meta:
             self.weight_norm = torch.full_like(moved, float("nan"), dtype=norm.dtype)
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 KINDS = ("soft", "zero", "random")
@@ -48,7 +47,7 @@ class Init:
         if not isinstance(self.relative, bool):
             raise ValueError(f"init relative must be True or False, got {self.relative!r}")
 
-    @cached_property
+    @property
     def tau(self) -> float:
         """Softening of ||BA||_F in units of ||W||_F."""
         return self.beta / self.gain if self.kind == "soft" else 0.0
