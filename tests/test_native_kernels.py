@@ -80,7 +80,7 @@ def adapter(m, K, rank, weight, dtype, *args, **kwargs) -> Adapter:
 
 
 def check_product(x, weight, bias, adapter: Adapter, conv: Sequence = (), needs=ALL_NEEDED) -> None:
-    """Forward and backward of lowrank_linear, or of lowrank_conv with stride ... weight_space; with norm and without."""
+    """Forward and backward of lowrank_linear, or with stride ... weight_space of lowrank_conv; with norm and without."""
     name, tolerance = ("lowrank_conv", 3) if conv else ("lowrank_linear", 1)
     tolerance *= TOLERANCE[x.dtype]
     *tensors, norm = adapter
@@ -154,7 +154,9 @@ def test_scales_of_empty_factors_are_finite(device, m, K, rank):
     ones = torch.ones(3, 1, device=device)
     A, B = torch.randn(rank, K, device=device), torch.randn(m, rank, device=device)
     s_w, s_d, slopes, gram_a, gram_b = ops.map_scales(A, B, *ones, 0, True)
-    assert s_w.isfinite() and s_d.isfinite() and slopes.isfinite().all() and gram_a.shape == gram_b.shape == (rank, rank)
+    assert (
+        s_w.isfinite() and s_d.isfinite() and slopes.isfinite().all() and gram_a.shape == gram_b.shape == (rank, rank)
+    )
     grads = ops.map_scales_backward(s_w, s_d, A, B, slopes, gram_a, gram_b)
     assert [grad.shape for grad in grads] == [A.shape, B.shape, (1,), (1,)]
     assert all(grad.isfinite().all() for grad in grads)
@@ -245,7 +247,10 @@ def test_strides_of_single_dimensions_say_nothing(device, rows, with_bias):
     weight, bias = column(6), torch.randn(6, device=device) if with_bias else None
     own = adapter(6, 1, 1, weight, torch.float32)
     check_product(
-        column(rows), weight, bias, own._replace(A=torch.randn(1, device=device).as_strided((1, 1), (0, 5)), B=column(6))
+        column(rows),
+        weight,
+        bias,
+        own._replace(A=torch.randn(1, device=device).as_strided((1, 1), (0, 5)), B=column(6)),
     )
 
 
@@ -725,6 +730,18 @@ def test_an_error_within_a_product_of_torch_has_its_words():
         ops.lowrank_conv(x, weight, None, *own, [1, 1], [-1, 0], [1, 1], 1, False)
     if torch.__version__ >= (2, 13):
         assert str(ours.value) == str(torchs.value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gpu_without_memory_raises_torchs_own_error(monkeypatch, training):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(mapsurgery.ops.autograd, "_lowrank_linear", full)
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    mapsurgery.patch(layer, targets=["*"], rank=2)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"), torch.set_grad_enabled(training):
+        layer(torch.randn(3, 4))
 
 
 def good_arguments(device):
