@@ -86,8 +86,8 @@ def defined_product(
 ) -> Tensor:
     """`Product` by the definitions, in plain torch."""
     s_w, s_d = (first, second) if numbers is None else operators.map_scales(A, B, first, second, *numbers)[:2]
-    product = operators.lowrank_conv if settings else operators.lowrank_linear
-    return product(x, weight, bias, A, B, s_w, s_d, *settings)[0]
+    definition: Callable[..., Any] = operators.lowrank_conv if settings else operators.lowrank_linear
+    return definition(x, weight, bias, A, B, s_w, s_d, *settings)[0]
 
 
 def product(*inputs: Any) -> Tensor:
