@@ -80,7 +80,7 @@ def adapter(m, K, rank, weight, dtype, *args, **kwargs) -> Adapter:
 
 
 def check_product(x, weight, bias, adapter: Adapter, conv: Sequence = (), needs=ALL_NEEDED) -> None:
-    """Forward and backward of lowrank_linear, or of lowrank_conv with stride ... weight_space; with norm and without."""
+    """Forward and backward of lowrank_linear, or with stride ... weight_space of lowrank_conv; with norm and without."""
     name, tolerance = ("lowrank_conv", 3) if conv else ("lowrank_linear", 1)
     tolerance *= TOLERANCE[x.dtype]
     *tensors, norm = adapter
@@ -730,6 +730,18 @@ def test_an_error_within_a_product_of_torch_has_its_words():
         ops.lowrank_conv(x, weight, None, *own, [1, 1], [-1, 0], [1, 1], 1, False)
     if torch.__version__ >= (2, 13):
         assert str(ours.value) == str(torchs.value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gpu_without_memory_raises_torchs_own_error(monkeypatch, training):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(mapsurgery.ops.autograd, "_lowrank_linear", full)
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    mapsurgery.patch(layer, targets=["*"], rank=2)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"), torch.set_grad_enabled(training):
+        layer(torch.randn(3, 4))
 
 
 def good_arguments(device):

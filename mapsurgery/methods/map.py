@@ -93,8 +93,10 @@ class Map(Method):
         if factors is None:
             return super().linear(p, x, bias, W, norm)
         A, B = factors
+        own = p._parameters  # see LoraUpdate.factors
+        alpha, beta = (own["alpha"], own["beta"]) if "alpha" in own else (p.alpha, p.beta)
         matrix, init, scales = W.t() if p.transposed else W, p.init, p.scales and p.scales.of(p, x, norm)
-        return ops.map_linear(x, matrix, bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, scales)
+        return ops.map_linear(x, matrix, bias, A, B, alpha, beta, norm, init.tau, init.relative, scales)
 
     def conv(
         self, p: Parameters, x: Tensor, bias: Tensor | None, settings: Settings, W: Tensor, norm: Tensor

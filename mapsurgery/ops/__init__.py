@@ -240,9 +240,9 @@ def map_conv(
     return _conv(x, weight, bias, A, B, alpha, beta, (weight_norm, tau, relative), scales, settings)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Any, A: Tensor, *others: Any) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Any, A: Tensor, *rest: Any) -> Tensor:
     """`_product` of a batched or unbatched convolution; the last argument: stride, padding, dilation and groups."""
-    *others, (stride, padding, dilation, groups) = others
+    *others, (stride, padding, dilation, groups) = rest
     weight_space = conv_weight_space(weight.shape[0], A.shape[1], A.shape[0], groups)
     settings = (list(stride), list(padding), list(dilation), groups, weight_space)
     if x.dim() == weight.dim() - 1:
@@ -264,16 +264,15 @@ def effective_weight(
         for all; dtype of the result, that of weight when None; the rest as in `lowrank_linear`.
     Returns: (m, K), or (E, m, K).
     """
-    scalars = [_scalar(s, A) for s in (s_w, s_d)]
+    s_w, s_d = _scalar(s_w, A), _scalar(s_d, A)
     if weight.dim() == 3:
-        scalars = [s.expand(len(weight)) for s in scalars]
-    inputs = (weight, A, B, *scalars, dtype)
+        s_w, s_d = s_w.expand(len(weight)), s_d.expand(len(weight))
     if _transforming() or (weight.dim() == 3 and _tracing()):
         with full_precision(weight.device.type):
-            return operators.effective_weight(*inputs)
+            return operators.effective_weight(weight, A, B, s_w, s_d, dtype)
     if _tracing():
-        return _ops.effective_weight.default(*inputs)
-    return autograd.EffectiveWeight.apply(*inputs)
+        return _ops.effective_weight.default(weight, A, B, s_w, s_d, dtype)
+    return autograd.EffectiveWeight.apply(weight, A, B, s_w, s_d, dtype)
 
 
 @torch.no_grad()

@@ -64,6 +64,12 @@ def plain(y: Tensor) -> Tensor:
     return y.data if y._is_view() else y
 
 
+def in_torchs_type(error: RuntimeError) -> RuntimeError:
+    """An error of a native kernel, whose words are torch's: through its C interface torch hands on no types."""
+    is_memory = "CUDA out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+    return torch.OutOfMemoryError(str(error)) if is_memory else error
+
+
 # The product with W' -------------------------------------------------------------------------------------------------
 
 
@@ -80,19 +86,22 @@ def defined_product(
 ) -> Tensor:
     """`Product` by the definitions, in plain torch."""
     s_w, s_d = (first, second) if numbers is None else operators.map_scales(A, B, first, second, *numbers)[:2]
-    product = operators.lowrank_conv if settings else operators.lowrank_linear
-    return product(x, weight, bias, A, B, s_w, s_d, *settings)[0]
+    definition: Callable[..., Any] = operators.lowrank_conv if settings else operators.lowrank_linear
+    return definition(x, weight, bias, A, B, s_w, s_d, *settings)[0]
 
 
 def product(*inputs: Any) -> Tensor:
     """`Product` where nothing records a gradient; the same arguments."""
     x, weight, bias, A, B, first, second, numbers, scales, settings = inputs
-    with torch._C._AutoDispatchBelowAutograd():
-        if numbers is not None:
-            first, second = (_map_scales(A, B, first, second, *numbers) if scales is None else scales)[:2]
-        if settings:
-            return plain(_lowrank_conv(x, weight, bias, A, B, first, second, *settings)[0])
-        return _lowrank_linear(x, weight, bias, A, B, first, second)[0]
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            if numbers is not None:
+                first, second = (_map_scales(A, B, first, second, *numbers) if scales is None else scales)[:2]
+            if settings:
+                return plain(_lowrank_conv(x, weight, bias, A, B, first, second, *settings)[0])
+            return _lowrank_linear(x, weight, bias, A, B, first, second)[0]
+    except RuntimeError as error:
+        raise in_torchs_type(error) from None
 
 
 class Product(torch.autograd.Function):
@@ -108,17 +117,20 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, A, B, first, second, numbers, scales, settings = inputs
-        with torch._C._AutoDispatchBelowAutograd():
-            s_w, s_d = first, second
-            if numbers is not None:
-                if scales is None:
-                    scales = _map_scales(A, B, first, second, *numbers)
-                s_w, s_d = scales[:2]
-            if settings:
-                y, h = _lowrank_conv(x, weight, bias, A, B, s_w, s_d, *settings)
-                y = plain(y)
-            else:
-                y, h = _lowrank_linear(x, weight, bias, A, B, s_w, s_d)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                s_w, s_d = first, second
+                if numbers is not None:
+                    if scales is None:
+                        scales = _map_scales(A, B, first, second, *numbers)
+                    s_w, s_d = scales[:2]
+                if settings:
+                    y, h = _lowrank_conv(x, weight, bias, A, B, s_w, s_d, *settings)
+                    y = plain(y)
+                else:
+                    y, h = _lowrank_linear(x, weight, bias, A, B, s_w, s_d)
+        except RuntimeError as error:
+            raise in_torchs_type(error) from None
         ctx.save_for_backward(x, weight, bias, A, B, first, second, h, *(scales or ()))
         ctx.numbers, ctx.settings = numbers, settings
         return y
@@ -153,7 +165,10 @@ def _product_grads(
     """Gradients of x, weight, bias, A, B and both scalars, as far as `needs` asks for them."""
     operator = _conv_backward if settings else _linear_backward
     flags = (*needs[:3], needs[3] or needs[4] or needs[6], needs[5])
-    return _needed(operator(grad, x, h, weight, A, B, s_w, s_d, list(norm), *settings, *flags), needs)
+    try:
+        return _needed(operator(grad, x, h, weight, A, B, s_w, s_d, list(norm), *settings, *flags), needs)
+    except RuntimeError as error:
+        raise in_torchs_type(error) from None
 
 
 def _save_product(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:

@@ -110,8 +110,8 @@ def scales_in(
     if tau == 0:
         traces = [_cast(gram, wide).diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (gram_a, gram_b)]
         size = safe_sqrt((traces[0] + traces[1]).detach().reshape(-1))
-    scalars = [_cast(t, wide) for t in (alpha, beta, weight_norm)]
-    s_w, s_d, ds_w, ds_d, inverse = magnitudes(square, size, *scalars, tau, relative)
+    alpha, beta, weight_norm = (_cast(t, wide) for t in (alpha, beta, weight_norm))
+    s_w, s_d, ds_w, ds_d, inverse = magnitudes(square, size, alpha, beta, weight_norm, tau, relative)
     slopes = torch.cat([ds_w, ds_d, s_d * inverse * inverse])
     return _cast(s_w, acc), _cast(s_d, acc), _cast(slopes, acc), gram_a, gram_b
 
@@ -127,8 +127,8 @@ def map_scales(
     Returns: s_w (1,), s_d (1,), slopes (3,) = [d s_w/d alpha, d s_d/d beta, s_d/p^2], gram_a = A A^T and
     gram_b = B^T B (r, r), in `accumulate_dtype` of A.
     """
-    s_w, *others = scales_in(torch.float64, A, B, alpha, beta, weight_norm, tau, relative)
-    return s_w.clone() if s_w is alpha else s_w, *others  # an operator may not return its argument
+    s_w, s_d, slopes, gram_a, gram_b = scales_in(torch.float64, A, B, alpha, beta, weight_norm, tau, relative)
+    return s_w.clone() if s_w is alpha else s_w, s_d, slopes, gram_a, gram_b  # no operator may return its argument
 
 
 @operator

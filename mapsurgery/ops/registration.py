@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -38,9 +38,15 @@ def _schemas() -> dict[str, str]:
 SCHEMAS = _schemas()
 
 
-def operator(
-    definition: Definition | None = None, *, decomposition: Callable[..., Any] | None = None
-) -> Definition | Callable[[Definition], Definition]:
+@overload
+def operator(definition: Definition) -> Definition: ...
+
+
+@overload
+def operator(*, decomposition: Callable[..., Any]) -> Callable[[Definition], Definition]: ...
+
+
+def operator(definition: Any = None, *, decomposition: Callable[..., Any] | None = None) -> Any:
     """Register a definition as the operator of its name, and return it.
 
     Args: decomposition: what replaces the operator in an exported graph, where that is not the definition itself.

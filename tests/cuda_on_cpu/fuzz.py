@@ -310,7 +310,9 @@ def weight(case: Case, m: int | None = None, K: int | None = None) -> None:
     got = ops.effective_weight_backward(*call)
     want_backward = operators.effective_weight_backward(*exact(call))
     sizes = operators.effective_weight_backward(*absolute(call))
-    case.check(GRADIENTS[1:2] + GRADIENTS[3:], got, want_backward, sizes, lambda of: unit(backward_acc, scale_dtype, of))
+    case.check(
+        GRADIENTS[1:2] + GRADIENTS[3:], got, want_backward, sizes, lambda of: unit(backward_acc, scale_dtype, of)
+    )
 
     memory = torch.as_strided(weight, (weight.untyped_storage().nbytes() // weight.element_size(),), (1,), 0)
     before = memory.clone()
