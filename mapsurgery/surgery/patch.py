@@ -40,7 +40,7 @@ def patch(model: Model, config: Config) -> Model:
         model: any torch model. Layers that can be adapted: nn.Linear, nn.Conv1d/2d/3d and their transposes,
             transformers' Conv1D, nn.Embedding and EmbeddingBag, nn.Bilinear, nn.MultiheadAttention, nn.RNN, LSTM and
             GRU and their cells, and subclasses, parametrised ones included; linear layers with a quantised weight
-            (bitsandbytes, torchao, any module that acts like nn.Linear), which run on their own kernel and whose
+            (bitsandbytes, torchao, any module that acts like nn.Linear), whose own kernel runs and whose
             ``weight`` keeps reading as the quantised one; `plan` shows the others with the reason.
         targets: globs of layers to adapt.
         exclude: globs of layers to leave.
