@@ -1,7 +1,7 @@
 """Each operator of torch.ops.mapsurgery beside its pure-torch reference, the compiled reference, and the floor.
 
     python benchmarks/ops.py                                  # small shapes on a CPU, large ones on a GPU
-    python benchmarks/ops.py --operators map_linear merge_ --dtype bf16
+    python benchmarks/ops.py --operators lowrank_linear merge_ --dtype bf16
 
 The floor of an operator is the larger of two times: the bytes that it must read and write over the bandwidth of a copy,
 and its arithmetic over the rate of a large matrix product, both measured on this device in this run. Every result is
@@ -37,13 +37,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mapsurgery.ops
-from mapsurgery.ops import reference
+from mapsurgery.ops import operators
 
 OPS = torch.ops.mapsurgery
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # ||result - reference|| / ||reference||, TF32 included
 SETTINGS = (0.05, True)  # tau and relative, as the default start has them
-NEEDS = (True, False, False, True, True)  # need_x, need_weight, need_bias, need_factors, need_alpha: plain training
+NEEDS = (True, False, False, True, True)  # need_x, need_weight, need_bias, need_factors, need_s_w: plain training
 
 Args = tuple[Any, ...]
 Function = Callable[..., Any]
@@ -139,23 +139,31 @@ def factors(m: int, K: int, rank: int, device: torch.device) -> Args:
     return A, B, one, one.clone(), one * math.sqrt(m * K)
 
 
+def with_scalars(m: int, K: int, rank: int, device: torch.device) -> Args:
+    """A, B, s_w and s_d, the latter as MAP has them."""
+    A, B, *numbers = factors(m, K, rank, device)
+    return A, B, *operators.map_scales(A, B, *numbers, *SETTINGS)[:2]
+
+
+def thin_bytes(m: int, K: int, rank: int) -> float:
+    """Of the float32 factors."""
+    return bytes_of(torch.float32, rank * (m + K))
+
+
 def factor_cost(m: int, K: int, rank: int) -> Cost:
     """Reading the float32 factors, and their Gram matrices."""
-    return Cost(bytes_of(torch.float32, rank * (m + K)), 2 * rank**2 * (m + K))
+    return Cost(thin_bytes(m, K, rank), 2 * rank**2 * (m + K))
 
 
 def norm_cases(m: int, K: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
-    """lowrank_norm and map_scales: float32 factors whatever the layer's dtype."""
-    cost = (factor_cost(m, K, rank),)
-    norm = {"op": OPS.lowrank_norm.default, "reference": reference.lowrank_norm}
-    scales = {"op": OPS.map_scales.default, "reference": reference.map_scales}
-    make = partial(Case, shape=f"{m}x{K} r{rank}", dtype=torch.float32, costs=cost)
-    return {
-        "lowrank_norm": make("lowrank_norm", inputs=lambda: factors(m, K, rank, device)[:2], implementations=norm),
-        "map_scales": make(
-            "map_scales", inputs=lambda: (*factors(m, K, rank, device), *SETTINGS), implementations=scales
-        ),
-    }
+    """map_scales: float32 factors whatever the layer's dtype."""
+    scales = {"op": OPS.map_scales.default, "reference": operators.map_scales}
+    shape, cost = f"{m}x{K} r{rank}", (factor_cost(m, K, rank),)
+
+    def inputs() -> Args:
+        return *factors(m, K, rank, device), *SETTINGS
+
+    return {"map_scales": Case("map_scales", shape, torch.float32, inputs, scales, cost)}
 
 
 def like(y: Tensor) -> Tensor:
@@ -163,24 +171,25 @@ def like(y: Tensor) -> Tensor:
     return (y + y.float().std() * torch.randn_like(y)).to(y.dtype)
 
 
-def linear_both(forward: Function, backward: Function) -> Function:
-    """Forward and closed-form backward of map_linear as one function of (grad, *arguments)."""
-
-    def both(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Any:
-        y, h, scales, gram_a, gram_b = forward(x, weight, bias, A, B, *rest)
-        return y, backward(grad, x, h, weight, A, B, scales, gram_a, gram_b, *NEEDS)
-
-    return both
-
-
-def conv_both(forward: Function, backward: Function) -> Function:
-    """As `linear_both`, for map_conv."""
+def map_both(scales: Function, forward: Function, backward: Function) -> Function:
+    """MAP's product and its closed-form backward as one function of (grad, x, ..., weight_norm, *conv's settings)."""
 
     def both(grad: Tensor, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, *rest: Any) -> Any:
-        y, h, scales, gram_a, gram_b = forward(x, weight, bias, A, B, *rest)
-        return y, backward(grad, x, h, weight, A, B, scales, gram_a, gram_b, *rest[5:], *NEEDS)
+        numbers, conv = rest[:5], rest[5:]
+        s_w, s_d, *norm = scales(A, B, *numbers)
+        y, h = forward(x, weight, bias, A, B, s_w, s_d, *conv)
+        return y, backward(grad, x, h, weight, A, B, s_w, s_d, norm, *conv, *NEEDS)
 
     return both
+
+
+def both_of(product: str) -> dict[str, Function]:
+    """`map_both` by the operators and by their definitions."""
+    names = ("map_scales", product, f"{product}_backward")
+    return {
+        "op": map_both(*(getattr(OPS, name).default for name in names)),
+        "reference": map_both(*(getattr(operators, name) for name in names)),
+    }
 
 
 def by_autograd(function: Function) -> Function:
@@ -197,49 +206,45 @@ def by_autograd(function: Function) -> Function:
 
 
 def linear_cases(T: int, m: int, K: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
-    """map_linear on T tokens, forward and forward with backward."""
+    """lowrank_linear on T tokens, and MAP's forward with backward on it."""
 
     def inputs() -> Args:
         x = torch.randn(T, K, device=device).to(dtype)
         weight, bias = torch.randn(m, K, device=device).to(dtype), torch.randn(m, device=device).to(dtype)
-        return x, weight, bias, *factors(m, K, rank, device), *SETTINGS
+        return x, weight, bias, *with_scalars(m, K, rank, device)
 
     def both_inputs() -> Args:
         args = inputs()
-        return like(reference.map_linear(*args)[0]), *args
+        return like(operators.lowrank_linear(*args)[0]), *args[:3], *factors(m, K, rank, device), *SETTINGS
 
-    fixed = factor_cost(m, K, rank)
+    thin, fixed = thin_bytes(m, K, rank), factor_cost(m, K, rank)
     down_up, dense = 2 * T * rank * (m + K), 2 * T * m * K
-    forward = Cost(
-        bytes_of(dtype, T * K, m * K, m, T * m, T * rank) + fixed.bytes,
-        dense + down_up + fixed.flops,
-    )
+    forward = Cost(bytes_of(dtype, T * K, m * K, m, T * m, T * rank) + thin, dense + down_up)
     backward = Cost(
-        bytes_of(dtype, T * m, T * K, T * rank, m * K, T * K) + 2 * fixed.bytes,  # grad, x, h, W, dx; A, B, dA, dB
+        bytes_of(dtype, T * m, T * K, T * rank, m * K, T * K) + 2 * thin,  # grad, x, h, W, dx; A, B, dA, dB
         dense + 2 * down_up + fixed.flops,
     )
     make = partial(Case, shape=f"{T}x{K} -> {m} r{rank}", dtype=dtype)
     return {
-        "map_linear": make(
-            "map_linear fwd",
+        "lowrank_linear": make(
+            "lowrank_linear fwd",
             inputs=inputs,
             implementations={
-                "op": OPS.map_linear.default,
-                "reference": reference.map_linear,
+                "op": OPS.lowrank_linear.default,
+                "reference": operators.lowrank_linear,
                 "base": lambda x, weight, bias, *_: F.linear(x, weight, bias),
             },
             costs=(forward,),
         ),
-        "map_linear_backward": make(
-            "map_linear fwd+bwd",
+        "lowrank_linear_backward": make(
+            "lowrank_linear fwd+bwd",
             inputs=both_inputs,
             implementations={
-                "op": linear_both(OPS.map_linear.default, OPS.map_linear_backward.default),
+                **both_of("lowrank_linear"),
                 "autograd": by_autograd(mapsurgery.ops.map_linear),
-                "reference": linear_both(reference.map_linear, reference.map_linear_backward),
                 "base": lambda grad, x, weight, bias, *_: (F.linear(x, weight, bias), grad @ weight),
             },
-            costs=(forward, backward),
+            costs=(fixed, forward, backward),
         ),
     }
 
@@ -271,36 +276,35 @@ class ConvShape:
 
 
 def conv_costs(shape: ConvShape, rank: int, dtype: torch.dtype, weight_space: bool) -> tuple[Cost, Cost]:
-    """Forward and backward of map_conv in one of its two spaces."""
+    """Forward and backward of lowrank_conv in one of its two spaces."""
     positions, m, K = shape.batch * shape.side**2, shape.out, shape.columns
     x, y, h = positions * shape.channels, positions * m, positions * rank * shape.groups
-    fixed = factor_cost(m, K, rank)
+    thin, norm = thin_bytes(m, K, rank), factor_cost(m, K, rank).flops
     dense, build = 2 * positions * m * K, 2 * m * K * rank
     down_up = 2 * positions * rank * (shape.groups * K + m)
     inner = 0 if weight_space else h
-    forward = Cost(
-        bytes_of(dtype, x, m * K, y, inner) + fixed.bytes, dense + fixed.flops + (build if weight_space else down_up)
-    )
+    forward = Cost(bytes_of(dtype, x, m * K, y, inner) + thin, dense + (build if weight_space else down_up))
     # Weight space: dx and dW, W' anew, and the two products of dW with the factors.
     extra = dense + 3 * build if weight_space else 2 * down_up
-    backward = Cost(bytes_of(dtype, y, x, m * K, inner, x) + 2 * fixed.bytes, dense + fixed.flops + extra)
-    return forward, backward
+    return forward, Cost(bytes_of(dtype, y, x, m * K, inner, x) + 2 * thin, dense + norm + extra)
 
 
 def conv_cases(
     shape: ConvShape, weight_space: bool, rank: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Case]:
-    """map_conv in one of its spaces, forward and forward with backward."""
+    """lowrank_conv in one of its spaces, and MAP's forward with backward on it."""
     m, K = shape.out, shape.columns
+    r = min(rank, m, K)
 
     def inputs() -> Args:
         x = torch.randn(shape.batch, shape.channels, shape.side, shape.side, device=device).to(dtype)
         weight = torch.randn(m, K, device=device).to(dtype).reshape(m, -1, shape.kernel, shape.kernel)
-        return x, weight, None, *factors(m, K, min(rank, m, K), device), *SETTINGS, *shape.settings, weight_space
+        return x, weight, None, *with_scalars(m, K, r, device), *shape.settings, weight_space
 
     def both_inputs() -> Args:
         args = inputs()
-        return like(reference.map_conv(*args)[0]), *args
+        numbers = (*factors(m, K, r, device), *SETTINGS)
+        return like(operators.lowrank_conv(*args)[0]), *args[:3], *numbers, *shape.settings, weight_space
 
     def base(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return torch.convolution(x, weight, None, *shape.settings[:3], False, [0, 0], shape.groups)
@@ -309,23 +313,20 @@ def conv_cases(
         conv = (*shape.settings[:3], False, [0, 0], shape.groups, [True, False, False])
         return base(x, weight), torch.ops.aten.convolution_backward(grad, x, weight, None, *conv)[0]
 
-    implementations = {
-        "op": conv_both(OPS.map_conv.default, OPS.map_conv_backward.default),
-        "reference": conv_both(reference.map_conv, reference.map_conv_backward),
-        "base": base_both,
-    }
-    chosen = weight_space == reference.conv_weight_space(m, K, rank, shape.groups)
+    implementations = {**both_of("lowrank_conv"), "base": base_both}
+    chosen = weight_space == operators.conv_weight_space(m, K, rank, shape.groups)
     space = ("weight" if weight_space else "activation") + (" *" if chosen else "")
     if chosen:  # the public function chooses the space by itself
         public = by_autograd(mapsurgery.ops.map_conv)
         implementations["autograd"] = lambda *args: public(*args[:-1])
-    forward, backward = conv_costs(shape, min(rank, m, K), dtype, weight_space)
+    forward, backward = conv_costs(shape, r, dtype, weight_space)
     make = partial(Case, shape=f"{shape} r{rank}, {space}", dtype=dtype)
-    forwards = {"op": OPS.map_conv.default, "reference": reference.map_conv, "base": base}
+    forwards = {"op": OPS.lowrank_conv.default, "reference": operators.lowrank_conv, "base": base}
+    costs = (factor_cost(m, K, r), forward, backward)
     return {
-        "map_conv": make("map_conv fwd", inputs=inputs, implementations=forwards, costs=(forward,)),
-        "map_conv_backward": make(
-            "map_conv fwd+bwd", inputs=both_inputs, implementations=implementations, costs=(forward, backward)
+        "lowrank_conv": make("lowrank_conv fwd", inputs=inputs, implementations=forwards, costs=(forward,)),
+        "lowrank_conv_backward": make(
+            "lowrank_conv fwd+bwd", inputs=both_inputs, implementations=implementations, costs=costs
         ),
     }
 
@@ -344,25 +345,24 @@ def weight_cases(m: int, K: int, rank: int, dtype: torch.dtype, device: torch.de
     """effective_weight and its backward, merge_ and unmerge_."""
 
     def inputs() -> Args:
-        return torch.randn(m, K, device=device).to(dtype), *factors(m, K, rank, device), *SETTINGS
+        return torch.randn(m, K, device=device).to(dtype), *with_scalars(m, K, rank, device)
 
     def both(forward: Function, backward: Function) -> Function:
         def run(grad: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Any:
-            built, scales, gram_a, gram_b = forward(weight, A, B, *rest, None)
-            # The first result, the gradient of the frozen weight, is not asked for.
-            return built, backward(grad, weight, A, B, scales, gram_a, gram_b, False)[1:]
+            # The first gradient, that of the frozen weight, is not asked for.
+            return forward(weight, A, B, *rest, None), backward(grad, weight, A, B, *rest, False)[1:]
 
         return run
 
     def both_inputs() -> Args:
         args = inputs()
-        return like(reference.effective_weight(*args, None)[0]), *args
+        return like(operators.effective_weight(*args, None)), *args
 
-    fixed = factor_cost(m, K, rank)
-    build = Cost(bytes_of(dtype, 2 * m * K) + fixed.bytes, 2 * m * K * rank + fixed.flops)
-    backward = Cost(bytes_of(dtype, 2 * m * K) + 2 * fixed.bytes, 4 * m * K * rank + 2 * m * K + fixed.flops)
+    thin = thin_bytes(m, K, rank)
+    build = Cost(bytes_of(dtype, 2 * m * K) + thin, 2 * m * K * rank)
+    backward = Cost(bytes_of(dtype, 2 * m * K) + 2 * thin, 4 * m * K * rank + 2 * m * K)
     make = partial(Case, shape=f"{m}x{K} r{rank}", dtype=dtype)
-    op, plain = partial(make, inputs=inputs, costs=(build,)), reference
+    op, plain = partial(make, inputs=inputs, costs=(build,)), operators
     merge = {"op": in_place(OPS.merge_.default), "reference": in_place(plain.merge_)}
     unmerge = {"op": in_place(OPS.unmerge_.default), "reference": in_place(plain.unmerge_)}
     copied = {"base": lambda weight, *_: weight.clone()}
@@ -406,7 +406,7 @@ CONVS = {
         ConvShape(64, 192, 192, 28, 3, groups=192),
     ],
 }
-OPERATORS = ("lowrank_norm", "map_scales", "map_linear", "map_conv", "effective_weight", "merge_", "unmerge_")
+OPERATORS = ("map_scales", "lowrank_linear", "lowrank_conv", "effective_weight", "merge_", "unmerge_")
 
 
 def make_cases(size: str, operators: Sequence[str], rank: int, dtype: torch.dtype, device: torch.device) -> list[Case]:
@@ -655,7 +655,7 @@ NOTES = (
     "native or not. autograd: the public function with its backward by autograd. base: the same layer frozen "
     "(forward, gradient of x), or for weights a copy or a pass in place. graph: in a replayed CUDA graph, without the "
     "host's part. peak: memory above the arguments, results included. error: against the reference in float64. An "
-    "asterisk marks the space that map_conv chooses. A ratio to the floor under 1 means that data stayed in a cache."
+    "asterisk marks the space that the layer chooses. A ratio to the floor under 1 means that data stayed in a cache."
 )
 IMPLEMENTATIONS = ("op", "autograd", "reference", "compiled", "base")
 

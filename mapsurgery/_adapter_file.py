@@ -19,6 +19,7 @@ from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state
 from .methods.adapter import DTYPES
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
+from .surgery.offloaded import at_hand
 from .surgery.patch import apply_plan, unpatch
 from .surgery.paths import entry, module_paths, site_paths
 from .surgery.plan import Plan, count_parameters
@@ -367,7 +368,8 @@ def _problem_with(module: nn.Module | None, parameter: str, described: dict[str,
     reason = why_not(module, parameter, raw=True)
     if reason is not None:
         return f"cannot be adapted here: {reason}"
-    weight = weight_of(module, parameter)
+    with at_hand(module):
+        weight = weight_of(module, parameter)
     assert weight is not None
     if list(weight.shape) != described["shape"]:
         return f"has shape {tuple(weight.shape)}, the file's was {tuple(described['shape'])}"
@@ -417,10 +419,11 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     for layer in layers:
         if layer.shares:
             continue
-        tolerance = _norm_tolerance(layer, layer.weight, file.layers[layer.path])
-        found, expected = (
-            torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
-        )
+        with at_hand(layer.module):
+            tolerance = _norm_tolerance(layer, layer.weight, file.layers[layer.path])
+            found, expected = (
+                torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
+            )
         off = ~((found - expected).abs() <= tolerance * expected)
         if off.any():
             first = int(off.nonzero()[0])

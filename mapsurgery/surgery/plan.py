@@ -14,6 +14,7 @@ from .adapted import AdaptedLayer
 from .config import Config, takes_options
 from .globs import first_match, matches, nearest
 from .layers import find_type, why_not
+from .offloaded import brought_in_whole
 from .paths import module_paths, parameter_paths, site_paths, unwrapped
 from .plan_table import layers_table, shortened, skipped_table
 from .planned import PlannedLayer, SkippedModule, planned_layer
@@ -92,12 +93,15 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         raise ValueError(f"the model ({type(model).__name__}) has no parameters: there is nothing to adapt")
     all_paths = [path for paths in modules.values() for path in paths]
     trained = _trained_parameters(model, config, all_paths)
+    whole = brought_in_whole(model)
     layers: list[PlannedLayer] = []
     skipped: list[SkippedModule] = []
     for module, paths in modules.items():
         for name, pattern in _asked_for(module, paths, config).items():
             sites = site_paths(paths, name)
             reason = _reason_to_skip(module, name, paths, config, trained)
+            if reason is None and module in whole:
+                reason = "accelerate offloads it with its parent (preload_module_classes): patch before offloading"
             if reason is None:
                 layers.append(_planned(module, name, sites, pattern, config))
             else:
