@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .methods import Adapter
 from .ops.registration import autocasting
-from .surgery.merge import held_elsewhere, layers_by_adapter, memory_map_of
+from .surgery.merge import held_elsewhere, layers_by_adapter, storages_of
 from .surgery.patch import disabled
 from .surgery.record import Site, find_patched, intact_sites
 from .tables import render
@@ -278,7 +278,7 @@ def _check_readers(
 
     Returns a note where this cannot be told.
     """
-    spans, layers = memory_map_of(model), layers_by_adapter(model)
+    spans, layers = storages_of(model), layers_by_adapter(model)
     held = [s for s in sites if not s.adapter.computed and not held_elsewhere(s.base, layers[s.adapter], spans)]
     bases = [site.base for site in held]
     if any(base.dtype in (torch.bfloat16, torch.float16) or autocasting(base.device.type) for base in bases):

@@ -276,7 +276,7 @@ class Adapter(nn.Module):
         return 1e-6 + 4 * torch.finfo(weight.dtype).eps / (weight.numel() / self.matrices) ** 0.5
 
     @torch.no_grad()
-    def _measure_again(self, weight: nn.Parameter, rescale: bool = True) -> None:
+    def _measure_again(self, weight: Tensor, rescale: bool = True) -> None:
         """W may be another: take its norm, and let magnitudes that are measured by it follow, if `rescale`."""
         before = self.weight_norm
         self.take_norm(weight)

@@ -66,7 +66,7 @@ class Effective:
             return weight
         if not torch.compiler.is_compiling():
             reader = sys._getframe(1)
-            module = reader.f_globals.get("__name__")
+            module = reader.f_globals.get("__name__", "")
             wanted = _READERS.get((module, reader.f_code.co_name))
             if wanted == "refuse":
                 raise _too_late(layer, self.parameter)

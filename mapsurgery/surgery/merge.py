@@ -63,7 +63,7 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
     packed = [site for site in sites if isinstance(site.layer, QuantisedLinear)]
     replacements = _replacements(root, packed, quantised)
     layers = layers_by_adapter(root)
-    spans = memory_map_of(model)
+    spans = storages_of(model)
     apart: dict[Adapter, nn.Parameter] = {}
     in_place: list[tuple[Adapter, Tensor, Tensor]] = []
     for site in sites:
@@ -279,18 +279,18 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (reach + 1) * tensor.element_size()
 
 
-def memory_map_of(model: nn.Module) -> dict[int, list[tuple[int, int, nn.Module]]]:
+def storages_of(model: nn.Module) -> dict[int, list[tuple[int, int, nn.Module]]]:
     """Storage -> the spans of it that parameters and buffers use, with the module that holds each."""
     spans: dict[int, list[tuple[int, int, nn.Module]]] = {}
     for module in model.modules():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and _has_memory(tensor):
+            if tensor is not None and _has_storage(tensor):
                 spans.setdefault(tensor.untyped_storage().data_ptr(), []).append((*_span(tensor), module))
     return spans
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has a place in memory of its own; wrappers (torchao's) hold other tensors instead."""
+def _has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has a storage of its own; wrappers (torchao's) hold other tensors instead."""
     strided = not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() > 0
     return strided and not is_traceable_wrapper_subclass(tensor)
 

@@ -40,7 +40,7 @@ def patch(model: Model, config: Config) -> Model:
         model: any torch model. Layers that can be adapted: nn.Linear, nn.Conv1d/2d/3d and their transposes,
             transformers' Conv1D, nn.Embedding and EmbeddingBag, nn.Bilinear, nn.MultiheadAttention, nn.RNN, LSTM and
             GRU and their cells, and subclasses, parametrised ones included; linear layers with a quantised weight
-            (bitsandbytes, torchao, any module that acts like nn.Linear), which run on their own kernel and whose
+            (bitsandbytes, torchao, any module that acts like nn.Linear), whose own kernel runs and whose
             ``weight`` keeps reading as the quantised one; `plan` shows the others with the reason.
         targets: globs of layers to adapt.
         exclude: globs of layers to leave.
@@ -84,7 +84,7 @@ def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
     adapters: dict[str, Adapter] = {}
     siblings: dict[Any, Any] = {}
     for layer in plan.layers:
-        own = adapters[layer.shares] if layer.shares else build(layer, plan.config, siblings, start)
+        own = adapters[layer.shares] if layer.shares else build(layer, siblings, start)
         adapters[layer.path] = own
     record = _remember(model, plan)
     with uninterrupted():
@@ -92,23 +92,16 @@ def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
     return model
 
 
-def build(layer: PlannedLayer, config: Config, siblings: dict[Any, Any], start: bool = True) -> Adapter:
+def build(layer: PlannedLayer, siblings: dict[Any, Any], start: bool = True) -> Adapter:
     """The adapter of a planned layer, on its own weight; the layer is not changed.
 
     Args: siblings: what the adapters of the model share; start: False where the adapter is about to be loaded.
     """
     with at_hand(layer.module):
         weight = layer.weight
-        return Adapter(
+        return layer.adapter(
             weight,
-            method=config.method,
-            update=config.update,
-            rank=layer.rank,
-            init=config.init,
-            dropout=config.dropout,
-            dtype=layer.dtype or config.dtype or default_dtype(weight.dtype),
-            transposed=layer.transposed,
-            stacked=layer.stacked,
+            dtype=layer.dtype or layer.config.dtype or default_dtype(weight.dtype),
             name=layer.path,
             weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
             values=partial(kinds.dequantised, layer.module) if layer.quantisation else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,18 +97,24 @@ class PlannedLayer:
             return Way.EFFECTIVE if self.quantisation is None else Way.AROUND
         if isinstance(self.module, nn.Embedding):  # rows of W and of ΔW: no operator computes these
             return Way.BESIDE
+        stand_in = self.adapter(torch.empty(self.shape, device="meta"))
+        stand_in.train(training and self.drops)
+        return self.config.method.way(stand_in, convolution=isinstance(self.module, _ConvNd))
+
+    def adapter(self, weight: Tensor, **others: Any) -> Adapter:
+        """A new adapter of a weight as planned. Args: others: further arguments of `Adapter`."""
         c = self.config
-        stand_in = Adapter(
-            torch.empty(self.shape, device="meta"),
+        return Adapter(
+            weight,
             method=c.method,
             update=c.update,
             rank=self.rank,
             init=c.init,
             dropout=c.dropout,
             transposed=self.transposed,
+            stacked=self.stacked,
+            **others,
         )
-        stand_in.train(training and self.drops)
-        return c.method.way(stand_in, convolution=isinstance(self.module, _ConvNd))
 
     @property
     def drops(self) -> bool:
