@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._atomic_write import write_whole
 from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict
-from .methods import Init
+from .methods.adapter import DTYPES
 from .surgery import record
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
@@ -223,18 +223,12 @@ def _names(path: str, metadata: Mapping[str, str], key: str) -> tuple[str, ...]:
 
 def _config(path: str, value: dict[str, Any]) -> Config:
     try:
-        dtype = value["dtype"]
-        torch_dtype = None if dtype is None else getattr(torch, dtype)
-        config = Config.checked(**{**value, "init": None, "dtype": torch_dtype})
-        init = Init(**value["init"])  # files of older versions may hold options of it that their method does not read
-        config.method.refuse(init)
-        config.update.refuse(init.kind == "random")
-        return replace(config, init=init)
+        return Config.from_dict(value)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
 
 
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
     "layer": str,
     "parameter": str,

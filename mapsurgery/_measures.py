@@ -44,7 +44,7 @@ def measure(p: Parameters, W: Tensor, norm: Tensor, names: Sequence[str] = tuple
 
 def _of_matrix(p: Parameters, W: Tensor, norm: Tensor) -> dict[str, Tensor]:
     """All numbers, (E,), but the effective rank."""
-    matrix = p.matrix(W)
+    matrix = p.matrix.view(W)
     c = p.method.coefficients(p, lambda: matrix, norm)
     inner, update_squares = (t.double() for t in p.update.row_products(p, matrix))  # <W_i, ΔW_i>, ||ΔW_i||^2
     own = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)

@@ -11,60 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from . import ops
 from .methods import Adapter
+from .methods.known_scales import KnownScales
 from .surgery import record
 from .surgery.adapted import FusedConv, FusedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class KnownScales:
-    """What the operator map_scales gave for an adapter, and the tensors that it depends on.
-
-    Attributes: tensors: by name; marks: what changes with every write to them that torch counts.
-    """
-
-    def __init__(self, adapter: Adapter, values: ops.Scales) -> None:
-        own = {**adapter._parameters, **adapter._buffers}
-        self.values, self.norm = values, adapter.weight_norm
-        self.layer = adapter.layer_name or "an adapted layer"
-        self.tensors = {name: own[name] for name in adapter.own_tensors()}
-        self.marks = self._marks()
-
-    def _marks(self) -> dict[str, Any]:
-        return {
-            name: (0 if t.is_inference() else t._version, t.data_ptr())
-            for name, t in self.tensors.items()
-            if t is not None
-        }
-
-    def of(self, adapter: Adapter, norm: Tensor) -> ops.Scales | None:
-        """The values; None where other tensors stand for the adapter's (functional_call, replicas), and in graphs."""
-        if torch.compiler.is_compiling() or norm is not self.norm or self.replaced(adapter):
-            return None
-        return self.values
-
-    def replaced(self, adapter: Adapter) -> str | None:
-        """Name of a tensor that is no longer the adapter's."""
-        own, frozen = adapter._parameters, adapter._buffers
-        return next((n for n, t in self.tensors.items() if own.get(n) is not t and frozen.get(n) is not t), None)
-
-    def refuse_changed(self, adapter: Adapter) -> None:
-        """Raises RuntimeError if a tensor is another one, was written to or got other memory."""
-        marks = self._marks()
-        changed = next((name for name, mark in self.marks.items() if marks[name] != mark), self.replaced(adapter))
-        if changed is not None:
-            raise self.error(changed, "was changed")
-
-    def error(self, name: str, what: str) -> RuntimeError:
-        """What to say of a tensor that is not as it was."""
-        return RuntimeError(
-            f"{self.layer}: {name} of its adapter {what} inside mapsurgery.reuse_norms, whose norms are those of the "
-            "parameters at its start: leave the block before they change (optimizer.step, loading, rebalance), and "
-            "enter it anew"
-        )
-
 
 @contextmanager
 def reuse_norms(model: Model) -> Iterator[Model]:

@@ -290,7 +290,7 @@ class Diagonal(mapsurgery.Update):
         p.diagonal.fill_(1.0 if live else self.first)
 
     def delta(self, p) -> Tensor:
-        delta = p.diagonal.new_zeros(p.matrix_shape.m, p.matrix_shape.K)
+        delta = p.diagonal.new_zeros(p.matrix.m, p.matrix.K)
         return torch.diagonal_scatter(delta, p.diagonal)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import string
 
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mapsurgery
+from mapsurgery import Init
+from mapsurgery.surgery.config import Config
 from mapsurgery.surgery.globs import first_match, matches, nearest
 
 # Globs ---------------------------------------------------------------------------------------------------------------
@@ -163,6 +167,32 @@ def test_an_argument_that_is_no_pattern_is_named(operation, argument: str) -> No
         operation(net(), **{"targets": "*", argument: 3})
 
 
+@pytest.mark.parametrize("operation", [mapsurgery.plan, mapsurgery.patch], ids=["plan", "patch"])
+def test_an_option_that_does_not_exist_is_named_with_the_nearest(operation) -> None:
+    with pytest.raises(TypeError, match=f"{operation.__name__} has no option 'rnk'; the nearest that exist: rank"):
+        operation(net(), "*", rnk=2)
+    with pytest.raises(TypeError, match="no option 'qqqqq'; there are: targets, exclude, rank"):
+        operation(net(), "*", qqqqq=2)
+    with pytest.raises(TypeError, match="'targets'"):
+        operation(net())
+
+
+@pytest.mark.parametrize("operation", [mapsurgery.plan, mapsurgery.patch], ids=["plan", "patch"])
+def test_the_signature_and_the_docstring_show_every_option(operation) -> None:
+    shown = inspect.signature(operation).parameters
+    assert ["model", *inspect.signature(Config).parameters] == list(shown)
+    assert shown["rank"].default == 8 and shown["tied"].default == "share" and shown["method"].default == "map"
+    documented = inspect.getdoc(mapsurgery.patch) or ""
+    assert all(f"\n    {name}: " in documented for name in shown)
+
+
+def test_options_come_back_from_what_a_file_holds() -> None:
+    model = net()
+    options = {"rank": 3, "rank_pattern": {"head": 2}, "init": Init(beta=0.3), "dtype": torch.float64, "train": "stem"}
+    config = mapsurgery.plan(model, ["body", "head"], update="lokr", dropout=0.1, **options).config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_a_pattern_of_ranks_that_is_no_string_is_named() -> None:
     with pytest.raises(TypeError, match="rank_pattern"):
         mapsurgery.plan(net(), "*", rank_pattern={3: 2})
@@ -274,7 +304,7 @@ def test_one_module_under_two_names_is_one_layer_reported_under_both() -> None:
     assert [layer.paths for layer in plan.layers] == [("first", "alias")]
     assert "first = alias" in str(plan)
     mapsurgery.patch(model, "*", rank=2)
-    assert model.alias is model.first and len(list(model.first.adapter.named_parameters())) == 5
+    assert model.alias is model.first and len(list(model.first.adapter.named_parameters())) == 4
 
 
 def test_a_tied_weight_is_noted() -> None:

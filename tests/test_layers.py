@@ -33,7 +33,7 @@ def test_the_cases_cover_both_execution_spaces_of_each_convolution() -> None:
 
 @every_layer
 def test_plan_names_the_execution_path(case: Case) -> None:
-    assert mapsurgery.plan(case.make(), "*").layers[0].path_kind == ("fused" if case.fused else "weight")
+    assert mapsurgery.plan(case.make(), "*").layers[0].way == ("fused" if case.fused else "effective")
 
 
 @every_layer
@@ -328,7 +328,7 @@ def test_backward_of_a_fused_layer_keeps_nothing_of_the_weights_or_the_outputs_s
     _, adapted, x = patched_case(case)
     x = x.requires_grad_()
     y = adapted(x)
-    m, K = adapted.adapter.matrix(adapted.get_parameter("weight")).shape
+    m, K = adapted.adapter.matrix.view(adapted.get_parameter("weight")).shape
     rank = adapted.adapter.rank
     allowed = {x.shape, (rank, rank), (1,), (3,)}
     for t in _saved(adapted, x).values():

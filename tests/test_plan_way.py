@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import mapsurgery
 from mapsurgery.updates import REGISTRY
 
-# A layer, its input, the operator that methods are fused in, and those of torch that make the output.
+# A layer, its input, the operator that it is fused in, and those of torch that make the output.
 _PRODUCTS, _CONVOLUTION = ("aten::mm", "aten::addmm"), ("aten::convolution",)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str, tuple[str, ...]]] = {
     "linear": (lambda: nn.Linear(24, 20), lambda: torch.randn(3, 24), "lowrank_linear", _PRODUCTS),
@@ -52,7 +52,7 @@ def _way_of_a_call(layer: nn.Module, x: Tensor, fused: str, products: tuple[str,
     assert operators.run & {f"mapsurgery::{fused}", *products}
     if f"mapsurgery::{fused}" in operators.run:
         return "fused"
-    return "beside" if operators.on_base & set(products) else "weight"
+    return "beside" if operators.on_base & set(products) else "effective"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -65,18 +65,18 @@ def test_the_way_of_a_layer_is_the_one_that_it_then_goes(kind: str, method: str,
     layer, options = make(), {"rank": 2, "method": method, "update": update, "dropout": dropout}
     (planned,) = mapsurgery.plan(layer, "*", **options).layers
     to_generic_point(mapsurgery.patch(layer, "*", **options))
-    assert planned.path_kind == _way_of_a_call(layer.train(), x(), fused, products)
-    assert planned.path_kind_in_eval == _way_of_a_call(layer.eval(), x(), fused, products)
+    assert planned.way == _way_of_a_call(layer.train(), x(), fused, products)
+    assert planned.way_in_eval == _way_of_a_call(layer.eval(), x(), fused, products)
 
 
 def test_the_cases_see_every_way() -> None:
     model = nn.ModuleDict({kind: make() for kind, (make, *_) in LAYERS.items()})
-    others = {"embedding": "beside", "transposed": "weight"}
-    fused = {layer.path: layer.path_kind for layer in mapsurgery.plan(model, "*", rank=2).layers}
-    assert fused == dict.fromkeys(LAYERS, "fused") | others
-    beside = ("linear", "transformers_conv1d", "embedding")
-    plain = {layer.path: layer.path_kind for layer in mapsurgery.plan(model, "*", rank=2, update="dense").layers}
-    assert plain == dict.fromkeys(LAYERS, "weight") | dict.fromkeys(beside, "beside")
+    others = {"embedding": "beside", "transposed": "effective"}
+    for method in ("map", "lora", "dora"):
+        fused = {layer.path: layer.way for layer in mapsurgery.plan(model, "*", rank=2, method=method).layers}
+        assert fused == dict.fromkeys(LAYERS, "fused") | others
+    dense = {layer.path: layer.way for layer in mapsurgery.plan(model, "*", rank=2, update="dense").layers}
+    assert dense == dict.fromkeys(LAYERS, "beside") | others | {"conv": "effective", "depthwise": "effective"}
 
 
 def _ways_in(table: str) -> dict[str, str]:
@@ -92,14 +92,9 @@ def _ways_in(table: str) -> dict[str, str]:
 def test_the_table_says_the_way_in_words() -> None:
     model = nn.ModuleDict({kind: make() for kind, (make, *_) in LAYERS.items()})
     ways = _ways_in(mapsurgery.plan(model, "*", rank=2, update="lokr").table())
-    assert ways["linear"] == ways["embedding"] == "beside W" and ways["conv"] == ways["transposed"] == "on W'"
+    assert ways["linear"] == ways["embedding"] == "beside" and ways["conv"] == ways["transposed"] == "effective"
     ways = _ways_in(mapsurgery.plan(model, "*", rank=2, dropout=0.1).table())
-    assert ways["linear"] == "beside W, in eval mode fused" and ways["embedding"] == "beside W"
-
-
-def test_convolutions_alike_but_for_their_groups_have_rows_of_their_own() -> None:
-    alike = nn.ModuleList([nn.Conv1d(1, 8, 3), nn.Conv1d(8, 8, 3, groups=8)])
-    assert mapsurgery.plan(alike, "*", update="dense").table().count("Conv1d") == 2
+    assert ways["linear"] == "beside, in eval mode fused" and ways["embedding"] == "beside"
 
 
 @pytest.mark.parametrize("update", REGISTRY)
@@ -107,8 +102,8 @@ def test_the_way_is_known_of_layers_without_values(update: str) -> None:
     (on_meta,) = mapsurgery.plan(nn.Linear(24, 20, device="meta"), "*", rank=2, update=update).layers
     with FakeTensorMode():
         (fake,) = mapsurgery.plan(nn.Linear(24, 20), "*", rank=2, update=update).layers
-        assert fake.path_kind == on_meta.path_kind
-    assert on_meta.path_kind in ("fused", "beside")
+        assert fake.way == on_meta.way
+    assert on_meta.way in ("fused", "beside")
 
 
 def test_a_subclass_of_linear_with_groups_of_its_own_is_no_convolution() -> None:
@@ -116,4 +111,4 @@ def test_a_subclass_of_linear_with_groups_of_its_own_is_no_convolution() -> None
         groups = 4
 
     (planned,) = mapsurgery.plan(Grouped(24, 20), "*", rank=2, update="dense").layers
-    assert planned.path_kind == "beside"
+    assert planned.way == "beside"

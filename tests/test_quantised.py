@@ -208,8 +208,8 @@ def test_the_plan_says_how_it_runs(case: Case) -> None:
     plan = mapsurgery.plan(case.built(), "*", rank=4)
     assert [layer.path for layer in plan.layers] == ["0", "1"] and not plan.skipped
     layer = plan.layers[1]
-    assert layer.path_kind == "base" and layer.shape == (M, K) and layer.trainable == 4 * (M + K) + 2
-    assert "quantised" in str(plan) and "runs on its own kernel" in str(plan)
+    assert layer.way == "around" and layer.shape == (M, K) and layer.trainable == 4 * (M + K) + 2
+    assert "quantised" in str(plan) and "around" in str(plan)
 
 
 @pytest.mark.parametrize("init", STARTS, ids=start_name)

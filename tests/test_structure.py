@@ -6,7 +6,6 @@ import ast
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,10 +20,16 @@ FLOORS = (
     ("ops",),
     ("updates",),
     ("methods",),
-    ("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
-    ("surgery.adapted", "surgery.layers", "surgery.quantised", "surgery.quantised.kinds", "surgery.quantised.layer"),
+    (
+        *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
+        *("surgery.sharded", "surgery.offloaded"),
+    ),
+    (
+        *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing"),
+        *("surgery.quantised", "surgery.quantised.kinds", "surgery.quantised.layer", "surgery.quantised.merged"),
+    ),
     ("surgery.config", "surgery.planned", "surgery.plan", "surgery.plan_table", "surgery.ties"),
-    ("surgery.attach", "surgery.record", "surgery.patch", "surgery.merge", "surgery.quantised.merged"),
+    ("surgery.record", "surgery.undo", "surgery.patch", "surgery.merge"),
     (
         *("_adapter_file", "_state_dict", "_report", "_measures", "_track", "_history", "_verify", "_export", "_optim"),
         *("_rank_allocator", "reuse", "plots"),
@@ -39,23 +44,11 @@ PATHS = {
 }
 
 
-def _type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
-def _nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Everything that runs, what stands inside functions included."""
-    yield node
-    children = node.orelse if _type_checking(node) else ast.iter_child_nodes(node)
-    for child in children:
-        yield from _nodes(child)
-
-
 def _imports(name: str) -> set[str]:
-    """The modules of the package that a module imports."""
+    """The modules of the package that a module imports, inside functions and for types alone included."""
     found: set[str] = set()
     package = name if PATHS[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in _nodes(ast.parse(PATHS[name].read_text())):
+    for node in ast.walk(ast.parse(PATHS[name].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("mapsurgery").lstrip(".") for alias in node.names if _ours(alias.name)}
         elif isinstance(node, ast.ImportFrom):
@@ -95,6 +88,19 @@ def test_every_module_imports_only_what_stands_below_it() -> None:
 
 def test_there_is_no_circle() -> None:
     TopologicalSorter({name: _imports(name) - {name} for name in PATHS}).prepare()  # raises CycleError with its names
+
+
+def test_no_import_within_the_package_waits_in_a_function() -> None:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    waiting = {
+        name or "mapsurgery"
+        for name, path in PATHS.items()
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, functions)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.level or _ours(node.module or ""))
+    }
+    assert not waiting
 
 
 def test_nothing_inside_imports_the_package_itself() -> None:

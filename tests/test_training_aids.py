@@ -154,9 +154,9 @@ def test_ranks_by_layer_reach_the_parameters_the_report_and_the_file(update: str
     family = record.adapters_of(model)["stem"].update
     for path, asked in {"stem": 2, "body.0": 3, "body.2": 1, "head": 99}.items():
         adapter = record.adapters_of(model)[path]
-        expected = family.limited(asked, adapter.matrix_shape)
+        expected = family.limited(asked, adapter.matrix)
         assert adapter.rank == expected
-        shapes = family.shapes(adapter.matrix_shape, expected)
+        shapes = family.shapes(adapter.matrix, expected)
         assert {name: tuple(getattr(adapter, name).shape) for name in shapes} == shapes
     train_steps(model, image())
     assert {path: layer["rank"] for path, layer in mapsurgery.report(model).layers.items()} == {

@@ -10,11 +10,11 @@ from typing import Any
 
 from ..named import parse, register
 from .adapter import Adapter
+from .base import Coefficients, Method, Way
 from .dora import Dora
 from .init import Init
 from .lora import Lora
 from .map import Map
-from .method import Coefficients, Method
 
 __all__ = [
     "METHODS",
@@ -25,6 +25,7 @@ __all__ = [
     "Lora",
     "Map",
     "Method",
+    "Way",
     "find_method",
     "register_method",
 ]

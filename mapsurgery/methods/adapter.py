@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
 from ..updates import Matrix, Update
+from .base import Method
 from .init import Init
+from .known_scales import KnownScales
 from .sharded import is_gathered, is_shard
 
-if TYPE_CHECKING:
-    from .method import Method
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Those that weights and adapters may have."""
 
 
 def check_dropout(dropout: Any) -> None:
@@ -35,22 +36,9 @@ def check_rank(rank: Any, name: str = "rank", limit: int | None = None) -> None:
         raise ValueError(f"{name} must be at most {limit} in this layer, got {rank}")
 
 
-def matrix_shape(shape: Sequence[int], transposed: bool = False, stacked: bool = False) -> tuple[int, int]:
-    """(m, K) of a weight of this shape, or of each matrix of a stack."""
-    m = shape[1] if transposed or stacked else shape[0]
-    return m, math.prod(shape) // (m * (shape[0] if stacked else 1))
-
-
 def frobenius_norms(weight: Tensor, stacked: bool = False) -> float | list[float]:
     """||W||_F, or one for each matrix of a stack."""
     return [ops.frobenius_norm(matrix) for matrix in weight] if stacked else ops.frobenius_norm(weight)
-
-
-def matrix_of(shape: Sequence[int], transposed: bool = False, stacked: bool = False) -> Matrix:
-    """A weight's shape as update families see it."""
-    m, K = matrix_shape(shape, transposed, stacked)
-    kernel = () if transposed or stacked else tuple(shape[2:])
-    return Matrix(m, K, (shape[0],) if stacked else (), kernel)
 
 
 class Adapter(nn.Module):
@@ -78,6 +66,7 @@ class Adapter(nn.Module):
         ValueError: the weight holds NaN or infinity, or the family cannot start from it.
 
     Attributes:
+        matrix: the weight as update families see it, and how to view it so.
         weight_norm: (1,) or (E,), ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
             No buffer: it is taken of the base, and is in no state_dict.
         computed: W is the result of a parametrisation or hook, which each call computes anew, norm included.
@@ -108,14 +97,14 @@ class Adapter(nn.Module):
         start: bool = True,
     ) -> None:
         super().__init__()
-        self.shape = weight.shape
+        self.shape, self.matrix = weight.shape, Matrix.of(weight.shape, transposed, stacked)
         self.method, self.update = method, update
         self.rank, self.init, self.dropout = rank, init, dropout
         self.transposed, self.stacked = transposed, stacked
         self.layer_name = name
         self.scaling = method.scaling(rank)
         self.enabled = True
-        self.scales: Any = None
+        self.scales: KnownScales | None = None
         self.watch: Any = None
         self.computed = not isinstance(weight, nn.Parameter)
         self.pending = weight.is_meta
@@ -126,14 +115,14 @@ class Adapter(nn.Module):
         self._create({"device": weight.device, "dtype": dtype})
         if not self.pending:
             self.take_norm(weight, weight_norm)
-            known = values or (lambda: self.matrix(weight.detach()))
+            known = values or (lambda: self.matrix.view(weight.detach()))
             self.method.remember(self, known)
             self._start(known) if start else self._zero()
 
     def _create(self, place: dict[str, Any]) -> None:
         """Register the adapter's own tensors, not yet set; `place` is their device and dtype."""
-        shapes = self.update.shapes(self.matrix_shape, self.rank)
-        own_shapes = self.method.shapes(self.matrix_shape)
+        shapes = self.update.shapes(self.matrix, self.rank)
+        own_shapes = self.method.shapes(self.matrix)
         self._refuse_taken([*shapes, *own_shapes])
         for name, shape in shapes.items():
             value = torch.empty(shape, **place)
@@ -141,7 +130,7 @@ class Adapter(nn.Module):
             self.register_parameter(name, nn.Parameter(value, requires_grad=name not in self.update.frozen))
         for name, shape in own_shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **place)))
-        for name, parameter in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
+        for name, parameter in self.update.shared(self.matrix, self.rank, place, self._siblings).items():
             self.register_parameter(name, parameter)
         own = {**self.update.roles, **self.method.roles}
         self.roles = {name: role for name, role in own.items() if name in self._parameters}
@@ -195,7 +184,7 @@ class Adapter(nn.Module):
         def compute(weight: Tensor, *values: Tensor) -> Tensor:
             return self.method.effective_weight(now._holding(dict(zip(names, values, strict=True))), weight, norm)
 
-        return ops.lazy(weight, compute, weight, *(getattr(self, name) for name in names))
+        return ops.when_read(weight, compute, weight, *(getattr(self, name) for name in names))
 
     def _holding(self, tensors: dict[str, Tensor]) -> Adapter:
         """The adapter with other tensors for its parameters: W' is computed of what autograd was given.
@@ -233,11 +222,6 @@ class Adapter(nn.Module):
         """Names of what a file holds of the adapter: its parameters, and frozen tensors of the update family."""
         return (*self.roles, *self.update.frozen)
 
-    @property
-    def matrix_shape(self) -> Matrix:
-        """The weight's shape as update families see it."""
-        return matrix_of(self.shape, self.transposed, self.stacked)
-
     def unit(self) -> Tensor:
         """(1,) or (E,): ||W||_F, by which some families scale ΔW; 1 where it is 0 or the start is not of W's size."""
         if self.init.a_scale != "weight":
@@ -248,18 +232,14 @@ class Adapter(nn.Module):
         """(1,) or (E,): root mean square that the entries of ΔW's first derivative are to have; None: LoRA's own."""
         if self.init.a_scale != "weight":
             return None
-        shape = self.matrix_shape
-        lora = torch.full_like(self.weight_norm, (3 * shape.K) ** -0.5)
-        return torch.where(self.weight_norm > 0, self.weight_norm * (shape.m * shape.K) ** -0.5, lora)
+        m, K = self.matrix.m, self.matrix.K
+        lora = torch.full_like(self.weight_norm, (3 * K) ** -0.5)
+        return torch.where(self.weight_norm > 0, self.weight_norm * (m * K) ** -0.5, lora)
 
     @property
     def matrices(self) -> int:
         """How many matrices are adapted one by one: 1, or those of a stack."""
         return self.shape[0] if self.stacked else 1
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The weight (or a tensor of its shape) as (m, K), a stack as (E, m, K): a view where strides allow."""
-        return weight.t() if self.transposed else weight.flatten(2 if self.stacked else 1)
 
     def _tell_watch(self) -> None:
         """The adapter runs without autograd."""
@@ -303,8 +283,8 @@ class Adapter(nn.Module):
         if torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0):
             self.weight_norm = before.to(weight.device)
         elif rescale:
-            self.method.norm_changed(self, before.to(weight.device), lambda: self.matrix(weight.detach()))
-        self.method.remember(self, lambda: self.matrix(weight.detach()))
+            self.method.norm_changed(self, before.to(weight.device), lambda: self.matrix.view(weight.detach()))
+        self.method.remember(self, lambda: self.matrix.view(weight.detach()))
 
     def take_norm(self, weight: Tensor, norm: float | Sequence[float] | None = None) -> None:
         """Set ||W||_F, measured here unless given. Under FakeTensorMode there is nothing to measure.
@@ -337,7 +317,7 @@ class Adapter(nn.Module):
             self._measure_again(weight, rescale=not with_adapter)
         elif with_adapter:
             self.take_norm(weight)
-            self.method.remember(self, lambda: self.matrix(weight.detach()))
+            self.method.remember(self, lambda: self.matrix.view(weight.detach()))
         else:
             self.weight_arrived(weight)
 
@@ -355,8 +335,8 @@ class Adapter(nn.Module):
             )
         self.take_norm(weight)
         self._materialise(weight.device)
-        self.method.remember(self, lambda: self.matrix(weight.detach()))
-        self._start(lambda: self.matrix(weight.detach()))
+        self.method.remember(self, lambda: self.matrix.view(weight.detach()))
+        self._start(lambda: self.matrix.view(weight.detach()))
         self.pending = False
 
     def _materialise(self, device: torch.device) -> None:
@@ -367,7 +347,7 @@ class Adapter(nn.Module):
             if tensor.is_meta:
                 fresh = torch.empty_like(tensor, device=device)
                 setattr(self, name, nn.Parameter(fresh, requires_grad=tensor.requires_grad))
-        for name, drawn in self.update.shared(self.matrix_shape, self.rank, place, self._siblings).items():
+        for name, drawn in self.update.shared(self.matrix, self.rank, place, self._siblings).items():
             setattr(self, name, drawn)  # also where `to_empty` gave it memory: it has no numbers, and is shared no more
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:

@@ -12,9 +12,8 @@ from torch import Tensor
 from .. import ops
 from ..named import flags
 from ..updates import Matrix
-from ..updates.base import Parameters
+from .base import Coefficients, Parameters, put_matrix
 from .lora import Lora
-from .method import Coefficients, put_matrix
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Dora(Lora):
         return ops.safe_sqrt(square), own == 0
 
     def merge_into(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
-        matrix = p.matrix(weight)
+        matrix = p.matrix.view(weight)
         rows, empty = self.coefficients(p, lambda: matrix, norm).rows, _lengths(matrix) == 0
         super().merge_into(p, weight, norm)
         p.__dict__["_merged_rows"] = rows, empty  # neither can be told from W'
@@ -82,7 +81,7 @@ class Dora(Lora):
     def recoverable(self, p: Parameters, W: Tensor | None, norm: Tensor) -> bool:
         if W is None:
             return bool(p.__dict__["_merged_rows"][0].all())
-        rows = self.coefficients(p, lambda: p.matrix(W), norm).rows
+        rows = self.coefficients(p, lambda: p.matrix.view(W), norm).rows
         return rows is not None and bool(rows.all())
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:

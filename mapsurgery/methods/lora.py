@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..named import flags, positive
-from ..updates.base import Parameters
-from .method import Coefficients, Method
+from .base import Coefficients, Method, Parameters
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from .. import ops
 from ..named import flags
 from ..ops.operators import magnitudes
 from ..updates import Matrix
-from ..updates.base import Parameters
+from .base import Coefficients, Method, Parameters, Settings, drops
 from .init import Init
-from .method import Coefficients, Method, Settings, drops
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Map(Method):
         if factors is None:
             return super().linear(p, x, bias, W, norm)
         A, B = factors
-        matrix, init, scales = W.t() if p.transposed else W, p.init, p.scales and p.scales.of(p, norm)
+        matrix, init, scales = W.t() if p.transposed else W, p.init, p.scales and p.scales.of(p, x, norm)
         return ops.map_linear(x, matrix, bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, scales)
 
     def conv(
@@ -104,7 +103,7 @@ class Map(Method):
         if factors is None:
             return super().conv(p, x, bias, settings, W, norm)
         A, B = factors
-        init, scales = p.init, p.scales and p.scales.of(p, norm)
+        init, scales = p.init, p.scales and p.scales.of(p, x, norm)
         return ops.map_conv(x, W, bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, *settings, scales)
 
     def recoverable(self, p: Parameters, W: Tensor | None, norm: Tensor) -> bool:
@@ -124,6 +123,6 @@ def _scales_of(p: Parameters, norm: Tensor) -> tuple[Tensor, Tensor]:
     acc = length.dtype
     wide = acc if torch.compiler.is_exporting() else torch.float64  # no float64 in an exported graph
     size = p.update.size(p).to(wide) if p.init.tau == 0 else None
-    scalars = (t.to(wide) for t in (p.alpha, p.beta, norm))
-    s_w, s_d, *_ = magnitudes(length.to(wide).square(), size, *scalars, p.init.tau, p.init.relative)
+    length, alpha, beta, norm = (t.to(wide) for t in (length, p.alpha, p.beta, norm))
+    s_w, s_d, *_ = magnitudes(length.square(), size, alpha, beta, norm, p.init.tau, p.init.relative)
     return s_w.to(acc), s_d.to(acc)

@@ -208,7 +208,7 @@ def _lazy(function: Callable[..., Tensor], like: Tensor, tensors: tuple[Tensor, 
     return LazyWeight(like.detach(), compute)
 
 
-def lazy(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def when_read(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """function(*tensors), computed when it is first read; differentiable by the function's own autograd.
 
     Args: like has the shape, strides, dtype and device of the result.

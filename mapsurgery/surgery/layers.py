@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..methods.adapter import DTYPES
 from .adapted import (
     AdaptedLayer,
     AdaptedRaw,
@@ -25,8 +26,6 @@ from .adapted import (
 from .computed import find_hook
 from .paths import child_name
 from .quantised import kinds
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..methods import Adapter, Init, Method
-from ..updates import Update
+from ..methods import Adapter
 from . import cut_graphs, record, resizing
 from .adapted import AdaptedLayer
 from .attach import attach, detach
-from .config import Config, Patterns
+from .config import Config, takes_options
 from .interrupts import uninterrupted
 from .layers import weight_of
 from .offloaded import at_hand
@@ -29,22 +28,8 @@ from .record import Record
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(
-    model: Model,
-    targets: Patterns,
-    *,
-    exclude: Patterns = (),
-    rank: int = 8,
-    rank_pattern: Mapping[str, int] | None = None,
-    method: str | Method = "map",
-    update: str | Update = "lora",
-    init: str | Init | None = None,
-    dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
-    train: Patterns = (),
-    parameters: Patterns = (),
-    tied: str = "share",
-) -> Model:
+@takes_options
+def patch(model: Model, config: Config) -> Model:
     """Adapt layers of a model in place with MAP: W' = alpha W/||W||_F + beta BA/||BA||_F (arXiv 2505.23094).
 
     A layer is a target when its own dotted path or that of a module which contains it matches one of the globs
@@ -86,21 +71,7 @@ def patch(
             only what cannot be adapted (the reasons are), a model that is patched already, NaN in a weight. The model
             is then as it was.
     """
-    config = Config.checked(
-        targets,
-        exclude=exclude,
-        rank=rank,
-        rank_pattern=rank_pattern,
-        method=method,
-        update=update,
-        init=init,
-        dropout=dropout,
-        dtype=dtype,
-        train=train,
-        parameters=parameters,
-        tied=tied,
-    )
-    root = unwrapped(model) if isinstance(model, nn.Module) else model
+    root = unwrapped(model)
     apply_plan(root, make_plan(root, config))
     return model
 

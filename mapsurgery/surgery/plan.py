@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from ..methods import Init, Method
-from ..updates import Update
 from .adapted import AdaptedLayer
-from .config import Config, Patterns
+from .config import Config, takes_options
 from .globs import first_match, matches, nearest
 from .layers import find_type, weight_of, why_not
 from .paths import module_paths, site_paths, unwrapped
@@ -74,22 +71,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(
-    model: nn.Module,
-    targets: Patterns,
-    *,
-    exclude: Patterns = (),
-    rank: int = 8,
-    rank_pattern: Mapping[str, int] | None = None,
-    method: str | Method = "map",
-    update: str | Update = "lora",
-    init: str | Init | None = None,
-    dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
-    train: Patterns = (),
-    parameters: Patterns = (),
-    tied: str = "share",
-) -> Plan:
+@takes_options
+def plan(model: nn.Module, config: Config) -> Plan:
     """Dry run of `patch`: the same arguments, the same errors about names, and nothing touched.
 
     Returns:
@@ -98,27 +81,11 @@ def plan(
     Raises:
         TypeError, ValueError: see `patch`. What takes reading the weights (NaN) is found by `patch` alone.
     """
-    config = Config.checked(
-        targets,
-        exclude=exclude,
-        rank=rank,
-        rank_pattern=rank_pattern,
-        method=method,
-        update=update,
-        init=init,
-        dropout=dropout,
-        dtype=dtype,
-        train=train,
-        parameters=parameters,
-        tied=tied,
-    )
-    return make_plan(unwrapped(model) if isinstance(model, nn.Module) else model, config)
+    return make_plan(unwrapped(model), config)
 
 
 def make_plan(model: nn.Module, config: Config) -> Plan:
     """The plan for checked arguments."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = module_paths(model)
     _refuse_patched(modules)
     if not any(True for _ in model.parameters()) and not any(map(kinds.kind_of, modules)):
@@ -254,9 +221,9 @@ def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
     if layer.stacked:
         notes.append(f"{layer.matrices} matrices, adapted one by one")
     if layer.quantisation is not None:
-        return (*notes, f"quantised ({layer.quantisation.name}): runs on its own kernel")
-    if not layer.replaced:
-        notes.append("own forward, runs on W'")
+        return (*notes, f"quantised ({layer.quantisation.name})")
+    if layer.own_forward:
+        notes.append("own forward")
     if config.dropout and not layer.drops:
         notes.append("no dropout")
     if not isinstance(weight, nn.Parameter):

@@ -32,7 +32,7 @@ def _grouped(layers: tuple[PlannedLayer, ...], full: bool) -> list[list[PlannedL
     groups: dict[Any, list[PlannedLayer]] = {}
     for i, layer in enumerate(layers):
         alike = (_family(layer.path), layer.type_name, layer.shape, layer.rank, layer.pattern, len(layer.paths))
-        notes = (layer.shares is None, layer.groups, tuple(_family(note) for note in layer.notes))
+        notes = (layer.shares is None, tuple(_family(note) for note in layer.notes))
         key = i if full else (*alike, *notes)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
@@ -46,13 +46,9 @@ def _row(group: list[PlannedLayer]) -> list[object]:
     notes = "; ".join([*also, *first.notes])
     shape = "x".join(map(str, first.shape))
     trainable = sum(layer.trainable for layer in group)
-    way, in_eval = _WAYS[first.path_kind], _WAYS[first.path_kind_in_eval]
-    way = way if way == in_eval else f"{way}, in eval mode {in_eval}"
+    in_training, in_eval = first.way, first.way_in_eval
+    way = in_training if in_training is in_eval else f"{in_training}, in eval mode {in_eval}"
     return [name + aliases, len(group), first.type_name, shape, way, first.rank, trainable, first.pattern, notes]
-
-
-_WAYS = {"fused": "fused", "beside": "beside W", "weight": "on W'", "base": "own kernel"}
-"""How a layer is computed, as docs/layers.md calls it."""
 
 
 def _grouped_skips(skipped: tuple[SkippedModule, ...], full: bool) -> list[list[SkippedModule]]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..methods import Adapter
-from ..methods.adapter import frobenius_norms, matrix_of
+from ..methods import Adapter, Way
+from ..methods.adapter import frobenius_norms
 from ..updates import Matrix
 from .config import Config
 from .layers import LayerType, find_type, mixin_of, weight_of
@@ -28,16 +28,12 @@ class PlannedLayer:
             others; the first is the one used in files.
         layer_type: entry of the table of layer types; None for a raw parameter of any other module.
         shape: of the parameter, as the layer holds it.
-        matrix: its shape as an adapter sees it, (m, K); of each matrix of a stack.
-        stacked: it is a stack (E, m, K) of matrices that are adapted one by one.
+        matrix: as an adapter sees it, (m, K), or a stack of such that are adapted one by one.
         rank: after the limit of the update family, in most min(m, K); requested_rank before.
         trainable: number of parameters that the adapter trains; 0 where the adapter is another layer's.
         pattern: the first pattern that took it.
         config: the arguments of the plan.
-        replaced: the layer's forward is to be one of ours; else its own runs on W', or on a quantised W.
-        groups: of a convolution whose forward is replaced.
-        path_kind: how it trains: "fused", on the operators; "beside", with products of W and ΔW in plain torch;
-            "weight", on W'; "base", where the layer's own forward runs on a quantised W.
+        own_forward: the layer's own forward runs, on W' or on a quantised W; else one of ours does.
         shares: the name under which the adapter of a tied parameter is built already.
         weight_norm, dtype: ||W||_F and the adapter's dtype where a file gives them; else measured and by `Config`.
     """
@@ -48,13 +44,11 @@ class PlannedLayer:
     layer_type: LayerType | None
     shape: tuple[int, ...]
     matrix: Matrix
-    stacked: bool
     rank: int
     requested_rank: int
     pattern: str
     config: Config = field(repr=False, compare=False)
-    replaced: bool
-    groups: int | None
+    own_forward: bool
     trainable: int = 0
     notes: tuple[str, ...] = ()
     shares: str | None = None
@@ -71,7 +65,11 @@ class PlannedLayer:
 
     @property
     def transposed(self) -> bool:
-        return self.layer_type is not None and self.layer_type.transposed
+        return self.matrix.transposed
+
+    @property
+    def stacked(self) -> bool:
+        return bool(self.matrix.stack)
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -79,19 +77,20 @@ class PlannedLayer:
         return kinds.kind_of(self.module) if self.parameter == "weight" else None
 
     @property
-    def path_kind(self) -> str:
+    def way(self) -> Way:
+        """How it computes in training."""
         return self._way(training=True)
 
     @property
-    def path_kind_in_eval(self) -> str:
-        """As `path_kind`, in eval mode: without dropout."""
+    def way_in_eval(self) -> Way:
+        """How it computes in eval mode, where nothing is dropped."""
         return self._way(training=False)
 
-    def _way(self, training: bool) -> str:
-        if not self.replaced:
-            return "weight" if self.quantisation is None else "base"
+    def _way(self, training: bool) -> Way:
+        if self.own_forward:
+            return Way.EFFECTIVE if self.quantisation is None else Way.AROUND
         if isinstance(self.module, nn.Embedding):  # rows of W and of ΔW: no operator computes these
-            return "beside"
+            return Way.BESIDE
         c = self.config
         stand_in = Adapter(
             torch.empty(self.shape, device="meta"),
@@ -103,16 +102,16 @@ class PlannedLayer:
             transposed=self.transposed,
         )
         stand_in.train(training and self.drops)
-        return c.method.way(stand_in, self.groups)
+        return c.method.way(stand_in, convolution=isinstance(self.module, _ConvNd))
 
     @property
     def drops(self) -> bool:
         """Whether dropout applies: where the update has an input of numbers, and the forward is not the layer's."""
-        return (self.replaced or self.quantisation is not None) and not isinstance(self.module, nn.Embedding)
+        return (not self.own_forward or self.quantisation is not None) and not isinstance(self.module, nn.Embedding)
 
     @property
     def matrices(self) -> int:
-        return self.shape[0] if self.stacked else 1
+        return math.prod(self.matrix.stack)
 
 
 @dataclass(frozen=True)
@@ -138,23 +137,31 @@ def planned_layer(
     weight = weight_of(module, name)
     assert weight is not None
     stacked = layer_type is None and weight.dim() == 3
-    matrix = matrix_of(weight.shape, layer_type is not None and layer_type.transposed, stacked)
+    matrix = Matrix.of(weight.shape, layer_type is not None and layer_type.transposed, stacked)
     rank = config.update.limited(asked, matrix)
     shapes = parameter_shapes(config, matrix, rank)
-    trainable = sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed())
-    shape = tuple(weight.shape)
-    replaced = _is_replaced(module, name, layer_type)
-    groups = module.groups if replaced and isinstance(module, _ConvNd) else None
-    own = (layer_type, shape, matrix, stacked, rank, asked, pattern, config, replaced, groups, trainable)
-    return PlannedLayer(module, name, sites, *own)
+    return PlannedLayer(
+        module=module,
+        parameter=name,
+        paths=sites,
+        layer_type=layer_type,
+        shape=tuple(weight.shape),
+        matrix=matrix,
+        rank=rank,
+        requested_rank=asked,
+        pattern=pattern,
+        config=config,
+        own_forward=_runs_own_forward(module, name, layer_type),
+        trainable=sum(math.prod(shape) for n, shape in shapes.items() if n not in config.method.fixed()),
+    )
 
 
-def _is_replaced(module: nn.Module, name: str, layer_type: LayerType | None) -> bool:
-    """Whether the forward of a layer is to be one of ours."""
+def _runs_own_forward(module: nn.Module, name: str, layer_type: LayerType | None) -> bool:
+    """Whether a layer keeps its own forward while it is adapted."""
     if layer_type is None or (name == "weight" and kinds.kind_of(module) is not None):
-        return False
-    fused = mixin_of(type(module), (name,)) is layer_type.fused
-    return fused and not getattr(module, "scale_grad_by_freq", False)
+        return True
+    own = mixin_of(type(module), (name,)) is not layer_type.fused
+    return own or getattr(module, "scale_grad_by_freq", False)
 
 
 def parameter_shapes(config: Config, matrix: Matrix, rank: int, frozen: bool = False) -> dict[str, tuple[int, ...]]:

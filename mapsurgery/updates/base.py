@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,20 +13,14 @@ from torch.nn import functional as F
 
 from .. import ops
 
-if TYPE_CHECKING:
-    from ..methods import Init
-    from ..reuse import KnownScales
-
 
 class Parameters(Protocol):
-    """What update families and methods read of an adapter (`mapsurgery.methods.Adapter`).
+    """What update families read of an adapter (`mapsurgery.methods.Adapter`).
 
-    Its other attributes are the family's and the method's own tensors, by their names.
+    Its other attributes are the family's and the method's own tensors, by their names, and what methods read.
     """
 
-    update: Any
-    method: Any
-    init: Init
+    update: Update
     roles: dict[str, str]
     rank: int
     scaling: float
@@ -35,11 +29,8 @@ class Parameters(Protocol):
     transposed: bool
     stacked: bool
     shape: torch.Size
+    matrix: Matrix
     weight_norm: Tensor
-    scales: KnownScales | None
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as (m, K), or a stack as (E, m, K)."""
 
     def unit(self) -> Tensor:
         """(1,) or (E,): ‖W‖_F, by which some families scale ΔW."""
@@ -52,18 +43,32 @@ class Parameters(Protocol):
 
 @dataclass(frozen=True)
 class Matrix:
-    """The shape of a weight as an adapter sees it.
+    """A weight as an adapter sees it: one matrix (m, K), or a stack of such.
 
     Attributes:
         m, K: outputs, and the number of elements of a row.
         stack: (E,) where E such matrices are adapted one by one, else ().
         kernel: sizes of a convolution's kernel, the last part of K; () for a matrix.
+        transposed: the layer holds it as (K, m).
     """
 
     m: int
     K: int
     stack: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, shape: Sequence[int], transposed: bool = False, stacked: bool = False) -> Matrix:
+        """That of a weight (m, ...), (K, m) if `transposed`, or a stack (E, m, ...) of such."""
+        m = shape[1] if transposed or stacked else shape[0]
+        stack = (shape[0],) if stacked else ()
+        kernel = () if transposed or stacked else tuple(shape[2:])
+        return cls(m, math.prod(shape) // (m * math.prod(stack)), stack, kernel, transposed)
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The weight (or a tensor of its shape) as (m, K), a stack as (E, m, K): a view where strides allow."""
+        return weight.t() if self.transposed else weight.flatten(2 if self.stack else 1)
 
     @property
     def taps(self) -> int:

@@ -75,7 +75,7 @@ def defined(site: Site, weight: Tensor, adapter: Adapter, own: dict[str, Tensor]
     own = own or {name: getattr(adapter, name).detach() for name in ("A", "B", "alpha", "beta")}
     init = adapter.init
     tau = init.beta / init.gain if init.kind == "soft" else 0.0
-    matrix = site.matrix(weight.detach().double())
+    matrix = site.matrix.view(weight.detach().double())
     factors = (own["A"], own["B"], own["alpha"], own["beta"])
     if not site.stacked:
         return site.like(defined_weight(matrix, *factors, tau, init.relative), weight.shape)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ...methods.adapter import matrix_shape
 from ...surgery.adapted import AdaptedLayer, FusedConv, FusedEmbedding, FusedLinear
 from ...surgery.layers import find_type, mixin_of, weight_of
 from ...surgery.quantised import kinds
+from ...updates import Matrix
 
 PREFIX = "base_model.model."
 """What the names of a PeftModel's parameters begin with."""
@@ -49,19 +49,14 @@ class Layout:
     transposed: bool = False
     embedding: bool = False
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(m, K)."""
-        return matrix_shape(self.shape, self.transposed)
-
     def shapes(self, rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by its name below the layer's."""
-        m, K = self.matrix
-        kernel = () if self.transposed else self.shape[2:]
+        matrix = Matrix.of(self.shape, self.transposed)
+        m, K, kernel = matrix.m, matrix.K, matrix.kernel
         if self.embedding:
             return {self.A: (rank, m), self.B: (K, rank)}
         ones = (1,) * len(kernel)
-        shapes = {self.A: (rank, K // _product(kernel), *kernel), self.B: (m, rank, *ones)}
+        shapes = {self.A: (rank, matrix.channels, *kernel), self.B: (m, rank, *ones)}
         return shapes | ({"lora_magnitude_vector": (1, m, *ones) if kernel else (m,)} if dora else {})
 
     def pack(self, tensors: LayerTensors) -> dict[str, Tensor]:
@@ -79,10 +74,6 @@ class Layout:
         if self.embedding:
             return LayerTensors(B.t(), A.t())
         return LayerTensors(A.flatten(1), B.flatten(1), None if magnitude is None else magnitude.flatten())
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    return torch.Size(sizes).numel()
 
 
 def layout_of(module: nn.Module, parameter: str, dora: bool) -> Layout | str:

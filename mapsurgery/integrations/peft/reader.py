@@ -25,6 +25,7 @@ from ...surgery.paths import module_paths, site_paths
 from ...surgery.plan import Plan, count_parameters
 from ...surgery.planned import PlannedLayer, planned_layer
 from ...surgery.quantised import kinds
+from ...updates import Matrix
 from .layout import (
     CONFIG_FILE,
     PREFIX,
@@ -198,7 +199,7 @@ def _config(content: _Content, settings: Settings, trained: list[str], model: nn
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(map(settings.alpha_of, content.layers)).most_common(1)[0][0]
     parameters = dict(model.named_parameters())
-    return Config.checked(
+    return Config(
         list(ranks),
         rank=max(rank, 1),
         rank_pattern={path: r for path, r in ranks.items() if r not in (0, rank)},
@@ -250,7 +251,7 @@ def _planned(
 def _matrix(module: nn.Module, weight: Tensor, layout: Layout) -> Tensor:
     if kinds.kind_of(module) is not None:
         return kinds.dequantised(module)
-    return weight.t() if layout.transposed else weight.flatten(1)
+    return Matrix.of(weight.shape, layout.transposed).view(weight)
 
 
 def _trained(model: nn.Module, content: _Content, settings: Settings) -> tuple[list[str], list[str]]:

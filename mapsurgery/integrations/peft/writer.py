@@ -228,7 +228,7 @@ def _of_site(site: Site) -> _Converted | str:
         return f"layer {site.path!r} {layout}"
     if not isinstance(adapter.update, FactoredUpdate):
         return f"layer {site.path!r} has update {adapter.update.name!r}, which is no product B A of low rank: merge it"
-    if dora and has_empty_row(adapter.matrix(site.layer.base_of(site.parameter))):
+    if dora and has_empty_row(adapter.matrix.view(site.layer.base_of(site.parameter))):
         return f"layer {site.path!r} has a weight with a row of zeros, by whose length PEFT's DoRA divides"
     A, B = adapter.update.factors(adapter)
     magnitude = adapter.own_parameters()["m"].detach() if dora else None

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...methods import Adapter
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from ...methods.adapter import DTYPES, Adapter
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.fx
@@ -13,12 +14,38 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..updates import Matrix
-from ..updates.base import Parameters, stacked_scalars
+from ..updates import base as updates_base
+from ..updates.base import stacked_scalars
 from .init import Init
+from .known_scales import KnownScales
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Settings = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation and groups of a convolution."""
+
+
+class Way(str, Enum):
+    """How a layer computes with W'; in tables and in docs/layers.md, too."""
+
+    FUSED = "fused"
+    """A forward of ours, on the operators of `mapsurgery.ops` with thin factors of ΔW; W' is not built."""
+    BESIDE = "beside"
+    """A forward of ours, in which W and ΔW (or its factors) have products of their own, in plain torch."""
+    EFFECTIVE = "effective"
+    """The layer's own forward, which reads the effective weight, W'; or a convolution of ours with W'."""
+    AROUND = "around"
+    """The layer's own forward on its own (quantised) weight; what it gives is corrected (`Method.around`)."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Parameters(updates_base.Parameters, Protocol):
+    """What methods read of an adapter (`mapsurgery.methods.Adapter`)."""
+
+    method: Method
+    init: Init
+    scales: KnownScales | None
 
 
 class Coefficients(NamedTuple):
@@ -121,18 +148,13 @@ class Method:
                 )
         return init
 
-    def way(self, p: Parameters, groups: int | None = None) -> str:
-        """How `linear`, or with `groups` a `conv` of as many, computes in p's mode.
-
-        Returns:
-            "fused": on the operators of `mapsurgery.ops`, with thin factors of ΔW; "beside": W and ΔW (or its factors)
-            each have products of their own, in plain torch; "weight": on W'.
-        """
+    def way(self, p: Parameters, convolution: bool = False) -> Way:
+        """How `linear`, or `conv`, computes in p's mode."""
         if drops(p):
-            return "beside"
+            return Way.BESIDE
         if p.update.factors(p) is not None:
-            return "fused"
-        return "beside" if groups is None else "weight"
+            return Way.FUSED
+        return Way.EFFECTIVE if convolution else Way.BESIDE
 
     def linear(self, p: Parameters, x: Tensor, bias: Tensor | None, W: Tensor, norm: Tensor) -> Tensor:
         """x W'^T + bias."""
@@ -159,10 +181,11 @@ class Method:
         factors = p.update.factors(p)
         if factors is None and not drops(p):
             return conv(x, self.effective_weight(p, W, norm), bias, *settings)
-        c = self.coefficients(p, lambda: p.matrix(W), norm)
+        c = self.coefficients(p, lambda: p.matrix.view(W), norm)
         inner = bias if c.rows is None else None
         if factors is not None and not drops(p):
-            y = ops.lowrank_conv(x, W, inner, *factors, _or_1(c.base), c.update, *settings)
+            A, B = factors
+            y = ops.lowrank_conv(x, W, inner, A, B, _or_1(c.base), c.update, *settings)
         else:
             y = conv(x if c.base is None else x * c.base.to(x.dtype), W, inner, *settings)
             dropped = F.dropout(x, p.dropout, p.training)
@@ -219,7 +242,7 @@ class Method:
 
     def effective_weight(self, p: Parameters, W: Tensor, norm: Tensor) -> Tensor:
         """W' in the layout and dtype of the weight, differentiable."""
-        matrix = self._effective_matrix(p, p.matrix(W), norm)
+        matrix = self._effective_matrix(p, p.matrix.view(W), norm)
         return matrix.t() if p.transposed else matrix.reshape(W.shape)
 
     def _effective_matrix(self, p: Parameters, W: Tensor, norm: Tensor) -> Tensor:
@@ -240,16 +263,16 @@ class Method:
 
     def merge_into(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
         """W -> W', in place."""
-        c = self.coefficients(p, lambda: p.matrix(weight), norm)
+        c = self.coefficients(p, lambda: p.matrix.view(weight), norm)
         factors = p.update.factors(p)
         if factors is not None and c.rows is None:
             _in_place(ops.merge_, p, weight, *factors, _or_1(c.base), c.update)
         else:
-            put_matrix(p, weight, self._effective_matrix(p, p.matrix(weight), norm))
+            put_matrix(p, weight, self._effective_matrix(p, p.matrix.view(weight), norm))
 
     def unmerge_from(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
         """W' -> W, in place; to be overridden where coefficients depend on the numbers of W."""
-        c = self.coefficients(p, lambda: p.matrix(weight), norm)
+        c = self.coefficients(p, lambda: p.matrix.view(weight), norm)
         factors = p.update.factors(p)
         if factors is not None and c.rows is None:
             _in_place(ops.unmerge_, p, weight, *factors, _or_1(c.base), c.update)
@@ -258,7 +281,7 @@ class Method:
 
     def _recovered(self, p: Parameters, weight: Tensor, c: Coefficients) -> Tensor:
         """W (m, K) or (E, m, K), in float32 or wider, of a weight that holds W'."""
-        matrix, delta = p.matrix(weight), p.update.delta(p)
+        matrix, delta = p.matrix.view(weight), p.update.delta(p)
         acc = ops.accumulate_dtype(torch.promote_types(weight.dtype, delta.dtype))
         result = matrix.to(acc) if c.rows is None else matrix.to(acc) / c.rows.to(acc).unsqueeze(-1)
         result = result - _each(c.update, matrix, acc) * delta.to(acc)
