@@ -144,7 +144,7 @@ def factors(m: int, K: int, rank: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def scalars(m: int, K: int, device: torch.device, norm: bool) -> Args:
-    """What makes s_w and s_d 1, or near it: alpha, beta, ||W||_F and the settings of `map_scales`, or they themselves."""
+    """s_w and s_d that are 1; with the norm what `map_scales` makes such of: alpha, beta, ||W||_F and its settings."""
     one = torch.ones(1, device=device)
     return (one, one.clone(), one * math.sqrt(m * K), *SETTINGS) if norm else (one, one.clone())
 
@@ -275,9 +275,7 @@ class ConvShape:
         return f"{self.batch}x{self.channels}x{self.side}^2 -> {self.out} k{self.kernel}{groups}"
 
 
-def conv_costs(
-    shape: ConvShape, rank: int, norm: bool, dtype: torch.dtype, weight_space: bool
-) -> tuple[Cost, Cost]:
+def conv_costs(shape: ConvShape, rank: int, norm: bool, dtype: torch.dtype, weight_space: bool) -> tuple[Cost, Cost]:
     """Forward and backward of lowrank_conv in one of its two spaces."""
     positions, m, K = shape.batch * shape.side**2, shape.out, shape.columns
     x, y, h = positions * shape.channels, positions * m, positions * rank * shape.groups

@@ -124,7 +124,8 @@ def test_plain_map_is_map(kind):
         plain.beta.fill_(0.7)
         weight = layer.weight.flatten(1)
         norm = torch.tensor([ops.frobenius_norm(weight)])
-        expected = ops.effective_weight(weight, plain.A, plain.B, plain.alpha, plain.beta, norm, 0.0, False)
+        scales = ops.map_scales(plain.A, plain.B, plain.alpha, plain.beta, norm, relative=False)
+        expected = ops.effective_weight(weight, plain.A, plain.B, *scales)
         got = plain(x)
         layer.weight.copy_(expected.reshape(layer.weight.shape))
     torch.testing.assert_close(got, layer(x))
@@ -163,7 +164,7 @@ def test_launches(tmp_path):
     assert launches.main(["--width", "64", "--tokens", "4", "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = {(row["layer"], row["method"]): row for row in results(tmp_path)}
     assert rows.keys() == {(layer, method) for layer in launches.LAYERS for method in launches.CHOICES}
-    assert "1 x mapsurgery::map_linear_backward" in rows["Linear", "map"]["names"]
+    assert "1 x mapsurgery::lowrank_linear_backward" in rows["Linear", "map"]["names"]
     assert all(
         rows["Linear", "frozen"]["launches"] < row["launches"] for (_, name), row in rows.items() if name == "dora"
     )
@@ -183,7 +184,7 @@ def test_reuse_norms(tmp_path):
     assert all(row["to_lora"] == 1 for row in rows if row["method"] == "lora")
 
 
-@pytest.mark.parametrize("dtype, operators", [("fp32", None), ("bf16", ["map_linear"])])
+@pytest.mark.parametrize("dtype, operators", [("fp32", None), ("bf16", ["lowrank_linear", "map_linear"])])
 def test_ops(tmp_path, dtype, operators):
     import ops
 
@@ -235,13 +236,15 @@ def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch):
         ops.check(case, ops.functions_of(case, ["op", "reference"]))
 
 
-def test_cost_of_a_linear_forward():
-    """Floors rest on these counts: 2 T m K for the layer, and 2 T r (m + K) for the update, plus the Gram matrices."""
+@pytest.mark.parametrize("norm", [False, True])
+def test_cost_of_a_linear_forward(norm):
+    """Floors rest on these counts: 2 T m K for the layer, 2 T r (m + K) for the update, and Gram matrices for a norm."""
     import ops
 
     T, m, K, r = 10, 7, 5, 2
-    (cost,) = ops.linear_cases(T, m, K, r, torch.float32, torch.device("cpu"))["map_linear"].costs
-    assert cost.flops == 2 * T * m * K + 2 * T * r * (m + K) + 2 * r * r * (m + K)
+    cases = ops.linear_cases(T, m, K, r, norm, torch.float32, torch.device("cpu"))
+    (cost,) = cases["map_linear" if norm else "lowrank_linear"].costs
+    assert cost.flops == 2 * T * m * K + 2 * T * r * (m + K) + norm * 2 * r * r * (m + K)
     assert cost.bytes == 4 * (T * K + m * K + m + T * m + T * r + r * (m + K))
 
 
