@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +43,6 @@ METHODS: dict[str, tuple[str, Block]] = {
     "lora": ("lora", lambda model: nullcontext()),
     "map": ("map", lambda model: nullcontext()),
     "map reused": ("map", mapsurgery.reuse_norms),
-    "map reused, unchecked": ("map", partial(mapsurgery.reuse_norms, check=False)),
 }
 """Method of scaling.py, and the block that a step, or a whole decode loop, runs in."""
 DECODE = "decode"
@@ -170,8 +168,7 @@ COLUMNS = {
 }
 NOTES = (
     "A stack of square linear layers. step of k: forward and backward of k micro-batches, with an AdamW step between "
-    "timed steps, the norms computed once for all of them where they are reused; unchecked: without the copy of the "
-    "adapters that is compared at the end. "
+    "timed steps, the norms computed once for all of them where they are reused. "
     "decode: one token under no_grad, in a block around the whole loop. Medians over interleaved rounds, and of the "
     "ratios within a round."
 )

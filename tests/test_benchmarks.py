@@ -238,7 +238,7 @@ def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_cost_of_a_linear_forward(norm):
-    """Floors rest on these counts: 2 T m K for the layer, 2 T r (m + K) for the update, and Gram matrices for a norm."""
+    """Floors rest on these counts: 2 T m K for the layer, 2 T r (m + K) for the update, Gram matrices for a norm."""
     import ops
 
     T, m, K, r = 10, 7, 5, 2
@@ -500,7 +500,9 @@ def test_calls(capsys):
     assert calls.main([str(BENCHMARKS.parent)]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     counts = {what: list(map(int, numbers)) for what, *numbers in lines}
-    assert counts == {what: list(found.values()) for what, found in calls.all_counts().items()}
+    # Calls of torch's functions depend on what ran before in the process.
+    own = {what: [found["library"], found["files"]] for what, found in calls.all_counts().items()}
+    assert {what: numbers[:2] for what, numbers in counts.items()} == own
     before, whole = (counts[f"forward{part}, training"] for part in (" before C++", ""))
     assert 1 <= before[0] <= whole[0] and 1 <= before[1] <= before[0] <= before[2]
     assert calls.main(["--list"]) == 0
@@ -540,7 +542,7 @@ def run_gpu_all(folder: Path, *stages: str, **environment: str) -> subprocess.Co
 @pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
 def test_gpu_all(tmp_path):
     """A stage out of time does not stop the next one; both outcomes are told, last of all."""
-    done = run_gpu_all(tmp_path / "out", "ops", "info", LIMIT_ops="0.01")
+    done = run_gpu_all(tmp_path / "out", "ops", "info", LIMIT_ops="0.01", LIMIT_info="200")
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.stdout.endswith(summary)
