@@ -1,5 +1,5 @@
-"""The layers of the package: each imports only what stands below it, in no circle, and no function hides a module. The way
-from a layer to the C++ code is short."""
+"""The layers of the package: each imports only what stands below it, in no circle, and no function hides a module. Few
+functions stand between an adapted layer and the C++ code."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_no_name_hides_a_module(name: str) -> None:
 
 
 MOST_CALLS = 12
-"""Functions of the package between the call of an adapted Linear and the C++ code; under no_grad a watch looks as well."""
+"""Functions of the package from the call of an adapted Linear to C++; under no_grad the watch for cut graphs is one."""
 
 
 @pytest.mark.parametrize("training", [True, False])
