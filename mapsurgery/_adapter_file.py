@@ -17,15 +17,25 @@ from torch import Tensor, nn
 from ._atomic_write import write_whole
 from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict
 from .methods.adapter import DTYPES
-from .surgery import record
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
+from .surgery.offloaded import at_hand
 from .surgery.patch import apply_plan, unpatch
 from .surgery.paths import entry, module_paths, site_paths
 from .surgery.plan import Plan, count_parameters
 from .surgery.planned import PlannedLayer, norm_of, parameter_shapes, planned_layer
 from .surgery.quantised.kinds import kind_of
 from .surgery.quantised.layer import QuantisedLinear
+from .surgery.record import (
+    Site,
+    all_sites,
+    find_patched,
+    intact_sites,
+    one_per_adapter,
+    persistent_buffers,
+    record_of,
+    trained_names,
+)
 
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 2
@@ -47,22 +57,22 @@ def save(model: nn.Module, path: Path) -> None:
             different methods, updates or starts, or what `adapter_state_dict` refuses.
         OSError: the file cannot be written; an existing one is left as it was.
     """
-    root, memory = record.find_patched(model)
-    sites = record.intact_sites(root, memory)
-    _refuse_mixed(sites, memory.config)
-    holders = record.all_sites(root)
+    root, record = find_patched(model)
+    sites = intact_sites(root, record)
+    _refuse_mixed(sites, record.config)
+    holders = all_sites(root)
     layers = {site.path: _describe(site, holders) for site in sites}
     tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
-    buffers = changed_buffers(root, memory)
+    buffers = changed_buffers(root, record)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "library_version": _library_version(),
-        "config": json.dumps(memory.config.to_dict()),
+        "config": json.dumps(record.config.to_dict()),
         "layers": json.dumps(layers),
-        "trained": json.dumps(list(record.trained_names(root, memory))),
+        "trained": json.dumps(list(trained_names(root, record))),
         "buffers": json.dumps(buffers),
-        "form": json.dumps(memory.config.update.form()),
+        "form": json.dumps(record.config.update.form()),
     }
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
     if diverged:
@@ -70,7 +80,7 @@ def save(model: nn.Module, path: Path) -> None:
     write_whole({os.fspath(path): lambda temporary: save_file(tensors, temporary, metadata=metadata)})
 
 
-def _refuse_mixed(sites: list[record.Site], config: Config) -> None:
+def _refuse_mixed(sites: list[Site], config: Config) -> None:
     """Layers that were not made by one `patch` may differ in what a file says once."""
     for site in sites:
         own = site.adapter
@@ -88,7 +98,7 @@ def _library_version() -> str:
         return "unknown"
 
 
-def _describe(site: record.Site, holders: list[record.Site]) -> dict[str, Any]:
+def _describe(site: Site, holders: list[Site]) -> dict[str, Any]:
     adapter = site.adapter
     if adapter.weight_norm.is_meta or adapter.pending:
         raise ValueError(f"{site.path}: its weight is not loaded (meta device): there is no adapter to save yet")
@@ -149,8 +159,8 @@ def load(model: Model, path: Path) -> Model:
 
 def _named_by(model: nn.Module, file: _File) -> dict[str, Tensor]:
     """The file's tensors by their names in this model, which may list a layer's several names in another order."""
-    sites = record.all_sites(model)
-    first = {id(site.adapter): site for site in record.one_per_adapter(sites)}
+    sites = all_sites(model)
+    first = {id(site.adapter): site for site in one_per_adapter(sites)}
     by_path = {path: first[id(site.adapter)] for site in sites for path in site.paths}
     renamed = {
         _entry(layer, role): by_path[name].entry(role)
@@ -296,7 +306,7 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
     """The plan that the file describes, every layer checked against the model, before anything is touched."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if any(record.own(module) is not None for module in model.modules()):
+    if any(record_of(module) is not None for module in model.modules()):
         raise ValueError("the model is patched already: unpatch it, or load_adapter_state_dict into it")
     modules = {path: (module, paths) for module, paths in module_paths(model).items() for path in paths}
     problems: list[str] = []
@@ -358,7 +368,8 @@ def _problem_with(module: nn.Module | None, parameter: str, described: dict[str,
     reason = why_not(module, parameter, raw=True)
     if reason is not None:
         return f"cannot be adapted here: {reason}"
-    weight = weight_of(module, parameter)
+    with at_hand(module):
+        weight = weight_of(module, parameter)
     assert weight is not None
     if list(weight.shape) != described["shape"]:
         return f"has shape {tuple(weight.shape)}, the file's was {tuple(described['shape'])}"
@@ -390,7 +401,7 @@ def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
     adapted = {".".join(filter(None, (layer["layer"], layer["parameter"]))) for layer in file.layers.values()}
     problems += [f"{name!r} is adapted and trained at once" for name in file.trained if name in adapted]
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    buffers = record.persistent_buffers(model)
+    buffers = persistent_buffers(model)
     extras = (("trained parameter", file.trained, parameters), ("buffer", file.buffers, buffers))
     for kind, names, own in extras:
         for name in names:
@@ -408,12 +419,11 @@ def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     for layer in layers:
         if layer.shares:
             continue
-        weight = weight_of(layer.module, layer.parameter)
-        assert weight is not None
-        tolerance = _norm_tolerance(layer, weight, file.layers[layer.path])
-        found, expected = (
-            torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
-        )
+        with at_hand(layer.module):
+            tolerance = _norm_tolerance(layer, layer.weight, file.layers[layer.path])
+            found, expected = (
+                torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
+            )
         off = ~((found - expected).abs() <= tolerance * expected)
         if off.any():
             first = int(off.nonzero()[0])

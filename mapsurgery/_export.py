@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .surgery import record
 from .surgery.merge import merge
+from .surgery.record import all_sites, find_patched, intact_sites
 
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _NAMESPACE = "mapsurgery"
@@ -154,10 +154,10 @@ def _check_packages(format: str) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
-    root, memory = record.find_patched(model)
+    root, record = find_patched(model)
     if model.training:
         raise ValueError("the model is in training mode, dropout and batch statistics would be exported: model.eval()")
-    for site in record.intact_sites(root, memory):
+    for site in intact_sites(root, record):
         adapter = site.adapter
         if not adapter.enabled:
             raise ValueError(f"{site.path} is disabled: export outside of mapsurgery.disabled")
@@ -208,7 +208,7 @@ def _itself(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _merged_copy(model: nn.Module) -> Iterator[nn.Module]:
     """A merged copy that holds adapted weights of its own and shares the other tensors."""
-    adapted = {id(site.base) for site in record.all_sites(model)}
+    adapted = {id(site.base) for site in all_sites(model)}
     shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in adapted}
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     try:

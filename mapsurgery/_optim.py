@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from .methods import Adapter
-from .surgery import record
 from .surgery.globs import first_match, nearest
+from .surgery.record import all_sites, find_patched, intact_sites
 
 
 def _decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -57,8 +57,8 @@ def param_groups(
     ]:
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value!r}")
-    root, memory = record.find_patched(model)
-    for site in record.intact_sites(root, memory):
+    root, record = find_patched(model)
+    for site in intact_sites(root, record):
         if site.adapter.pending:
             raise ValueError(
                 f"{site.path}: its weight is not loaded yet (meta device); load the weights, then make the groups"
@@ -90,7 +90,7 @@ def param_groups(
 def _roles(root: nn.Module) -> dict[nn.Parameter, tuple[str, tuple[str, ...]]]:
     """Every trained parameter with the group that it belongs to and the names that a glob may call it by."""
     sites: dict[int, tuple[str, ...]] = {}
-    for site in record.all_sites(root):  # a tied weight has several
+    for site in all_sites(root):  # a tied weight has several
         sites[id(site.adapter)] = sites.get(id(site.adapter), ()) + site.paths
     found: dict[nn.Parameter, tuple[str, tuple[str, ...]]] = {}
     for path, module in root.named_modules():

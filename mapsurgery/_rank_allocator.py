@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .methods import Adapter
 from .named import positive
-from .surgery import record
+from .surgery.record import find_patched, intact_sites
 from .updates import AdaLora
 
 
@@ -218,8 +218,8 @@ def _adalora(model: nn.Module) -> dict[str, Adapter]:
     Raises:
         ValueError: one is of another update family.
     """
-    root, memory = record.find_patched(model)
-    adapters = {site.path: site.adapter for site in record.intact_sites(root, memory)}
+    root, record = find_patched(model)
+    adapters = {site.path: site.adapter for site in intact_sites(root, record)}
     for path, adapter in adapters.items():
         if not isinstance(adapter.update, AdaLora):
             raise ValueError(

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ._measures import MEASURES, measure
-from .surgery import record
 from .surgery.paths import unwrapped
-from .surgery.record import Site
+from .surgery.record import Site, all_sites, one_per_adapter
 from .tables import render
 
 _COLUMNS = {  # of the table: the measures that say most, under short heads
@@ -76,7 +75,7 @@ def measurable_sites(model: nn.Module) -> list[Site]:
         ValueError: the model is not patched, or a weight is still on meta.
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
-    sites = record.one_per_adapter(record.all_sites(model))
+    sites = one_per_adapter(all_sites(model))
     for site in sites:
         held = site.layer._parameters.get(site.parameter)
         if site.adapter.weight_norm.is_meta or (held is not None and held.is_meta):

@@ -8,8 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .surgery import record
-from .surgery.record import Record
+from .surgery.record import (
+    Record,
+    all_sites,
+    find_patched,
+    intact_sites,
+    one_per_adapter,
+    persistent_buffers,
+    trained_names,
+)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -26,24 +33,24 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model is not patched, an adapted layer was replaced since, or a frozen weight was unfrozen.
     """
-    root, memory = record.find_patched(model)
+    root, record = find_patched(model)
     state: OrderedDict[str, Tensor] = OrderedDict()
     state._metadata = metadata = {}  # type: ignore[attr-defined]
-    for site in record.intact_sites(root, memory):
+    for site in intact_sites(root, record):
         metadata[site.entry("")] = {"form": site.adapter.form()}
         for name in site.adapter.own_tensors():
             state[site.entry(name)] = getattr(site.adapter, name).detach()
-    for name in record.trained_names(root, memory):
+    for name in trained_names(root, record):
         state[name] = root.get_parameter(name).detach()
-    state.update({name: root.get_buffer(name) for name in changed_buffers(root, memory)})
+    state.update({name: root.get_buffer(name) for name in changed_buffers(root, record)})
     return state
 
 
-def changed_buffers(root: nn.Module, memory: Record) -> list[str]:
+def changed_buffers(root: nn.Module, record: Record) -> list[str]:
     """Persistent buffers that differ from what they were at `patch`; unknown ones (from meta) count as changed."""
     changed = []
-    for name, buffer in record.persistent_buffers(root).items():
-        before = memory.originals.get(name)
+    for name, buffer in persistent_buffers(root).items():
+        before = record.originals.get(name)
         if before is None or before.shape != buffer.shape or not _same(before.to(buffer), buffer):
             changed.append(name)
     return changed
@@ -65,8 +72,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
         ValueError: a name is missing or unknown, a shape differs, or the numbers are meant in another way (tau,
             scaling); the message names them, nothing is changed.
     """
-    root, memory = record.find_patched(model)
-    places = places_of(root, memory)
+    root, record = find_patched(model)
+    places = places_of(root, record)
     required = {name for name, (_, optional) in places.items() if not optional}
     problems = [f"missing: {name}" for name in sorted(required - set(state))]
     problems += [f"unknown: {name}" for name in sorted(set(state) - set(places))]
@@ -74,7 +81,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
         problem for name in state if name in places and (problem := _misfit(name, state[name], places[name][0]))
     ]
     metadata = getattr(state, "_metadata", {})
-    for site in record.one_per_adapter(record.all_sites(root)):
+    for site in one_per_adapter(all_sites(root)):
         misfit = site.adapter.misfit(metadata.get(site.entry(""), {}).get("form"))
         problems += [misfit] if misfit else []
     if problems:
@@ -97,12 +104,10 @@ def _misfit(name: str, value: object, place: Tensor) -> str | None:
     return None
 
 
-def places_of(root: nn.Module, memory: Record) -> dict[str, tuple[Tensor, bool]]:
+def places_of(root: nn.Module, record: Record) -> dict[str, tuple[Tensor, bool]]:
     """Tensors of a patched model that an adapter may set, by name, each with whether it may be absent from it."""
-    places: dict[str, tuple[Tensor, bool]] = {
-        name: (buffer, True) for name, buffer in record.persistent_buffers(root).items()
-    }
-    for site in record.one_per_adapter(record.all_sites(root)):
+    places: dict[str, tuple[Tensor, bool]] = {name: (buffer, True) for name, buffer in persistent_buffers(root).items()}
+    for site in one_per_adapter(all_sites(root)):
         for name in site.adapter.own_tensors():
             places[site.entry(name)] = (getattr(site.adapter, name), False)
-    return places | {name: (root.get_parameter(name), False) for name in record.trained_names(root, memory)}
+    return places | {name: (root.get_parameter(name), False) for name in trained_names(root, record)}

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from .methods import Adapter
 from .ops.registration import autocasting
-from .surgery import record
 from .surgery.merge import held_elsewhere, layers_by_adapter, memory_map_of
 from .surgery.patch import disabled
+from .surgery.record import Site, find_patched, intact_sites
 from .tables import render
 
 _UPDATE = ("down", "up")
@@ -74,8 +74,8 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
             or a reader of the weights bypasses the adapters.
         ValueError: the model is not patched, or its output holds no floating tensor.
     """
-    root, memory = record.find_patched(model)
-    adapters = {site.path: site.adapter for site in record.intact_sites(root, memory)}
+    root, record = find_patched(model)
+    adapters = {site.path: site.adapter for site in intact_sites(root, record)}
     if any(adapter.weight_norm.is_meta for adapter in adapters.values()):
         raise ValueError("the model is on meta: load its weights before verifying it")
     if not all(adapter.enabled for adapter in adapters.values()):
@@ -97,7 +97,7 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
             listed = "; ".join(f"{path}: {verdict}" for path, verdict in list(result.failures.items())[:20])
             raise VerificationError(f"{len(result.failures)} of {len(verdicts)} adapters fail: {listed}", result)
         _check_inference(model, call, result)
-        unchecked = _check_readers(model, record.intact_sites(root, memory), call, result)
+        unchecked = _check_readers(model, intact_sites(root, record), call, result)
     return dataclasses.replace(result, notes=(*result.notes, unchecked)) if unchecked else result
 
 
@@ -272,7 +272,7 @@ def _distance(a: Tensor, b: Tensor | None = None) -> float:
 
 @torch.no_grad()
 def _check_readers(
-    model: nn.Module, sites: list[record.Site], call: Callable[[], list[Tensor]], result: Verification
+    model: nn.Module, sites: list[Site], call: Callable[[], list[Tensor]], result: Verification
 ) -> str | None:
     """Compare with the output where W' stands in the memory of W: differs if someone computes with W beside a layer.
 

@@ -13,10 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .methods import Adapter
 from .methods.known_scales import KnownScales
-from .surgery import record
 from .surgery.adapted import FusedConv, FusedLinear
+from .surgery.record import all_sites
 
 Model = TypeVar("Model", bound=nn.Module)
+
 
 @contextmanager
 def reuse_norms(model: Model) -> Iterator[Model]:
@@ -73,7 +74,7 @@ def _known(model: nn.Module) -> dict[Adapter, KnownScales]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     adapters = {m.adapter_of("weight"): None for m in model.modules() if isinstance(m, FusedLinear | FusedConv)}
     if not adapters:
-        record.all_sites(model)  # raises where nothing is adapted
+        all_sites(model)  # raises where nothing is adapted
     held = {}
     # No inference tensors: calls with autograd may use the result.
     with torch.inference_mode(False), torch.no_grad():

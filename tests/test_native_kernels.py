@@ -154,7 +154,9 @@ def test_scales_of_empty_factors_are_finite(device, m, K, rank):
     ones = torch.ones(3, 1, device=device)
     A, B = torch.randn(rank, K, device=device), torch.randn(m, rank, device=device)
     s_w, s_d, slopes, gram_a, gram_b = ops.map_scales(A, B, *ones, 0, True)
-    assert s_w.isfinite() and s_d.isfinite() and slopes.isfinite().all() and gram_a.shape == gram_b.shape == (rank, rank)
+    assert (
+        s_w.isfinite() and s_d.isfinite() and slopes.isfinite().all() and gram_a.shape == gram_b.shape == (rank, rank)
+    )
     grads = ops.map_scales_backward(s_w, s_d, A, B, slopes, gram_a, gram_b)
     assert [grad.shape for grad in grads] == [A.shape, B.shape, (1,), (1,)]
     assert all(grad.isfinite().all() for grad in grads)
@@ -245,7 +247,10 @@ def test_strides_of_single_dimensions_say_nothing(device, rows, with_bias):
     weight, bias = column(6), torch.randn(6, device=device) if with_bias else None
     own = adapter(6, 1, 1, weight, torch.float32)
     check_product(
-        column(rows), weight, bias, own._replace(A=torch.randn(1, device=device).as_strided((1, 1), (0, 5)), B=column(6))
+        column(rows),
+        weight,
+        bias,
+        own._replace(A=torch.randn(1, device=device).as_strided((1, 1), (0, 5)), B=column(6)),
     )
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("methods",),
     (
         *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
-        *("surgery.sharded", "surgery.offloaded"),
+        "surgery.offloaded",
     ),
     (
         *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing"),
@@ -89,6 +89,23 @@ def test_every_module_imports_only_what_stands_below_it() -> None:
 
 def test_there_is_no_circle() -> None:
     TopologicalSorter({name: _imports(name) - {name} for name in PATHS}).prepare()  # raises CycleError with its names
+
+
+@pytest.mark.parametrize("folder", [n for n, path in PATHS.items() if path.name == "__init__.py"])
+def test_there_is_no_circle_of_folders_and_the_files_beside_them(folder: str) -> None:
+    imports: dict[str, set[str]] = {}
+    for name in PATHS:
+        for other in _imports(name):
+            own, others = _child(folder, name), _child(folder, other)
+            if own and others and own != others:
+                imports.setdefault(own, set()).add(others)
+    TopologicalSorter(imports).prepare()
+
+
+def _child(folder: str, name: str) -> str:
+    """What directly in a folder a module is or lies in; "" if it is the folder's own __init__, or elsewhere."""
+    prefix = f"{folder}.".lstrip(".")
+    return name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
 
 
 def test_no_import_within_the_package_waits_in_a_function() -> None:

@@ -17,8 +17,7 @@ namespace mapsurgery {
 inline const char* words_of_torch() {
 #if !defined(_WIN32)
   using Words = const char* (*)();
-  static const auto words =
-      reinterpret_cast<Words>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  static const auto words = reinterpret_cast<Words>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
   if (words != nullptr) return words();
 #endif
   return nullptr;

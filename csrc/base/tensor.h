@@ -28,7 +28,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
-// A number that training moves, (1,): a GPU's kernels read it by pointer, the host never waits for it. Null stands for 1.
+// A number that training moves, (1,): a GPU's kernels read it by pointer, the host never waits for it. Null stands
+// for 1.
 using Scalar = const Tensor*;
 
 // dtype of norms, Gram matrices and scalars.

@@ -87,8 +87,7 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
     }
     Products<Sum> products;
     products.with_h = dot(GB, in_layout_of(H, GB));
-    const auto [sum, dA] =
-        thin::contract_and_expand_(X, GW, read(s_w), GB, read(s_d), cast(A, X.scalar_type()));
+    const auto [sum, dA] = thin::contract_and_expand_(X, GW, read(s_w), GB, read(s_d), cast(A, X.scalar_type()));
     products.dA = dA;
     if (need_s_w) products.with_x = sum;
     return products;

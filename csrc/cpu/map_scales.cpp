@@ -1,4 +1,5 @@
-// The norm ||BA||_F: the Gram matrices are products of cpu/thin or GEMMs of torch's, the r x r contraction is in double.
+// The norm ||BA||_F: the Gram matrices are products of cpu/thin or GEMMs of torch's, the r x r contraction is in
+// double.
 
 #include "cpu/device.h"
 
@@ -12,7 +13,7 @@ struct Grams {
 
 Grams grams(const Tensor& A, const Tensor& B) {
   const ScalarType acc = accumulate_dtype(A.scalar_type());
-  const Tensor wide_A = cast(A, acc), wide_B = cast(B, acc);
+  const Tensor wide_A = as_contiguous(cast(A, acc)), wide_B = as_contiguous(cast(B, acc));
   const int64_t rank = A.size(0);
   if (thin::has_small_gram(wide_A, rank) && thin::has_small_gram(wide_B, rank)) {
     return {thin::gram_of_rows(wide_A), thin::gram_of_columns(wide_B)};

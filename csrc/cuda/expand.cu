@@ -1,6 +1,6 @@
 // What the low-rank half of a layer does beside its matrix products, for ranks that fit into registers: one pass over
-// an activation instead of two or three. The factors are read in their own dtype: nothing is cast beforehand, and s_d h,
-// which can overflow float16, is never stored.
+// an activation instead of two or three. The factors are read in their own dtype: nothing is cast beforehand, and s_d
+// h, which can overflow float16, is never stored.
 
 #include <type_traits>
 

@@ -188,9 +188,8 @@ Gradients Cuda::gradients(const Products<Sum>& products, const Tensor& A, const 
     }
     const auto blocks = [](int64_t n) { return static_cast<unsigned>((n + kThreads - 1) / kThreads); };
     const unsigned grid = std::max(1u, blocks(job.K) + blocks(job.m));
-    dispatch_rank(rank, [&](auto R) {
-      launch<gradients_kernel<acc_t, decltype(R)::value>>(grid, kThreads, stream, job);
-    });
+    dispatch_rank(rank,
+                  [&](auto R) { launch<gradients_kernel<acc_t, decltype(R)::value>>(grid, kThreads, stream, job); });
   });
   return grads;
 }

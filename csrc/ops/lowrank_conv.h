@@ -259,8 +259,8 @@ OptionalSum<Device> finish_pointwise_input_gradient(Tensor& GW, const Tensor& GB
   const Tensor read = positions(GW, b.conv);
   Tensor sum = as_activation(read);  // G W is 0 elsewhere
   OptionalSum<Device> with_x;
-  const bool fused = b.need_s_w && b.need_x && sum.numel() > 0 && b.A.size(0) > 0 &&
-                     Device::takes_scalars(sum.scalar_type());
+  const bool fused =
+      b.need_s_w && b.need_x && sum.numel() > 0 && b.A.size(0) > 0 && Device::takes_scalars(sum.scalar_type());
   const bool scales = b.need_s_w && b.need_x && !fused;  // in the pass of the inner product
   if (fused) {
     const Tensor X = in_layout_of(positions(b.x, b.conv), sum), H = ordered_like(GB, sum);
@@ -353,8 +353,8 @@ Grads lowrank_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& h
                        &s_w,          &s_d,       norm,
                        conv,          need_x,     need_weight,
                        need_factors,  need_s_w};
-  const ConvGradients grads = weight_space ? conv_backward_in_weight_space<Device>(b)
-                                           : conv_backward_in_activation_space<Device>(b);
+  const ConvGradients grads =
+      weight_space ? conv_backward_in_weight_space<Device>(b) : conv_backward_in_activation_space<Device>(b);
   Tensor dbias;
   if (need_bias) {
     Sizes all_but_channels{0};

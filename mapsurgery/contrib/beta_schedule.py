@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..methods import Map
-from ..surgery import record
+from ..surgery.record import find_patched, intact_sites
 
 
 class BetaSchedule:
@@ -34,8 +34,8 @@ class BetaSchedule:
     """
 
     def __init__(self, model: nn.Module, function: Callable[[int], float]) -> None:
-        root, memory = record.find_patched(model)
-        sites = record.intact_sites(root, memory)
+        root, record = find_patched(model)
+        sites = intact_sites(root, record)
         for site in sites:
             adapter = site.adapter
             if not isinstance(adapter.method, Map):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import Adapter
-from ..surgery import record
+from ..surgery.record import find_patched, intact_sites
 
 _POWERS = {
     "step": 0,
@@ -71,8 +71,8 @@ def rebalance(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
         ValueError: the model is not patched, no layer has a family that can be rebalanced, or the optimiser keeps state
             that is not known here. Nothing is changed then.
     """
-    root, memory = record.find_patched(model)
-    adapters = {site.path: site.adapter for site in record.intact_sites(root, memory)}
+    root, record = find_patched(model)
+    adapters = {site.path: site.adapter for site in intact_sites(root, record)}
     groups = {path: _groups(adapter) for path, adapter in adapters.items()}
     if not any(groups.values()):
         families = ", ".join(sorted({adapter.update.name for adapter in adapters.values()}))

@@ -35,16 +35,16 @@ class KnownScales:
         """
         if torch.compiler.is_compiling() or not isinstance(x, Tensor) or norm is not self.tensors["weight_norm"]:
             return None
-        return None if self.replaced(adapter) else self.values
+        return None if self.swapped(adapter) else self.values
 
-    def replaced(self, adapter: Parameters) -> str | None:
+    def swapped(self, adapter: Parameters) -> str | None:
         """Name of a tensor that is no longer the adapter's."""
         return next((name for name, t in self.tensors.items() if getattr(adapter, name, None) is not t), None)
 
     def refuse_changed(self, adapter: Parameters) -> None:
         """Raises RuntimeError if a tensor is another one, was written to or got other memory."""
         marks = self._marks()
-        changed = next((name for name, mark in self.marks.items() if marks[name] != mark), self.replaced(adapter))
+        changed = next((name for name, mark in self.marks.items() if marks[name] != mark), self.swapped(adapter))
         if changed is not None:
             raise self.error(changed, "was changed")
 

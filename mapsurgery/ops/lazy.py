@@ -110,7 +110,7 @@ class LazyWeight(Tensor):
         return self.value().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.value().untyped_storage()
+        raise RuntimeError(f"untyped_storage() hands out memory: {_LOST}")
 
     def numpy(self, *, force: bool = False) -> Any:
         array = self.value().numpy(force=force)

@@ -10,6 +10,7 @@ cannot pickle a graph that holds a string for a type.
 
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -27,13 +28,18 @@ _MEMO = "_mapsurgery_memo"
 _READERS = {
     ("torch.nn.modules.module", "get_parameter"): "parameter",
     ("torch.distributed.fsdp._fully_shard._fsdp_param", "reset_sharded_param"): "parameter",
-    ("accelerate.utils.modeling", "set_module_tensor_to_device"): "parameter",  # which replaces it in `_parameters`
     ("torch.nn.utils.parametrize", "register_parametrization"): "refuse",
     ("torch.nn.utils.weight_norm", "apply"): "refuse",
     ("torch.nn.utils.prune", "apply"): "refuse",
 }
 """Functions, by module and name, that read an attribute not for its numbers: they get the Parameter of this name, or
 are refused, as they would take W' for it."""
+
+_MOVERS = ("accelerate.utils.modeling", "accelerate.utils.fsdp_utils", "accelerate.hooks", "accelerate.big_modeling")
+"""Modules that only move parameters about."""
+
+_MAY_ASSIGN = ("torch", "accelerate", "transformers", "diffusers", "deepspeed")
+"""Packages that put another Parameter in the place of one: they load, shard, tie and offload."""
 
 
 def _too_late(layer: "AdaptedLayer", parameter: str) -> RuntimeError:
@@ -60,10 +66,11 @@ class Effective:
             return weight
         if not torch.compiler.is_compiling():
             reader = sys._getframe(1)
-            wanted = _READERS.get((reader.f_globals.get("__name__"), reader.f_code.co_name))
+            module = reader.f_globals.get("__name__")
+            wanted = _READERS.get((module, reader.f_code.co_name))
             if wanted == "refuse":
                 raise _too_late(layer, self.parameter)
-            if wanted is not None or is_shard(weight):
+            if wanted is not None or module in _MOVERS or is_shard(weight):
                 return weight
         memo = layer.__dict__.get(_MEMO)
         if memo is None:
@@ -108,6 +115,16 @@ class AdaptedLayer(nn.Module):
     def base_learns(self, parameter: str) -> bool:
         """Whether the frozen W was unfrozen."""
         return self.base_of(parameter).requires_grad
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        new = name in self.adapted and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
+        if new and sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in _MAY_ASSIGN:
+            raise AttributeError(
+                f"{self.adapter_of(name).layer_name or type(self).__name__}: `{name}` of an adapted layer reads as W'; "
+                f"write into the frozen weight, `layer.get_parameter({name!r})`, or call mapsurgery.unpatch or "
+                "mapsurgery.merge first"
+            )
+        super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         # torch.nn.utils.spectral_norm moves the Parameter away; others take no notice of what reads as W'.
@@ -238,3 +255,14 @@ class AdaptedRecurrent(AdaptedLayer):
 
     def flatten_parameters(self) -> None:
         """W' is made anew for each call: there is no memory to lay out."""
+
+
+def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
+    """A forward that the object itself keeps (accelerate's hooks keep the one they wrap) is that of its new class.
+
+    Args: before: the class that the layer had until now.
+    """
+    for name in ("forward", "_old_forward"):
+        kept = layer.__dict__.get(name)
+        if isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is before.forward:
+            layer.__dict__[name] = MethodType(type(layer).forward, layer)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..methods import Adapter
-from .adapted import AdaptedLayer, Effective
+from .adapted import AdaptedLayer, Effective, rebind_forward
 from .layers import mixin_of
 from .paths import child_name
 from .quantised.kinds import kind_of
@@ -72,17 +71,6 @@ def attach(layer: nn.Module, adapters: Mapping[str, Adapter], shared: Collection
             layer._modules[child_name(name)] = adapter
             adapter.train(layer.training)
     return layer
-
-
-def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
-    """A forward that the object itself keeps (accelerate's hooks keep the one they wrap) is that of its new class.
-
-    Args: before: the class that the layer had until now.
-    """
-    for name in ("forward", "_old_forward"):
-        kept = layer.__dict__.get(name)
-        if isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is before.forward:
-            layer.__dict__[name] = MethodType(type(layer).forward, layer)
 
 
 def detach(layer: AdaptedLayer) -> None:

@@ -35,7 +35,7 @@ class LayerType:
     Attributes:
         qualified_name: of the class; a name, so that no optional package has to be imported.
         fused: mixin with a forward of its own (activation space), for classes whose forward is the original one; None:
-            the original forward always runs on W'.
+            the original forward always runs, and reads W'.
         methods: what a subclass must not override for `fused` to compute the same as it does.
         transposed: the weight is (in, out).
         parameters: names of the parameters that are adapted; a name that ends with "*" stands for all that begin so.

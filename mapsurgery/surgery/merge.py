@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..methods import Adapter
-from . import record
 from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .computed import bake, can_bake
 from .interrupts import uninterrupted
-from .patch import MERGED, become_patched, become_plain
+from .patch import become_patched, become_plain
 from .paths import child_name, module_paths, site_paths
 from .quantised.layer import QuantisedLinear
 from .quantised.merged import CHOICES, Replacement, put_in, replacement
-from .record import Record
-from .undo import Snapshot
+from .record import Record, Site, adapters_of, all_sites, find_patched, intact_sites
+from .undo import MERGED, Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,8 +56,8 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")
     if quantised not in CHOICES:
         raise ValueError(f"quantised must be one of {', '.join(map(repr, CHOICES))}, got {quantised!r}")
-    root, memory = record.find_patched(model)
-    sites = record.intact_sites(root, memory)
+    root, record = find_patched(model)
+    sites = intact_sites(root, record)
     for site in sites:
         _refuse_unmergeable(site)
     packed = [site for site in sites if isinstance(site.layer, QuantisedLinear)]
@@ -81,12 +80,12 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
             in_place.append((adapter, base.detach(), norm))
     with uninterrupted():
         _in_place(in_place, Adapter.merge_into, Adapter.unmerge_from)
-        merged = {site.layer: None for site in record.all_sites(root)}
-        become_plain(root, memory)
+        merged = {site.layer: None for site in all_sites(root)}
+        become_plain(root, record)
         for layer in merged:
             _become_merged(layer, apart, replacements, final)
         if not final:
-            root.__dict__[_MERGED_RECORD] = memory
+            root.__dict__[_MERGED_RECORD] = record
     return model
 
 
@@ -115,7 +114,7 @@ def _in_place(targets: list[tuple[Adapter, Tensor, Tensor]], operation: _Operati
 def layers_by_adapter(root: nn.Module) -> dict[Adapter, set[nn.Module]]:
     """The layers of each adapter: several of a tied weight."""
     found: dict[Adapter, set[nn.Module]] = {}
-    for site in record.all_sites(root):
+    for site in all_sites(root):
         found.setdefault(site.adapter, set()).add(site.layer)
     return found
 
@@ -124,7 +123,7 @@ def _copy_of(base: Tensor) -> nn.Parameter:
     return nn.Parameter(base.detach().clone(memory_format=torch.preserve_format), requires_grad=False)
 
 
-def _replacements(root: nn.Module, sites: list[record.Site], choice: str) -> dict[Adapter, Replacement]:
+def _replacements(root: nn.Module, sites: list[Site], choice: str) -> dict[Adapter, Replacement]:
     """Merged weights for the quantised ones."""
     if sites and choice == "refuse":
         names = ", ".join(site.path for site in sites[:5]) + (f" and {len(sites) - 5} more" if len(sites) > 5 else "")
@@ -189,9 +188,9 @@ def unmerge(model: Model) -> Model:
     Raises:
         ValueError: the model was not merged by `merge`, was patched again since, or alpha is 0 somewhere.
     """
-    root, memory = _find_merged(model)
+    root, record = _find_merged(model)
     layers = {path: m for path, m in root.named_modules() if MERGED in m.__dict__}
-    _refuse_incomplete(root, memory)
+    _refuse_incomplete(root, record)
     targets: dict[Adapter, tuple[Adapter, Tensor, Tensor]] = {}
     for path, layer in layers.items():
         before: Snapshot = layer.__dict__[MERGED]
@@ -211,7 +210,7 @@ def unmerge(model: Model) -> Model:
         for layer in layers.values():
             _become_adapted(layer, layer.__dict__.pop(MERGED))
         del root.__dict__[_MERGED_RECORD]
-        become_patched(root, record.adapters_of(root).values(), memory)
+        become_patched(root, adapters_of(root).values(), record)
     return model
 
 
@@ -234,7 +233,7 @@ def _on(base: nn.Parameter, weight: Tensor) -> nn.Parameter:
     return base if same else nn.Parameter(base.detach().to(weight), requires_grad=False)
 
 
-def _refuse_unmergeable(site: record.Site) -> None:
+def _refuse_unmergeable(site: Site) -> None:
     adapter = site.adapter
     if adapter.weight_norm.is_meta or (not isinstance(site.layer, QuantisedLinear) and site.base.is_meta):
         raise ValueError(f"{site.path}: the weight is on meta; load the model's weights before merging")
@@ -257,7 +256,7 @@ def _find_merged(model: nn.Module) -> tuple[nn.Module, Record]:
     raise ValueError(f"the model ({type(model).__name__}) holds nothing that mapsurgery.merge merged")
 
 
-def _refuse_incomplete(root: nn.Module, memory: Record) -> None:
+def _refuse_incomplete(root: nn.Module, record: Record) -> None:
     """A part that was patched again, or replaced, since the merge would stay as it is, without a word."""
     there = {
         path
@@ -266,7 +265,7 @@ def _refuse_incomplete(root: nn.Module, memory: Record) -> None:
         for name in module.__dict__[MERGED].adapters
         for path in site_paths(paths, name)
     }
-    gone = [path for path in memory.layers if path not in there]
+    gone = [path for path in record.layers if path not in there]
     if gone:
         raise ValueError(
             f"merged layers were patched again or replaced since: {', '.join(gone[:5])}; they must be undone"

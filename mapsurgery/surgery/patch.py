@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter
-from . import cut_graphs, record, resizing
+from . import cut_graphs, resizing
 from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .config import Config, takes_options
 from .interrupts import uninterrupted
-from .layers import weight_of
 from .offloaded import at_hand
 from .paths import unwrapped
 from .plan import Plan, make_plan
 from .planned import PlannedLayer, norm_of
 from .quantised import kinds
-from .record import Record
+from .record import Record, adapters_of, all_sites, drop_record, find_patched, persistent_buffers, put_record
+from .undo import MERGED
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,9 +86,9 @@ def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
     for layer in plan.layers:
         own = adapters[layer.shares] if layer.shares else build(layer, plan.config, siblings, start)
         adapters[layer.path] = own
-    memory = _remember(model, plan)
+    record = _remember(model, plan)
     with uninterrupted():
-        _attach_all(model, plan, adapters, memory)
+        _attach_all(model, plan, adapters, record)
     return model
 
 
@@ -98,8 +98,7 @@ def build(layer: PlannedLayer, config: Config, siblings: dict[Any, Any], start: 
     Args: siblings: what the adapters of the model share; start: False where the adapter is about to be loaded.
     """
     with at_hand(layer.module):
-        weight = weight_of(layer.module, layer.parameter)
-        assert weight is not None
+        weight = layer.weight
         return Adapter(
             weight,
             method=config.method,
@@ -123,7 +122,7 @@ def default_dtype(weight: torch.dtype) -> torch.dtype:
     return torch.float64 if weight == torch.float64 else torch.float32
 
 
-def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memory: Record) -> None:
+def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], record: Record) -> None:
     by_module: dict[nn.Module, dict[str, Adapter]] = {}
     shared: dict[nn.Module, set[str]] = {}
     for planned in plan.layers:
@@ -131,14 +130,14 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memo
         if planned.shares:
             shared.setdefault(planned.module, set()).add(planned.parameter)
         if planned.parameter in planned.module.__dict__:  # a hook's result, as old as the last forward
-            planned.module.__dict__[planned.parameter] = weight_of(planned.module, planned.parameter)
+            planned.module.__dict__[planned.parameter] = planned.weight
     done: list[AdaptedLayer] = []
     try:
         for module, own in by_module.items():
             done.append(attach(module, own, shared.get(module, ())))
-        become_patched(model, adapters.values(), memory)
+        become_patched(model, adapters.values(), record)
     except BaseException:
-        become_plain(model, memory)
+        become_plain(model, record)
         for layer in done:
             detach(layer)
         raise
@@ -146,13 +145,9 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], memo
         module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
 
 
-MERGED = "_mapsurgery_merged"
-"""Plain attribute of a merged layer: what `unmerge` needs."""
-
-
 def _remember(model: nn.Module, plan: Plan) -> Record:
     parameters = dict(model.named_parameters())
-    changing: dict[str, Tensor] = {name: parameters[name] for name in plan.trained} | record.persistent_buffers(model)
+    changing: dict[str, Tensor] = {name: parameters[name] for name in plan.trained} | persistent_buffers(model)
     return Record(
         config=plan.config,
         layers=tuple(layer.path for layer in plan.layers),
@@ -177,22 +172,22 @@ def _freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str
         model.get_parameter(name).requires_grad_(True)
 
 
-def become_patched(model: nn.Module, adapters: Iterable[Adapter], memory: Record) -> None:
+def become_patched(model: nn.Module, adapters: Iterable[Adapter], record: Record) -> None:
     """What a model is besides its layers, once these are adapted."""
     adapters = list(adapters)
-    _freeze(model, adapters, memory.trained)
+    _freeze(model, adapters, record.trained)
     cut_graphs.install(model, adapters)
     resizing.install(model)
-    record.put(model, memory)
-    model.register_load_state_dict_pre_hook(_Rebased(memory))
+    put_record(model, record)
+    model.register_load_state_dict_pre_hook(_Rebased(record))
 
 
-def become_plain(model: nn.Module, memory: Record) -> None:
+def become_plain(model: nn.Module, record: Record) -> None:
     """Undo `become_patched`."""
     cut_graphs.uninstall(model)
     resizing.uninstall(model)
-    _restore_requires_grad(model, memory)
-    record.drop(model)
+    _restore_requires_grad(model, record)
+    drop_record(model)
     for key in [key for key, hook in model._load_state_dict_pre_hooks.items() if isinstance(_inner(hook), _Rebased)]:
         del model._load_state_dict_pre_hooks[key]
 
@@ -200,16 +195,16 @@ def become_plain(model: nn.Module, memory: Record) -> None:
 class _Rebased:
     """Pre-hook of loading: what a checkpoint of another base brings is what `unpatch` is to give back."""
 
-    def __init__(self, memory: Record) -> None:
-        self.memory = memory
+    def __init__(self, record: Record) -> None:
+        self.record = record
 
     def __call__(self, model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         own = {prefix + name for name, module in model.named_modules() if isinstance(module, Adapter)}
         if any(name.rpartition(".")[0] in own for name in state_dict):
             return  # the adapters come too: what was trained since
-        for name in self.memory.originals:
+        for name in self.record.originals:
             if prefix + name in state_dict:
-                self.memory.originals[name] = state_dict[prefix + name].detach().clone()
+                self.record.originals[name] = state_dict[prefix + name].detach().clone()
 
 
 def _inner(hook: Any) -> Any:
@@ -217,11 +212,11 @@ def _inner(hook: Any) -> Any:
     return getattr(hook, "hook", hook)
 
 
-def _restore_requires_grad(model: nn.Module, memory: Record) -> None:
+def _restore_requires_grad(model: nn.Module, record: Record) -> None:
     """requires_grad of every parameter as before the patch; parameters that came later keep theirs."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in memory.requires_grad:
-            parameter.requires_grad = memory.requires_grad[name]
+        if name in record.requires_grad:
+            parameter.requires_grad = record.requires_grad[name]
 
 
 @torch.no_grad()
@@ -237,14 +232,14 @@ def unpatch(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched.
     """
-    root, memory = record.find_patched(model)
-    layers = {site.layer: None for site in record.all_sites(root)}
-    tensors: dict[str, Tensor] = dict(root.named_parameters()) | record.persistent_buffers(root)
+    root, record = find_patched(model)
+    layers = {site.layer: None for site in all_sites(root)}
+    tensors: dict[str, Tensor] = dict(root.named_parameters()) | persistent_buffers(root)
     with uninterrupted():
-        for name, original in memory.originals.items():  # first: what can fail must leave the model patched
+        for name, original in record.originals.items():  # first: what can fail must leave the model patched
             if original is not None and name in tensors and tensors[name].shape == original.shape:
                 tensors[name].copy_(original)
-        become_plain(root, memory)
+        become_plain(root, record)
         for layer in layers:
             detach(layer)
     return model
@@ -261,7 +256,7 @@ def disabled(model: Model) -> Iterator[Model]:
     Raises:
         ValueError: the model is not patched.
     """
-    adapters = list(record.adapters_of(model).values())
+    adapters = list(adapters_of(model).values())
     before = [adapter.enabled for adapter in adapters]
     for adapter in adapters:
         adapter.enabled = False

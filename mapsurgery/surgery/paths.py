@@ -27,9 +27,14 @@ def module_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {module: tuple(paths) for module, paths in names.items()}
 
 
+def parameter_paths(module_paths: Iterable[str], parameter: str) -> tuple[str, ...]:
+    """Names of a parameter of a module that has these."""
+    return tuple(f"{path}.{parameter}".lstrip(".") for path in module_paths)
+
+
 def site_paths(module_paths: Iterable[str], parameter: str) -> tuple[str, ...]:
     """Names of a parameter that is adapted: that of its module for a ``weight``, its own for another."""
-    return tuple(p if parameter == "weight" else f"{p}.{parameter}".lstrip(".") for p in module_paths)
+    return tuple(module_paths) if parameter == "weight" else parameter_paths(module_paths, parameter)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 from .adapted import AdaptedLayer
 from .config import Config, takes_options
 from .globs import first_match, matches, nearest
-from .layers import find_type, weight_of, why_not
-from .paths import module_paths, site_paths, unwrapped
+from .layers import find_type, why_not
+from .offloaded import brought_in_whole
+from .paths import module_paths, parameter_paths, site_paths, unwrapped
 from .plan_table import layers_table, shortened, skipped_table
 from .planned import PlannedLayer, SkippedModule, planned_layer
 from .quantised import kinds
@@ -92,12 +93,15 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         raise ValueError(f"the model ({type(model).__name__}) has no parameters: there is nothing to adapt")
     all_paths = [path for paths in modules.values() for path in paths]
     trained = _trained_parameters(model, config, all_paths)
+    whole = brought_in_whole(model)
     layers: list[PlannedLayer] = []
     skipped: list[SkippedModule] = []
     for module, paths in modules.items():
         for name, pattern in _asked_for(module, paths, config).items():
             sites = site_paths(paths, name)
             reason = _reason_to_skip(module, name, paths, config, trained)
+            if reason is None and module in whole:
+                reason = "accelerate offloads it with its parent (preload_module_classes): patch before offloading"
             if reason is None:
                 layers.append(_planned(module, name, sites, pattern, config))
             else:
@@ -119,13 +123,13 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
 
 def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dict[str, str]:
     """Parameters of a module that a pattern takes, each with the first pattern that does."""
-    if any(f".{path}.".find(".parametrizations.") >= 0 for path in paths):
+    if any(".parametrizations." in f".{path}." for path in paths):
         return {}  # the originals of a parametrised weight, which is adapted as a whole
     named = {
         name: pattern
         for name, parameter in module._parameters.items()
         if parameter is not None
-        and (pattern := first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters)) is not None
+        and (pattern := first_match(parameter_paths(paths, name), config.parameters)) is not None
     }
     pattern, kind = first_match(paths, config.targets), find_type(type(module))
     if pattern is None or not _has_weights(module) or (named and kind is None):
@@ -139,7 +143,7 @@ def _count(layers: list[PlannedLayer], pattern: str) -> int:
 
 def _names(sites: tuple[str, ...], parameter: str) -> tuple[str, ...]:
     """What a pattern may call a site: a weight answers to its own name, too."""
-    return (*sites, *(f"{site}.weight".lstrip(".") for site in sites)) if parameter == "weight" else sites
+    return (*sites, *parameter_paths(sites, "weight")) if parameter == "weight" else sites
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -186,7 +190,7 @@ def _reason_to_skip(
         return f"excluded by {excluded!r}"
     if any(part is parameter for part in _parts(module, name) for parameter in trained.values()):
         return "trained in full, as `train` asks"
-    named = first_match([f"{path}.{name}".lstrip(".") for path in paths], config.parameters) is not None
+    named = first_match(parameter_paths(paths, name), config.parameters) is not None
     reason = why_not(module, name, raw=named)
     if reason is not None and find_type(type(module)) is None and not named:
         raw = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and _is_raw(p)]
@@ -213,9 +217,7 @@ def _planned(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str,
 
 
 def _own_notes(layer: PlannedLayer, config: Config) -> tuple[str, ...]:
-    weight = weight_of(layer.module, layer.parameter)
-    assert weight is not None
-    notes = []
+    weight, notes = layer.weight, []
     if layer.rank < layer.requested_rank:
         notes.append(f"rank {layer.requested_rank} is more than the layer allows: {layer.rank}")
     if layer.stacked:

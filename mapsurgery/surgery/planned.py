@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..methods import Adapter, Way
@@ -26,7 +26,6 @@ class PlannedLayer:
         parameter: its name in the layer.
         paths: every name by which the model reaches it, the layer's path for a ``weight`` and the parameter's name for
             others; the first is the one used in files.
-        layer_type: entry of the table of layer types; None for a raw parameter of any other module.
         shape: of the parameter, as the layer holds it.
         matrix: as an adapter sees it, (m, K), or a stack of such that are adapted one by one.
         rank: after the limit of the update family, in most min(m, K); requested_rank before.
@@ -41,7 +40,6 @@ class PlannedLayer:
     module: nn.Module = field(repr=False)
     parameter: str
     paths: tuple[str, ...]
-    layer_type: LayerType | None
     shape: tuple[int, ...]
     matrix: Matrix
     rank: int
@@ -62,6 +60,13 @@ class PlannedLayer:
     @property
     def type_name(self) -> str:
         return type(self.module).__name__
+
+    @property
+    def weight(self) -> Tensor:
+        """The Parameter itself, or the tensor that is computed in its place (`weight_of`)."""
+        weight = weight_of(self.module, self.parameter)
+        assert weight is not None
+        return weight
 
     @property
     def transposed(self) -> bool:
@@ -144,7 +149,6 @@ def planned_layer(
         module=module,
         parameter=name,
         paths=sites,
-        layer_type=layer_type,
         shape=tuple(weight.shape),
         matrix=matrix,
         rank=rank,
@@ -161,7 +165,7 @@ def _runs_own_forward(module: nn.Module, name: str, layer_type: LayerType | None
     if layer_type is None or (name == "weight" and kinds.kind_of(module) is not None):
         return True
     own = mixin_of(type(module), (name,)) is not layer_type.fused
-    return own or getattr(module, "scale_grad_by_freq", False)
+    return own or bool(getattr(module, "scale_grad_by_freq", False))
 
 
 def parameter_shapes(config: Config, matrix: Matrix, rank: int, frozen: bool = False) -> dict[str, tuple[int, ...]]:
@@ -175,6 +179,4 @@ def norm_of(layer: PlannedLayer) -> float | list[float]:
     """||W||_F of a planned layer, or one for each matrix of a stack; a quantised weight is dequantised for it."""
     if layer.quantisation is not None:
         return frobenius_norms(kinds.dequantised(layer.module))
-    weight = weight_of(layer.module, layer.parameter)
-    assert weight is not None
-    return frobenius_norms(weight.detach(), layer.stacked)
+    return frobenius_norms(layer.weight.detach(), layer.stacked)

@@ -83,15 +83,15 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def put(model: nn.Module, record: Record) -> None:
+def put_record(model: nn.Module, record: Record) -> None:
     setattr(model, _ATTRIBUTE, record)
 
 
-def drop(model: nn.Module) -> None:
+def drop_record(model: nn.Module) -> None:
     model.__dict__.pop(_ATTRIBUTE, None)  # a patch that failed has put none
 
 
-def own(model: nn.Module) -> Record | None:
+def record_of(model: nn.Module) -> Record | None:
     """The record of this very module."""
     return model.__dict__.get(_ATTRIBUTE)
 
@@ -104,7 +104,7 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = [(path, module) for path, module in model.named_modules() if own(module) is not None]
+    found = [(path, module) for path, module in model.named_modules() if record_of(module) is not None]
     if not found and any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise ValueError(f"the {type(model).__name__} is a part of a patched model: call this on the model itself")
     if not found:
@@ -112,12 +112,12 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     if len(found) > 1:
         names = ", ".join(path or "the model itself" for path, _ in found)
         raise ValueError(f"parts of the model were patched one by one ({names}): call this on each of them")
-    record = own(found[0][1])
+    record = record_of(found[0][1])
     assert record is not None
     return found[0][1], record
 
 
-def intact_sites(root: nn.Module, memory: Record) -> list[Site]:
+def intact_sites(root: nn.Module, record: Record) -> list[Site]:
     """One site for each adapter, all of those that `patch` made and with their base frozen.
 
     Raises:
@@ -125,7 +125,7 @@ def intact_sites(root: nn.Module, memory: Record) -> list[Site]:
     """
     sites = all_sites(root)
     every = {path for site in sites for path in site.paths}
-    lost = tuple(path for path in memory.layers if path not in every)
+    lost = tuple(path for path in record.layers if path not in every)
     if lost:
         raise ValueError(
             f"adapted layers were replaced or removed after patch, their adapters are gone: {', '.join(lost)}"
@@ -139,9 +139,9 @@ def intact_sites(root: nn.Module, memory: Record) -> list[Site]:
     return one_per_adapter(sites)
 
 
-def trained_names(root: nn.Module, memory: Record) -> tuple[str, ...]:
+def trained_names(root: nn.Module, record: Record) -> tuple[str, ...]:
     """Parameters beside the adapters that are trained: what `train` named, and what was unfrozen or added since."""
-    found = dict.fromkeys(memory.trained)
+    found = dict.fromkeys(record.trained)
     for path, module in root.named_modules():
         if not isinstance(module, Adapter):
             own = module.named_parameters(prefix=path, recurse=False)

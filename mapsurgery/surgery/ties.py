@@ -9,6 +9,7 @@ from torch import nn
 from .config import Config
 from .globs import first_match
 from .layers import why_not
+from .offloaded import identity
 from .paths import module_paths, site_paths
 from .planned import PlannedLayer, planned_layer
 
@@ -27,7 +28,8 @@ def resolve_ties(model: nn.Module, layers: list[PlannedLayer], config: Config) -
     built: dict[int, PlannedLayer] = {}
     for layer in layers:
         weight = layer.module._parameters.get(layer.parameter)
-        others = [h for h in holders.get(id(weight), []) if h[:2] != (layer.module, layer.parameter)]
+        key = 0 if weight is None else identity(layer.module, layer.parameter)
+        others = [h for h in holders.get(key, []) if h[:2] != (layer.module, layer.parameter)]
         if weight is None or not others:
             result.append(layer)
             continue
@@ -37,10 +39,10 @@ def resolve_ties(model: nn.Module, layers: list[PlannedLayer], config: Config) -
         if config.tied == "separate":
             notes[layer.path] = (f"tied with {names}, which keeps the base weight or has an adapter of its own",)
             result.append(layer)
-        elif id(weight) in built:
-            result.append(_shared(layer, built[id(weight)], config))
+        elif key in built:
+            result.append(_shared(layer, built[key], config))
         else:
-            built[id(weight)] = layer
+            built[key] = layer
             notes[layer.path] = (f"tied with {names}: one adapter for all of them",)
             planned = {(one.module, one.parameter) for one in layers}
             missing = [h for h in others if h[:2] not in planned]
@@ -73,7 +75,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".lstrip(".")))
+                found.setdefault(identity(module, name), []).append((module, name, f"{path}.{name}".lstrip(".")))
     return found
 
 

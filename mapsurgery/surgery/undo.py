@@ -9,6 +9,9 @@ from torch import nn
 
 from ..methods import Adapter
 
+MERGED = "_mapsurgery_merged"
+"""Plain attribute of a merged layer that holds its `Snapshot`."""
+
 
 @dataclass
 class Snapshot:

@@ -101,7 +101,7 @@ def test_the_norm_is_that_of_the_base_that_arrived(arrive: Callable[[nn.Module],
     expected = with_adapters_of(model, patched(net(**OTHER)))
     assert torch.equal(model(data()), expected(data()))
     with mapsurgery.disabled(model):
-        assert torch.equal(model(data()), net(**OTHER)(data()))
+        torch.testing.assert_close(model(data()), net(**OTHER)(data()))  # memory that is aligned otherwise, other sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -32,9 +32,9 @@ def test_hooks_on_an_adapter_fire_in_each_forward(case: Case) -> None:
         before.clear(), after.clear()
         with torch.set_grad_enabled(grad):
             model(case.data())
-        assert set(before) == set(after) == set(adapters(model))
-        once = len(before)
-        model(case.data())
+            assert set(before) == set(after) == set(adapters(model))
+            once = len(before)
+            model(case.data())
         assert len(before) == 2 * once
 
 

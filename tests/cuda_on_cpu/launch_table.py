@@ -15,8 +15,8 @@ from torch import Tensor
 import mapsurgery
 
 ops = torch.ops.mapsurgery
-# Of x, weight, bias, factors, alpha: a frozen base is the rule.
-FROZEN, TRAINED = (True, False, False, True, True), (True, True, True, True, True)
+# Of x, weight, bias, factors, s_w: a frozen base is the rule. LoRA's scalars are constants.
+FROZEN, TRAINED, OF_LORA = (True, False, False, True, True), (True,) * 5, (True, False, False, True, False)
 CONVOLUTIONS = {
     "3x3": (3, [1, 1], False),
     "3x3, weight space": (3, [1, 1], True),
@@ -47,59 +47,59 @@ class Table:
         return result
 
 
-def norms(table: Table) -> None:
-    for rank in (8, 64):
-        args = adapter(96, 80, rank)
-        table.add(f"lowrank_norm, rank {rank}", ops.lowrank_norm, *args[:2])
-        table.add(f"map_scales, rank {rank}", ops.map_scales, *args)
-        layers = [[value] * 20 for value in args]
-        table.add(f"map_scales_many, 20 layers of rank {rank}", ops.map_scales_many, *layers)
+def scales(table: Table) -> None:
+    for rank in (8, 32, 64):
+        A, B, *numbers = adapter(96, 80, rank)
+        s_w, s_d, *norm = table.add(f"map_scales, rank {rank}", ops.map_scales, A, B, *numbers)
+        table.add(f"map_scales_backward, rank {rank}", ops.map_scales_backward, s_w, s_d, A, B, *norm)
+
+
+def backward(table: Table, name: str, what: str, tensors: tuple, norm: list[Tensor], how: tuple, trained: bool) -> None:
+    """Lines of a backward: MAP's, through the norm, and that of constant scalars."""
+    if trained:
+        table.add(f"{name}, {what}, all gradients", getattr(ops, name), *tensors, norm, *how, *TRAINED)
+    else:
+        table.add(f"{name}, {what}", getattr(ops, name), *tensors, norm, *how, *FROZEN)
+        table.add(f"{name}, {what}, LoRA", getattr(ops, name), *tensors, [], *how, *OF_LORA)
 
 
 def linear(table: Table, dtype: torch.dtype, with_bias: bool, rank: int) -> None:
     x, weight = torch.randn(32, 80).to(dtype), torch.randn(96, 80).to(dtype)
     bias = torch.randn(96).to(dtype) if with_bias else None
-    args = adapter(96, 80, rank)
-    what = f"rank {rank}, {str(dtype)[6:]}{', bias' if with_bias else ''}"
-    y, h, *given = table.add(f"map_linear, {what}", ops.map_linear, x, weight, bias, *args)
-    table.add(f"map_linear_given, {what}", ops.map_linear_given, x, weight, bias, *args, *given)
-    saved = (y, x, h, weight, *args[:2], *given)
-    if not with_bias:
-        table.add(f"map_linear_backward, {what}", ops.map_linear_backward, *saved, *FROZEN)
-    else:
-        table.add(f"map_linear_backward, {what}, all gradients", ops.map_linear_backward, *saved, *TRAINED)
+    A, B, *numbers = adapter(96, 80, rank)
+    s_w, s_d, *norm = ops.map_scales(A, B, *numbers)
+    own, what = (A, B, s_w, s_d), f"rank {rank}, {str(dtype)[6:]}{', bias' if with_bias else ''}"
+    y, h = table.add(f"lowrank_linear, {what}", ops.lowrank_linear, x, weight, bias, *own)
+    backward(table, "lowrank_linear_backward", what, (y, x, h, weight, *own), norm, (), with_bias)
 
 
 def conv(table: Table, dtype: torch.dtype, with_bias: bool, name: str) -> None:
     kernel, padding, weight_space = CONVOLUTIONS[name]
     x, weight = torch.randn(2, 16, 9, 9).to(dtype), torch.randn(24, 16, kernel, kernel).to(dtype)
     bias = torch.randn(24).to(dtype) if with_bias else None
-    args = adapter(24, 16 * kernel**2, 4)
-    how = ([1, 1], padding, [1, 1], 1, weight_space)
+    A, B, *numbers = adapter(24, 16 * kernel**2, 4)
+    s_w, s_d, *norm = ops.map_scales(A, B, *numbers)
+    how, own = ([1, 1], padding, [1, 1], 1, weight_space), (A, B, s_w, s_d)
     what = f"{name}, {str(dtype)[6:]}{', bias' if with_bias else ''}"
-    y, h, *given = table.add(f"map_conv, {what}", ops.map_conv, x, weight, bias, *args, *how)
-    saved = (y, x, h, weight, *args[:2], *given)
-    if not with_bias:
-        table.add(f"map_conv_backward, {what}", ops.map_conv_backward, *saved, *how, *FROZEN)
-    else:
-        table.add(f"map_conv_backward, {what}, all gradients", ops.map_conv_backward, *saved, *how, *TRAINED)
+    y, h = table.add(f"lowrank_conv, {what}", ops.lowrank_conv, x, weight, bias, *own, *how)
+    backward(table, "lowrank_conv_backward", what, (y, x, h, weight, *own), norm, how, with_bias)
 
 
 def weights(table: Table, dtype: torch.dtype) -> None:
-    weight, args, name = torch.randn(96, 80).to(dtype), adapter(96, 80, 8), str(dtype)[6:]
-    w, *given = table.add(f"effective_weight, {name}", ops.effective_weight, weight, *args, None)
-    saved = (w, weight, *args[:2], *given)
-    table.add(f"effective_weight_backward, {name}", ops.effective_weight_backward, *saved, False)
-    table.add(f"effective_weight_backward, {name}, all gradients", ops.effective_weight_backward, *saved, True)
-    table.add(f"merge_, {name}", ops.merge_, weight, *args)
-    table.add(f"unmerge_, {name}", ops.unmerge_, weight, *args)
+    weight, (A, B, *numbers), name = torch.randn(96, 80).to(dtype), adapter(96, 80, 8), str(dtype)[6:]
+    own = (A, B, *ops.map_scales(A, B, *numbers)[:2])
+    w = table.add(f"effective_weight, {name}", ops.effective_weight, weight, *own, None)
+    for need, what in ((False, name), (True, f"{name}, all gradients")):
+        table.add(f"effective_weight_backward, {what}", ops.effective_weight_backward, w, weight, *own, need)
+    table.add(f"merge_, {name}", ops.merge_, weight, *own)
+    table.add(f"unmerge_, {name}", ops.unmerge_, weight, *own)
 
 
 def main() -> None:
     library = mapsurgery.native_info().cpu_library
     assert library, "no native library is loaded"
     table = Table(library)
-    norms(table)
+    scales(table)
     for dtype in (torch.float32, torch.bfloat16):
         for with_bias in (False, True):
             linear(table, dtype, with_bias, 8)

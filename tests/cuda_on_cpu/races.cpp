@@ -58,24 +58,31 @@ void run(ScalarType dtype, int64_t rank) {
   const auto bias = std::optional<Tensor>(random_tensor({kRows}, dtype)), none = std::optional<Tensor>();
   const double tau = 0.1;
 
+  const auto scales = call<5>("map_scales", A, B, one, one, one, tau, true);
+  const Tensor &s_w = scales[0], &s_d = scales[1];
+  const std::vector<Tensor> norm(scales.begin() + 2, scales.end());
+  call<4>("map_scales_backward", s_w, s_d, A, B, norm[0], norm[1], norm[2]);
+
   const Tensor x = random_tensor({kBatch, kColumns}, dtype);
   for (const auto& b : {bias, none}) {
-    const auto out = call<5>("map_linear", x, weight, b, A, B, one, one, one, tau, true);
-    call<7>("map_linear_backward", out[0], x, out[1], weight, A, B, out[2], out[3], out[4], true, true, true, true,
-            true);
+    const auto out = call<2>("lowrank_linear", x, weight, b, A, B, s_w, s_d);
+    for (const auto& through : {norm, std::vector<Tensor>()}) {
+      call<7>("lowrank_linear_backward", out[0], x, out[1], weight, A, B, s_w, s_d, through, true, true, true, true,
+              true);
+    }
   }
 
-  call<0>("merge_", weight, A, B, one, one, one, tau, true);
-  call<0>("unmerge_", weight, A, B, one, one, one, tau, true);
+  call<0>("merge_", weight, A, B, s_w, s_d);
+  call<0>("unmerge_", weight, A, B, s_w, s_d);
 
   if (rank > 3) return;  // convolutions launch the same kernels, and threads are slow
   const Tensor images = random_tensor({2, 8, 5, 6}, dtype), kernel = random_tensor({kRows, 8, 3, 3}, dtype);
   const Sizes ones{1, 1};
   for (const bool weight_space : {false, true}) {
-    const auto out = call<5>("map_conv", images, kernel, bias, A, B, one, one, one, tau, true, ones, ones, ones,
-                             int64_t(1), weight_space);
-    call<7>("map_conv_backward", out[0], images, out[1], kernel, A, B, out[2], out[3], out[4], ones, ones, ones,
-            int64_t(1), weight_space, true, true, true, true, true);
+    const auto out =
+        call<2>("lowrank_conv", images, kernel, bias, A, B, s_w, s_d, ones, ones, ones, int64_t(1), weight_space);
+    call<7>("lowrank_conv_backward", out[0], images, out[1], kernel, A, B, s_w, s_d, norm, ones, ones, ones, int64_t(1),
+            weight_space, true, true, true, true, true);
   }
 }
 

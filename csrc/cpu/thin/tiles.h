@@ -1,4 +1,5 @@
-// Products with a matrix of few columns, h (rows, rank), on one tile of a large matrix; the inner loops of products.cpp.
+// Products with a matrix of few columns, h (rows, rank), on one tile of a large matrix; the inner loops of
+// products.cpp.
 //
 // BLAS packs both operands of a product before it multiplies: with a rank of 8 the packing takes most of the time.
 // These loops read the large matrix once, as it lies in memory, and keep what they sum up in registers.

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...methods import Dora, Lora
-from ...surgery import record
 from ...surgery.adapted import AdaptedLayer
 from ...surgery.config import Config
 from ...surgery.layers import weight_of, why_not
@@ -25,6 +24,7 @@ from ...surgery.paths import module_paths, site_paths
 from ...surgery.plan import Plan, count_parameters
 from ...surgery.planned import PlannedLayer, planned_layer
 from ...surgery.quantised import kinds
+from ...surgery.record import persistent_buffers
 from ...updates import Matrix
 from .layout import (
     CONFIG_FILE,
@@ -303,6 +303,6 @@ def _fill(model: nn.Module, plan: Plan, layouts: dict[str, Layout], content: _Co
                 adapter.get_buffer("B0").mul_(alpha / method.alpha)
         if tensors.magnitude is not None:
             own["m"].copy_(tensors.magnitude)
-    places: dict[str, Tensor] = dict(model.named_parameters()) | record.persistent_buffers(model)
+    places: dict[str, Tensor] = dict(model.named_parameters()) | persistent_buffers(model)
     for name in content.others.keys() & places.keys():
         places[name].copy_(content.others[name])

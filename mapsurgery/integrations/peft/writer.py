@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..._atomic_write import write_whole
 from ..._state_dict import changed_buffers
 from ...methods import Adapter, Dora, Lora
-from ...surgery import record
 from ...surgery.adapted import AdaptedLayer
-from ...surgery.record import Record, Site
+from ...surgery.record import Record, Site, all_sites, find_patched, intact_sites, trained_names
 from ...updates import FactoredUpdate
 from .layout import (
     CONFIG_FILE,
@@ -182,11 +181,11 @@ def _converted(model: nn.Module) -> tuple[dict[str, _Converted], list[str], nn.M
     Raises:
         ValueError: naming everything that does not convert.
     """
-    root, memory = record.find_patched(model)
-    _refuse_method({type(site.adapter.method): site.adapter for site in record.intact_sites(root, memory)})
+    root, record = find_patched(model)
+    _refuse_method({type(site.adapter.method): site.adapter for site in intact_sites(root, record)})
     layers: dict[str, _Converted] = {}
     problems: list[str] = []
-    for site in record.all_sites(root):
+    for site in all_sites(root):
         found = _of_site(site)
         if isinstance(found, str):
             problems.append(found)
@@ -194,7 +193,7 @@ def _converted(model: nn.Module) -> tuple[dict[str, _Converted], list[str], nn.M
             layers[site.path] = found
     problems += _uneven({adapter.dropout for _, _, adapter in layers.values()}, "dropout")
     problems += _uneven({getattr(adapter.method, "rslora", False) for _, _, adapter in layers.values()}, "rslora")
-    modules, unsaved = _modules_to_save(root, memory)
+    modules, unsaved = _modules_to_save(root, record)
     problems += unsaved
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
@@ -235,9 +234,9 @@ def _of_site(site: Site) -> _Converted | str:
     return layout, LayerTensors(A.detach(), B.detach(), magnitude), adapter
 
 
-def _modules_to_save(root: nn.Module, memory: Record) -> tuple[list[str], list[str]]:
+def _modules_to_save(root: nn.Module, record: Record) -> tuple[list[str], list[str]]:
     """Names of the modules with trained parameters or changed buffers, and what PEFT cannot save of these."""
-    names = [*record.trained_names(root, memory), *changed_buffers(root, memory)]
+    names = [*trained_names(root, record), *changed_buffers(root, record)]
     holders = dict.fromkeys(name.rpartition(".")[0] for name in names)
     modules = [path for path in holders if not any(path.startswith(f"{other}.") for other in holders if other)]
     problems = [f"{name!r} is trained, and belongs to the model itself" for name in names if "." not in name]

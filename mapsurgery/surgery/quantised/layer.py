@@ -49,6 +49,9 @@ class QuantisedLinear(AdaptedLayer):
         x = args[0] if args else next(iter(kwargs.values()))
         return adapter("around", None, x, output, getattr(self, "bias", None), partial(dequantised, self))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)  # the base's own code may replace its weight
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of another base brings another ||W||_F."""
         super(AdaptedLayer, self)._load_from_state_dict(state_dict, prefix, *args)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import rebind_forward
+from ..adapted import rebind_forward
 from .kinds import Quantisation, dequantised, kind_of
 from .layer import QuantisedLinear
 
