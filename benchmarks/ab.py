@@ -30,7 +30,7 @@ from ab_worker import DTYPES, LINEAR, PEFT, Case
 from common import Row, iqr, make_parser, median, positive, print_paths, start, table, write_results
 
 METHODS = ("map", "lora")
-STEPS = ("vit_small:2", "llama_tiny:2", "resnet50:2")
+STEPS = ("vit_small:1", "llama_tiny:2", "resnet50:2")
 MODEL_SHARE = 5
 """Time of a whole model's case, in units of that of one layer."""
 MOST_CALLS = 100
