@@ -30,7 +30,9 @@ from ab_worker import DTYPES, LINEAR, PEFT, Case
 from common import Row, iqr, make_parser, median, positive, print_paths, start, table, write_results
 
 METHODS = ("map", "lora")
-STEPS = ("vit_small:2", "llama_tiny:2", "resnet50:2")
+STEPS = ("vit_small:1", "llama_tiny:2", "resnet50:2")
+MODEL_SHARE = 5
+"""Time of a whole model's case, in units of that of one layer."""
 MOST_CALLS = 100
 """Of one layer in a measurement."""
 FEWEST_ROUNDS = 4
@@ -136,8 +138,21 @@ Times = dict[str, dict[str, list[float]]]
 """Name of a worker -> "ms" or "processor_ms" -> one per round."""
 
 
-def run_rounds(case: Case, workers: dict[str, Worker], times: Times, arguments: argparse.Namespace) -> int:
+def is_layer(case: Case) -> bool:
+    """Whether it is of one layer, not of a whole model."""
+    return case.model.startswith(LINEAR)
+
+
+def share(cases: Sequence[Case]) -> float:
+    """The part of the time of all these cases that the first one may take."""
+    parts = [1 if is_layer(case) else MODEL_SHARE for case in cases]
+    return parts[0] / sum(parts)
+
+
+def run_rounds(case: Case, workers: dict[str, Worker], times: Times, end: float, arguments: argparse.Namespace) -> int:
     """Rounds of one case, A B and B A in turns, added to `times`. Returns the calls of a measurement.
+
+    Args: end: of `time.perf_counter`, when there are FEWEST_ROUNDS.
 
     Raises:
         RuntimeError: it failed in a worker.
@@ -147,12 +162,11 @@ def run_rounds(case: Case, workers: dict[str, Worker], times: Times, arguments: 
         method = PEFT if name == PEFT else case.method
         words[name] = str(Case(case.model, case.rank, case.dtype, case.mode, method))
     first = {name: worker.ask("prepare", words[name]) for name, worker in workers.items()}
-    single = case.model.startswith(LINEAR)
+    single = is_layer(case)
     once = min(worker.ask("measure", words[name], 3 if single else 1)["ms"] for name, worker in workers.items())
     calls = min(MOST_CALLS, max(2, math.ceil(arguments.min_ms / once))) if single else 1
-    began = time.perf_counter()
     for index in range(arguments.rounds):
-        if index >= FEWEST_ROUNDS and time.perf_counter() - began > arguments.case_seconds:
+        if index >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
         for name in list(workers) if index % 2 == 0 else reversed(workers):
             for key, value in workers[name].ask("measure", words[name], calls).items():
@@ -246,19 +260,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--extra", nargs="+", type=Case.parse, default=[], metavar="CASE", help="others than the usual")
     parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
     parser.add_argument("--processes", type=positive, default=2, help="pairs, one after the other (default 2)")
-    parser.add_argument("--rounds", type=positive, default=50, help="of a case, by each pair (default 50)")
-    least = f"rounds of a case end after this, but not before {FEWEST_ROUNDS} (default 4)"
-    parser.add_argument("--case-seconds", type=float, default=4.0, help=least)
+    parser.add_argument("--rounds", type=positive, default=100, help="of a case, by each pair at most (default 100)")
+    shared = f"for all cases, each of which takes {FEWEST_ROUNDS} rounds all the same (default 30)"
+    parser.add_argument("--minutes", type=float, default=30.0, help=shared)
     parser.add_argument("--min-ms", type=float, default=2.0, help="of a measurement of a layer (default 2 ms)")
     parser.add_argument("--no-peft", action="store_true", help="leave out peft's LoRA")
     return parser.parse_args(argv)
 
 
-def run_case(case: Case, workers: dict[str, Worker], times: Times, arguments: argparse.Namespace) -> Row:
+def run_case(case: Case, workers: dict[str, Worker], times: Times, end: float, arguments: argparse.Namespace) -> Row:
     """The case's row from all rounds up to now; with the error if it failed."""
     used = {name: worker for name, worker in workers.items() if name != PEFT or peft_is_cheap(case)}
     try:
-        return row_of(case, times, run_rounds(case, used, times, arguments))
+        return row_of(case, times, run_rounds(case, used, times, end, arguments))
     except RuntimeError as error:
         print(f"{case}: {error}", file=sys.stderr)
         return {**vars(case), "error": str(error)}
@@ -277,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     options += [
         f"--{name.replace('_', '-')} {getattr(arguments, name)}"
-        for name in ("processes", "rounds", "case_seconds", "min_ms")
+        for name in ("processes", "rounds", "minutes", "min_ms")
     ]
     # Without the folders: which machine's they are is nobody's business.
     device, run = start(arguments, **commits, command=" ".join(["python benchmarks/ab.py A B", *options]))
@@ -290,8 +304,11 @@ def main(argv: list[str] | None = None) -> int:
             run["kernels"] = ", ".join(f"{name} {workers[name].hello['kernels']}" for name in commits)
             run["native"] = {name: workers[name].hello["native"] for name in commits}
             run["threads"] = workers["A"].hello["threads"]
-            for case in cases:
-                rows[case] = row = run_case(case, workers, times[case], arguments)
+            last = began + 60 * arguments.minutes * (number + 1) / arguments.processes
+            for index, case in enumerate(cases):
+                now = time.perf_counter()
+                end = now + (last - now) * share(cases[index:])
+                rows[case] = row = run_case(case, workers, times[case], end, arguments)
                 passed = f"{number + 1}/{arguments.processes} {time.perf_counter() - began:5.0f} s"
                 print(f"{passed}  {row.get('b_to_a', math.nan):.3f}  {case}", flush=True)
         title = (

@@ -48,13 +48,16 @@ results=${RESULTS:-$OUT} # where the stages write
 works() {
     "$PYTHON" - "$DEVICE" <<'PY'
 import sys, torch, mapsurgery
-from mapsurgery.ops import reference
+from mapsurgery.ops import operators
 info, device = mapsurgery.native_info(), sys.argv[1]
 if not getattr(info, device):
     sys.exit(f"no native {device} library: {info.error}")
 x, W, A, B, one = (torch.randn(*shape, device=device) for shape in ((5, 40), (30, 40), (4, 40), (30, 4), (1,)))
-args = x, W, None, A, B, one, one, W.norm().reshape(1), 0.1, True
-torch.testing.assert_close(torch.ops.mapsurgery.map_linear(*args)[0], reference.map_linear(*args)[0], rtol=1e-3, atol=1e-3)
+found, wanted = (
+    (scales := ops.map_scales(A, B, one, one, W.norm().reshape(1), 0.1, True), ops.lowrank_linear(x, W, None, A, B, *scales[:2]))
+    for ops in (torch.ops.mapsurgery, operators)
+)
+torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 PY
 }
 
@@ -94,7 +97,7 @@ SLOW_TESTS=(tests/test_compile.py tests/test_cpp_example.py)
 kernels() {
     rm -f .pytest_cache/v/cache/lastfailed
     if [[ $DEVICE == cpu ]]; then
-        run_tests load -m "not cuda" -k "rank_0 or single_dimensions" "${KERNEL_TESTS[@]}"
+        run_tests load -m "not cuda" -k "single_dimensions" "${KERNEL_TESTS[@]}"
     else
         has_gpu && run_tests load -m cuda "${KERNEL_TESTS[@]}"
     fi
@@ -112,7 +115,7 @@ cuda_tests() {
     local -a others
     mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -vxF "$(printf '%s\n' "${KERNEL_TESTS[@]}" "${SLOW_TESTS[@]}")")
     if [[ $DEVICE == cpu ]]; then
-        run_tests load -m "not cuda" -k "rank_0" tests/test_layers.py tests/test_native_kernels.py
+        run_tests load -m "not cuda" -k "single_dimensions" tests/test_native_kernels.py
         return
     fi
     has_gpu || return
@@ -124,7 +127,7 @@ cuda_tests() {
 
 all_tests() { run_tests load tests; }
 
-KINDS=(norm many linear conv weight)
+KINDS=(scales linear conv weight)
 
 fuzz() { "$PYTHON" tests/cuda_on_cpu/fuzz.py --device "$DEVICE" --seconds 12 --seed "${FUZZ_SEED:-1}" --kinds "${KINDS[@]}"; }
 
@@ -192,7 +195,7 @@ ops() { bench ops --dtype bf16 --repeats 5 --implementations op autograd base --
 
 ops_compiled() {
     bench ops --dtype bf16 --repeats 5 --implementations op reference compiled --tag compiled \
-        --operators lowrank_norm map_linear effective_weight merge_ -- "${TINY_OPS[@]}"
+        --operators map_scales map_linear effective_weight merge_ -- "${TINY_OPS[@]}"
 }
 
 scaling() {

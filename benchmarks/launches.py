@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from train_step import METHODS
 from workloads import share_weights
 
-CHOICES = ("frozen", "lora-bf16", "lora", "dora", "map")
+CHOICES = ("frozen", "lora-bf16", "lora", "dora", "map", "mapsurgery-lora")
 LAYERS = {
     "Linear": lambda width: nn.Linear(width, width, bias=False),
     "Linear with bias": lambda width: nn.Linear(width, width),

@@ -1,11 +1,11 @@
-"""Each operator of torch.ops.mapsurgery beside its pure-torch reference, the compiled reference, and the floor.
+"""Each operator of torch.ops.mapsurgery beside its definition in plain torch, that compiled, and the floor.
 
     python benchmarks/ops.py                                  # small shapes on a CPU, large ones on a GPU
     python benchmarks/ops.py --operators lowrank_linear merge_ --dtype bf16
 
 The floor of an operator is the larger of two times: the bytes that it must read and write over the bandwidth of a copy,
 and its arithmetic over the rate of a large matrix product, both measured on this device in this run. Every result is
-compared with the reference in float64 before anything is timed. benchmarks/README.md explains the columns.
+compared with the definition in float64 before anything is timed. benchmarks/README.md explains the columns.
 """
 
 from __future__ import annotations
@@ -43,10 +43,16 @@ OPS = torch.ops.mapsurgery
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # ||result - reference|| / ||reference||, TF32 included
 SETTINGS = (0.05, True)  # tau and relative, as the default start has them
-NEEDS = (True, False, False, True, True)  # need_x, need_weight, need_bias, need_factors, need_s_w: plain training
+NEEDS = (True, False, False, True)  # need_x, need_weight, need_bias, need_factors; need_s_w, with the norm alone
 
 Args = tuple[Any, ...]
 Function = Callable[..., Any]
+
+CALLS: dict[str, Callable[[str], Function]] = {
+    "op": lambda name: getattr(OPS, name).default,
+    "reference": lambda name: getattr(operators, name),
+}
+"""By what an implementation is called: operator's name -> function."""
 
 # --- cost -----------------------------------------------------------------------------------------------------------
 
@@ -132,119 +138,113 @@ def bytes_of(dtype: torch.dtype, *counts: float) -> float:
     return torch.finfo(dtype).bits // 8 * sum(counts)
 
 
-def factors(m: int, K: int, rank: int, device: torch.device) -> Args:
-    """A, B, alpha, beta and ||W||_F for a random weight of unit variance; the update is as large as the weight."""
-    A, B = torch.randn(rank, K, device=device), torch.randn(m, rank, device=device)
+def factors(m: int, K: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A and B for a random weight of unit variance; the update is as large as the weight."""
+    return torch.randn(rank, K, device=device) / rank**0.5, torch.randn(m, rank, device=device)
+
+
+def scalars(m: int, K: int, device: torch.device, norm: bool) -> Args:
+    """s_w and s_d that are 1; with the norm what `map_scales` makes such of: alpha, beta, ||W||_F and its settings."""
     one = torch.ones(1, device=device)
-    return A, B, one, one.clone(), one * math.sqrt(m * K)
+    return (one, one.clone(), one * math.sqrt(m * K), *SETTINGS) if norm else (one, one.clone())
 
 
-def with_scalars(m: int, K: int, rank: int, device: torch.device) -> Args:
-    """A, B, s_w and s_d, the latter as MAP has them."""
-    A, B, *numbers = factors(m, K, rank, device)
-    return A, B, *operators.map_scales(A, B, *numbers, *SETTINGS)[:2]
+def factor_cost(m: int, K: int, rank: int, norm: bool) -> Cost:
+    """Reading the float32 factors, and with the norm their Gram matrices."""
+    return Cost(bytes_of(torch.float32, rank * (m + K)), 2 * rank**2 * (m + K) * norm)
 
 
-def thin_bytes(m: int, K: int, rank: int) -> float:
-    """Of the float32 factors."""
-    return bytes_of(torch.float32, rank * (m + K))
-
-
-def factor_cost(m: int, K: int, rank: int) -> Cost:
-    """Reading the float32 factors, and their Gram matrices."""
-    return Cost(thin_bytes(m, K, rank), 2 * rank**2 * (m + K))
-
-
-def norm_cases(m: int, K: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
+def scales_cases(m: int, K: int, rank: int, device: torch.device) -> dict[str, Case]:
     """map_scales: float32 factors whatever the layer's dtype."""
-    scales = {"op": OPS.map_scales.default, "reference": operators.map_scales}
-    shape, cost = f"{m}x{K} r{rank}", (factor_cost(m, K, rank),)
 
     def inputs() -> Args:
-        return *factors(m, K, rank, device), *SETTINGS
+        return *factors(m, K, rank, device), *scalars(m, K, device, norm=True)
 
-    return {"map_scales": Case("map_scales", shape, torch.float32, inputs, scales, cost)}
+    runs = {name: call("map_scales") for name, call in CALLS.items()}
+    cost = factor_cost(m, K, rank, norm=True)
+    return {"map_scales": Case("map_scales", f"{m}x{K} r{rank}", torch.float32, inputs, runs, (cost,))}
 
 
 def like(y: Tensor) -> Tensor:
-    """A gradient for y with part of y in it, so that the gradients of alpha and beta are no sums that cancel."""
+    """A gradient for y with part of y in it, so that the gradients of scalars are no sums that cancel."""
     return (y + y.float().std() * torch.randn_like(y)).to(y.dtype)
 
 
-def map_both(scales: Function, forward: Function, backward: Function) -> Function:
-    """MAP's product and its closed-form backward as one function of (grad, x, ..., weight_norm, *conv's settings)."""
+def product(call: Callable[[str], Function], name: str, norm: bool, back: bool) -> Function:
+    """An operator as a layer runs it, of (x, weight, bias, A, B, `scalars`, settings); first grad, if `back`.
+
+    Args: name: lowrank_linear or lowrank_conv; norm: `map_scales` before it, and its gradient within the backward, as
+    method "map" has it, else as "lora"; back: with the closed-form backward.
+    """
+    forward, backward = call(name), call(f"{name}_backward")
+
+    def both(grad: Tensor | None, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, *rest: Any) -> Any:
+        given, settings = (rest[:5], rest[5:]) if norm else (rest[:2], rest[2:])
+        s_w, s_d, *kept = call("map_scales")(A, B, *given) if norm else given
+        y, h = forward(x, weight, bias, A, B, s_w, s_d, *settings)
+        if grad is None:
+            return y
+        return y, backward(grad, x, h, weight, A, B, s_w, s_d, kept, *settings, *NEEDS, norm)
+
+    return both if back else partial(both, None)
+
+
+def by_autograd(function: Function, trained: int) -> Function:
+    """The public function with autograd around it, as a training step calls it; trained: scalars that are."""
 
     def both(grad: Tensor, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, *rest: Any) -> Any:
-        numbers, conv = rest[:5], rest[5:]
-        s_w, s_d, *norm = scales(A, B, *numbers)
-        y, h = forward(x, weight, bias, A, B, s_w, s_d, *conv)
-        return y, backward(grad, x, h, weight, A, B, s_w, s_d, norm, *conv, *NEEDS)
-
-    return both
-
-
-def both_of(product: str) -> dict[str, Function]:
-    """`map_both` by the operators and by their definitions."""
-    names = ("map_scales", product, f"{product}_backward")
-    return {
-        "op": map_both(*(getattr(OPS, name).default for name in names)),
-        "reference": map_both(*(getattr(operators, name) for name in names)),
-    }
-
-
-def by_autograd(function: Function) -> Function:
-    """The public function with autograd around it, as a training step calls it."""
-
-    def both(grad: Tensor, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, *rest: Any) -> Any:
-        alpha, beta, *others = rest
-        leaves = [t.detach().requires_grad_() for t in (x, A, B, alpha, beta)]
-        x, A, B, alpha, beta = leaves
-        y = function(x, weight, bias, A, B, alpha, beta, *others)
+        leaves = [t.detach().requires_grad_() for t in (x, A, B, *rest[:trained])]
+        x, A, B, *numbers = leaves
+        y = function(x, weight, bias, A, B, *numbers, *rest[trained:])
         return y.detach(), torch.autograd.grad(y, leaves, grad)
 
     return both
 
 
-def linear_cases(T: int, m: int, K: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
-    """lowrank_linear on T tokens, and MAP's forward with backward on it."""
+def linear_cases(
+    T: int, m: int, K: int, rank: int, norm: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Case]:
+    """lowrank_linear on T tokens, or with the norm map_linear; forward, and forward with backward."""
 
     def inputs() -> Args:
         x = torch.randn(T, K, device=device).to(dtype)
         weight, bias = torch.randn(m, K, device=device).to(dtype), torch.randn(m, device=device).to(dtype)
-        return x, weight, bias, *with_scalars(m, K, rank, device)
+        return x, weight, bias, *factors(m, K, rank, device), *scalars(m, K, device, norm)
 
     def both_inputs() -> Args:
         args = inputs()
-        return like(operators.lowrank_linear(*args)[0]), *args[:3], *factors(m, K, rank, device), *SETTINGS
+        return like(forwards["reference"](*args)), *args
 
-    thin, fixed = thin_bytes(m, K, rank), factor_cost(m, K, rank)
+    forwards, boths = (
+        {run: product(call, "lowrank_linear", norm, back) for run, call in CALLS.items()} for back in (False, True)
+    )
+    fixed = factor_cost(m, K, rank, norm)
     down_up, dense = 2 * T * rank * (m + K), 2 * T * m * K
-    forward = Cost(bytes_of(dtype, T * K, m * K, m, T * m, T * rank) + thin, dense + down_up)
+    forward = Cost(bytes_of(dtype, T * K, m * K, m, T * m, T * rank) + fixed.bytes, dense + down_up + fixed.flops)
     backward = Cost(
-        bytes_of(dtype, T * m, T * K, T * rank, m * K, T * K) + 2 * thin,  # grad, x, h, W, dx; A, B, dA, dB
+        bytes_of(dtype, T * m, T * K, T * rank, m * K, T * K) + 2 * fixed.bytes,  # grad, x, h, W, dx; A, B, dA, dB
         dense + 2 * down_up + fixed.flops,
+    )
+    name, function = (
+        ("map_linear", mapsurgery.ops.map_linear) if norm else ("lowrank_linear", mapsurgery.ops.lowrank_linear)
     )
     make = partial(Case, shape=f"{T}x{K} -> {m} r{rank}", dtype=dtype)
     return {
-        "lowrank_linear": make(
-            "lowrank_linear fwd",
+        name: make(
+            f"{name} fwd",
             inputs=inputs,
-            implementations={
-                "op": OPS.lowrank_linear.default,
-                "reference": operators.lowrank_linear,
-                "base": lambda x, weight, bias, *_: F.linear(x, weight, bias),
-            },
+            implementations={**forwards, "base": lambda x, weight, bias, *_: F.linear(x, weight, bias)},
             costs=(forward,),
         ),
-        "lowrank_linear_backward": make(
-            "lowrank_linear fwd+bwd",
+        f"{name}_backward": make(
+            f"{name} fwd+bwd",
             inputs=both_inputs,
             implementations={
-                **both_of("lowrank_linear"),
-                "autograd": by_autograd(mapsurgery.ops.map_linear),
+                **boths,
+                "autograd": by_autograd(function, 2 if norm else 0),
                 "base": lambda grad, x, weight, bias, *_: (F.linear(x, weight, bias), grad @ weight),
             },
-            costs=(fixed, forward, backward),
+            costs=(forward, backward),
         ),
     }
 
@@ -275,36 +275,39 @@ class ConvShape:
         return f"{self.batch}x{self.channels}x{self.side}^2 -> {self.out} k{self.kernel}{groups}"
 
 
-def conv_costs(shape: ConvShape, rank: int, dtype: torch.dtype, weight_space: bool) -> tuple[Cost, Cost]:
+def conv_costs(shape: ConvShape, rank: int, norm: bool, dtype: torch.dtype, weight_space: bool) -> tuple[Cost, Cost]:
     """Forward and backward of lowrank_conv in one of its two spaces."""
     positions, m, K = shape.batch * shape.side**2, shape.out, shape.columns
     x, y, h = positions * shape.channels, positions * m, positions * rank * shape.groups
-    thin, norm = thin_bytes(m, K, rank), factor_cost(m, K, rank).flops
+    fixed = factor_cost(m, K, rank, norm)
     dense, build = 2 * positions * m * K, 2 * m * K * rank
     down_up = 2 * positions * rank * (shape.groups * K + m)
     inner = 0 if weight_space else h
-    forward = Cost(bytes_of(dtype, x, m * K, y, inner) + thin, dense + (build if weight_space else down_up))
+    forward = Cost(
+        bytes_of(dtype, x, m * K, y, inner) + fixed.bytes, dense + fixed.flops + (build if weight_space else down_up)
+    )
     # Weight space: dx and dW, W' anew, and the two products of dW with the factors.
     extra = dense + 3 * build if weight_space else 2 * down_up
-    return forward, Cost(bytes_of(dtype, y, x, m * K, inner, x) + 2 * thin, dense + norm + extra)
+    backward = Cost(bytes_of(dtype, y, x, m * K, inner, x) + 2 * fixed.bytes, dense + fixed.flops + extra)
+    return forward, backward
 
 
 def conv_cases(
-    shape: ConvShape, weight_space: bool, rank: int, dtype: torch.dtype, device: torch.device
+    shape: ConvShape, weight_space: bool, rank: int, norm: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Case]:
-    """lowrank_conv in one of its spaces, and MAP's forward with backward on it."""
+    """lowrank_conv in one of its spaces, or with the norm map_conv; forward, and forward with backward."""
     m, K = shape.out, shape.columns
-    r = min(rank, m, K)
+    rank = min(rank, m, K)
 
     def inputs() -> Args:
         x = torch.randn(shape.batch, shape.channels, shape.side, shape.side, device=device).to(dtype)
         weight = torch.randn(m, K, device=device).to(dtype).reshape(m, -1, shape.kernel, shape.kernel)
-        return x, weight, None, *with_scalars(m, K, r, device), *shape.settings, weight_space
+        numbers = scalars(m, K, device, norm)
+        return x, weight, None, *factors(m, K, rank, device), *numbers, *shape.settings, weight_space
 
     def both_inputs() -> Args:
         args = inputs()
-        numbers = (*factors(m, K, r, device), *SETTINGS)
-        return like(operators.lowrank_conv(*args)[0]), *args[:3], *numbers, *shape.settings, weight_space
+        return like(forwards["reference"](*args)), *args
 
     def base(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return torch.convolution(x, weight, None, *shape.settings[:3], False, [0, 0], shape.groups)
@@ -313,20 +316,24 @@ def conv_cases(
         conv = (*shape.settings[:3], False, [0, 0], shape.groups, [True, False, False])
         return base(x, weight), torch.ops.aten.convolution_backward(grad, x, weight, None, *conv)[0]
 
-    implementations = {**both_of("lowrank_conv"), "base": base_both}
+    forwards, boths = (
+        {run: product(call, "lowrank_conv", norm, back) for run, call in CALLS.items()} for back in (False, True)
+    )
+    name, function = ("map_conv", mapsurgery.ops.map_conv) if norm else ("lowrank_conv", mapsurgery.ops.lowrank_conv)
     chosen = weight_space == operators.conv_weight_space(m, K, rank, shape.groups)
     space = ("weight" if weight_space else "activation") + (" *" if chosen else "")
     if chosen:  # the public function chooses the space by itself
-        public = by_autograd(mapsurgery.ops.map_conv)
-        implementations["autograd"] = lambda *args: public(*args[:-1])
-    forward, backward = conv_costs(shape, r, dtype, weight_space)
+        public = by_autograd(function, 2 if norm else 0)
+        boths["autograd"] = lambda *args: public(*args[:-1])
+    forward, backward = conv_costs(shape, rank, norm, dtype, weight_space)
     make = partial(Case, shape=f"{shape} r{rank}, {space}", dtype=dtype)
-    forwards = {"op": OPS.lowrank_conv.default, "reference": operators.lowrank_conv, "base": base}
-    costs = (factor_cost(m, K, r), forward, backward)
     return {
-        "lowrank_conv": make("lowrank_conv fwd", inputs=inputs, implementations=forwards, costs=(forward,)),
-        "lowrank_conv_backward": make(
-            "lowrank_conv fwd+bwd", inputs=both_inputs, implementations=implementations, costs=costs
+        name: make(f"{name} fwd", inputs=inputs, implementations={**forwards, "base": base}, costs=(forward,)),
+        f"{name}_backward": make(
+            f"{name} fwd+bwd",
+            inputs=both_inputs,
+            implementations={**boths, "base": base_both},
+            costs=(forward, backward),
         ),
     }
 
@@ -345,48 +352,44 @@ def weight_cases(m: int, K: int, rank: int, dtype: torch.dtype, device: torch.de
     """effective_weight and its backward, merge_ and unmerge_."""
 
     def inputs() -> Args:
-        return torch.randn(m, K, device=device).to(dtype), *with_scalars(m, K, rank, device)
+        weight = torch.randn(m, K, device=device).to(dtype)
+        return weight, *factors(m, K, rank, device), *scalars(m, K, device, norm=False)
 
-    def both(forward: Function, backward: Function) -> Function:
-        def run(grad: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Any:
-            # The first gradient, that of the frozen weight, is not asked for.
-            return forward(weight, A, B, *rest, None), backward(grad, weight, A, B, *rest, False)[1:]
+    def build(call: Callable[[str], Function]) -> Function:
+        return lambda *args: call("effective_weight")(*args, None)
+
+    def both(call: Callable[[str], Function]) -> Function:
+        def run(grad: Tensor, *args: Any) -> Any:
+            # The first result, the gradient of the frozen weight, is not asked for.
+            return build(call)(*args), call("effective_weight_backward")(grad, *args, False)[1:]
 
         return run
 
     def both_inputs() -> Args:
         args = inputs()
-        return like(operators.effective_weight(*args, None)), *args
+        return like(build(CALLS["reference"])(*args)), *args
 
-    thin = thin_bytes(m, K, rank)
-    build = Cost(bytes_of(dtype, 2 * m * K) + thin, 2 * m * K * rank)
-    backward = Cost(bytes_of(dtype, 2 * m * K) + 2 * thin, 4 * m * K * rank + 2 * m * K)
+    fixed = factor_cost(m, K, rank, norm=False)
+    forward = Cost(bytes_of(dtype, 2 * m * K) + fixed.bytes, 2 * m * K * rank)
+    backward = Cost(bytes_of(dtype, 2 * m * K) + 2 * fixed.bytes, 4 * m * K * rank + 2 * m * K)
     make = partial(Case, shape=f"{m}x{K} r{rank}", dtype=dtype)
-    op, plain = partial(make, inputs=inputs, costs=(build,)), operators
-    merge = {"op": in_place(OPS.merge_.default), "reference": in_place(plain.merge_)}
-    unmerge = {"op": in_place(OPS.unmerge_.default), "reference": in_place(plain.unmerge_)}
-    copied = {"base": lambda weight, *_: weight.clone()}
+    once = partial(make, inputs=inputs, costs=(forward,))
     scaled = {"base": lambda weight, *_: weight.mul_(1.0)}
     return {
-        "effective_weight": op(
+        "effective_weight": once(
             "effective_weight fwd",
-            implementations={
-                "op": lambda *args: OPS.effective_weight.default(*args, None),
-                "reference": lambda *args: plain.effective_weight(*args, None),
-                **copied,
-            },
+            implementations={**{run: build(call) for run, call in CALLS.items()}, "base": lambda W, *_: W.clone()},
         ),
         "effective_weight_backward": make(
             "effective_weight fwd+bwd",
             inputs=both_inputs,
-            implementations={
-                "op": both(OPS.effective_weight.default, OPS.effective_weight_backward.default),
-                "reference": both(plain.effective_weight, plain.effective_weight_backward),
-            },
-            costs=(build, backward),
+            implementations={run: both(call) for run, call in CALLS.items()},
+            costs=(forward, backward),
         ),
-        "merge_": op("merge_", implementations={**merge, **scaled}),
-        "unmerge_": op("unmerge_", implementations={**unmerge, **scaled}),
+        **{
+            name: once(name, implementations={**{run: in_place(call(name)) for run, call in CALLS.items()}, **scaled})
+            for name in ("merge_", "unmerge_")
+        },
     }
 
 
@@ -406,7 +409,17 @@ CONVS = {
         ConvShape(64, 192, 192, 28, 3, groups=192),
     ],
 }
-OPERATORS = ("map_scales", "lowrank_linear", "lowrank_conv", "effective_weight", "merge_", "unmerge_")
+OPERATORS = (
+    "map_scales",
+    "lowrank_linear",
+    "map_linear",
+    "lowrank_conv",
+    "map_conv",
+    "effective_weight",
+    "merge_",
+    "unmerge_",
+)
+"""map_linear and map_conv: `map_scales` and the product, as MAP's layers run them."""
 
 
 def make_cases(size: str, operators: Sequence[str], rank: int, dtype: torch.dtype, device: torch.device) -> list[Case]:
@@ -414,12 +427,14 @@ def make_cases(size: str, operators: Sequence[str], rank: int, dtype: torch.dtyp
     found: list[tuple[str, Case]] = []
     for T, m, K in LINEARS[size]:
         r = min(rank, m, K)
-        found += norm_cases(m, K, r, dtype, device).items()
-        found += linear_cases(T, m, K, r, dtype, device).items()
+        found += scales_cases(m, K, r, device).items()
         found += weight_cases(m, K, r, dtype, device).items()
+        for norm in (False, True):
+            found += linear_cases(T, m, K, r, norm, dtype, device).items()
     for shape in CONVS[size]:
         for weight_space in (False, True):
-            found += conv_cases(shape, weight_space, rank, dtype, device).items()
+            for norm in (False, True):
+                found += conv_cases(shape, weight_space, rank, norm, dtype, device).items()
     order = {name: index for index, name in enumerate(OPERATORS)}
     chosen = [(order[name.removesuffix("_backward")], case) for name, case in found]
     wanted = {order[name] for name in operators}
@@ -654,8 +669,8 @@ NOTES = (
     "Medians per call over interleaved rounds; IQR is the distance of the quartiles. op: the operator as loaded, "
     "native or not. autograd: the public function with its backward by autograd. base: the same layer frozen "
     "(forward, gradient of x), or for weights a copy or a pass in place. graph: in a replayed CUDA graph, without the "
-    "host's part. peak: memory above the arguments, results included. error: against the reference in float64. An "
-    "asterisk marks the space that the layer chooses. A ratio to the floor under 1 means that data stayed in a cache."
+    "host's part. peak: memory above the arguments, results included. error: against the definition in float64. An "
+    "asterisk marks the space that the library chooses. A ratio to the floor under 1 means that data stayed in a cache."
 )
 IMPLEMENTATIONS = ("op", "autograd", "reference", "compiled", "base")
 
@@ -689,7 +704,7 @@ def main(argv: list[str] | None = None) -> int:
     if "compiled" in arguments.implementations:
         allow_many_compilations()
     dtypes = [DTYPES[name] for name in arguments.dtype]
-    # float32 always: the norms' factors have it whatever the layer's dtype.
+    # float32 always: map_scales has it whatever the layer's dtype.
     ceilings = measure_ceilings(device, {torch.float32, *dtypes}, arguments.size == "tiny")
     run |= describe_ceilings(ceilings)
     print(", ".join(f"{name} {value:.4g}" for name, value in describe_ceilings(ceilings).items()))
@@ -698,7 +713,7 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in dtypes:
         for case in make_cases(arguments.size, arguments.operators, arguments.rank, dtype, device):
             key = (case.operator, case.shape, case.dtype)
-            if key not in done:  # the norms are the same in every dtype of the layer
+            if key not in done:  # map_scales is the same in every dtype of the layer
                 rows += run_case(case, ceilings, device, arguments)
                 done.add(key)
                 paths = write_results(arguments.out, "ops", arguments.tag, rows, COLUMNS, run, NOTES)

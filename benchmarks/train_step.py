@@ -127,9 +127,11 @@ def _lycoris(model: nn.Module, targets: list[str], rank: int, dora: bool = False
     return model
 
 
-def _map(model: nn.Module, targets: list[str], rank: int, dtype: torch.dtype | None = None) -> nn.Module:
+def _ours(
+    model: nn.Module, targets: list[str], rank: int, method: str = "map", dtype: torch.dtype | None = None
+) -> nn.Module:
     """This library, with its defaults."""
-    return mapsurgery.patch(model, targets, rank=rank, dtype=dtype)
+    return mapsurgery.patch(model, targets, method=method, rank=rank, dtype=dtype)
 
 
 def _map_plain(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
@@ -145,18 +147,17 @@ METHODS: dict[str, Apply] = {
     "lora": _peft,
     "lora-bf16": partial(_peft, widen=False),
     "dora": partial(_peft, dora=True),
-    "map": _map,
-    "map-bf16": partial(_map, dtype=torch.bfloat16),
+    "map": _ours,
+    "map-bf16": partial(_ours, dtype=torch.bfloat16),
     "map-plain": _map_plain,
+    "mapsurgery-lora": partial(_ours, method="lora"),
+    "mapsurgery-dora": partial(_ours, method="dora"),
     "delora": _delora,
     "lycoris-locon": _lycoris,
     "lycoris-dora": partial(_lycoris, dora=True),
 }
-ON_DEMAND = (
-    "delora",
-    "lycoris-locon",
-    "lycoris-dora",
-)  # LyCORIS is a package of its own, and DeLoRA knows no convolution
+# LyCORIS is a package of its own, and DeLoRA knows no convolution.
+ON_DEMAND = ("mapsurgery-lora", "mapsurgery-dora", "delora", "lycoris-locon", "lycoris-dora")
 DTYPES = ("fp32", "bf16", "autocast-bf16")
 
 

@@ -124,8 +124,8 @@ def test_plain_map_is_map(kind):
         plain.beta.fill_(0.7)
         weight = layer.weight.flatten(1)
         norm = torch.tensor([ops.frobenius_norm(weight)])
-        scalars = ops.map_scales(plain.A, plain.B, plain.alpha, plain.beta, norm, 0.0, False)
-        expected = ops.effective_weight(weight, plain.A, plain.B, *scalars)
+        scales = ops.map_scales(plain.A, plain.B, plain.alpha, plain.beta, norm, relative=False)
+        expected = ops.effective_weight(weight, plain.A, plain.B, *scales)
         got = plain(x)
         layer.weight.copy_(expected.reshape(layer.weight.shape))
     torch.testing.assert_close(got, layer(x))
@@ -184,7 +184,7 @@ def test_reuse_norms(tmp_path):
     assert all(row["to_lora"] == 1 for row in rows if row["method"] == "lora")
 
 
-@pytest.mark.parametrize("dtype, operators", [("fp32", None), ("bf16", ["lowrank_linear"])])
+@pytest.mark.parametrize("dtype, operators", [("fp32", None), ("bf16", ["lowrank_linear", "map_linear"])])
 def test_ops(tmp_path, dtype, operators):
     import ops
 
@@ -203,7 +203,7 @@ def test_ops(tmp_path, dtype, operators):
 def test_ops_compiled(tmp_path):
     import ops
 
-    options = ["--size", "tiny", "--repeats", "1", "--min-ms", "0", "--operators", "lowrank_linear"]
+    options = ["--size", "tiny", "--repeats", "1", "--min-ms", "0", "--operators", "map_linear"]
     options += ["--implementations", "op", "compiled"]
     config = torch._dynamo.config
     with config.patch(recompile_limit=config.recompile_limit, fail_on_recompile_limit_hit=False):
@@ -236,13 +236,15 @@ def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch):
         ops.check(case, ops.functions_of(case, ["op", "reference"]))
 
 
-def test_cost_of_a_linear_forward():
-    """Floors rest on these counts: 2 T m K for the layer, and 2 T r (m + K) for the update."""
+@pytest.mark.parametrize("norm", [False, True])
+def test_cost_of_a_linear_forward(norm):
+    """Floors rest on these counts: 2 T m K for the layer, 2 T r (m + K) for the update, Gram matrices for a norm."""
     import ops
 
     T, m, K, r = 10, 7, 5, 2
-    (cost,) = ops.linear_cases(T, m, K, r, torch.float32, torch.device("cpu"))["lowrank_linear"].costs
-    assert cost.flops == 2 * T * m * K + 2 * T * r * (m + K)
+    cases = ops.linear_cases(T, m, K, r, norm, torch.float32, torch.device("cpu"))
+    (cost,) = cases["map_linear" if norm else "lowrank_linear"].costs
+    assert cost.flops == 2 * T * m * K + 2 * T * r * (m + K) + norm * 2 * r * r * (m + K)
     assert cost.bytes == 4 * (T * K + m * K + m + T * m + T * r + r * (m + K))
 
 
@@ -498,7 +500,9 @@ def test_calls(capsys):
     assert calls.main([str(BENCHMARKS.parent)]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     counts = {what: list(map(int, numbers)) for what, *numbers in lines}
-    assert counts == {what: list(found.values()) for what, found in calls.all_counts().items()}
+    # Calls of torch's functions depend on what ran before in the process.
+    own = {what: [found["library"], found["files"]] for what, found in calls.all_counts().items()}
+    assert {what: numbers[:2] for what, numbers in counts.items()} == own
     before, whole = (counts[f"forward{part}, training"] for part in (" before C++", ""))
     assert 1 <= before[0] <= whole[0] and 1 <= before[1] <= before[0] <= before[2]
     assert calls.main(["--list"]) == 0
@@ -538,7 +542,7 @@ def run_gpu_all(folder: Path, *stages: str, **environment: str) -> subprocess.Co
 @pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
 def test_gpu_all(tmp_path):
     """A stage out of time does not stop the next one; both outcomes are told, last of all."""
-    done = run_gpu_all(tmp_path / "out", "ops", "info", LIMIT_ops="0.01")
+    done = run_gpu_all(tmp_path / "out", "ops", "info", LIMIT_ops="0.01", LIMIT_info="200")
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.stdout.endswith(summary)

@@ -1,4 +1,5 @@
-"""The layers of the package: each imports only what stands below it, in no circle, and no function hides a module."""
+"""The layers of the package: each imports only what stands below it, in no circle, and no function hides a module. Few
+functions stand between an adapted layer and the C++ code."""
 
 from __future__ import annotations
 
@@ -130,3 +131,18 @@ def test_no_name_hides_a_module(name: str) -> None:
     below = [module.name for module in pkgutil.iter_modules(package.__path__)]
     hidden = [n for n in below if not inspect.ismodule(getattr(package, n, package))]
     assert not hidden, f"{package.__name__} hides its modules {hidden}"
+
+
+MOST_CALLS = 12
+"""Functions of the package from the call of an adapted Linear to C++; under no_grad the watch for cut graphs is one."""
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_way_to_the_operators_is_short(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python benchmarks/calls.py --list` prints the calls."""
+    if not mapsurgery.native_info().cpu:
+        pytest.skip("no native library is loaded")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    calls = importlib.import_module("calls").forward_calls(training)
+    assert calls.before_operator
+    assert calls.counts(calls.before_operator)["library"] <= MOST_CALLS, calls.found
