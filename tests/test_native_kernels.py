@@ -80,7 +80,7 @@ def adapter(m, K, rank, weight, dtype, *args, **kwargs) -> Adapter:
 
 
 def check_product(x, weight, bias, adapter: Adapter, conv: Sequence = (), needs=ALL_NEEDED) -> None:
-    """Forward and backward of lowrank_linear, or with stride ... weight_space of lowrank_conv; with norm and without."""
+    """Forward and backward of lowrank_linear, or of lowrank_conv with stride ...; with the norm and without."""
     name, tolerance = ("lowrank_conv", 3) if conv else ("lowrank_linear", 1)
     tolerance *= TOLERANCE[x.dtype]
     *tensors, norm = adapter
