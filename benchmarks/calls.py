@@ -89,8 +89,9 @@ def layer(width: int = 8, rank: int = 2) -> tuple[nn.Module, torch.Tensor]:
 
 
 def forward_calls(grad: bool) -> Calls:
-    """Calls of the forward of one adapted Linear, in training or under no_grad."""
+    """Calls of the forward of one adapted Linear, in training, or in eval mode under no_grad."""
     adapted, x = layer()
+    adapted.train(grad)
     with torch.set_grad_enabled(grad), Calls() as calls:
         adapted(x)
     return calls
