@@ -528,10 +528,10 @@ def test_a_failed_merge_leaves_the_model_patched(case: Case, monkeypatch: pytest
     expected, snapshot = model(data()), Snapshot(model)
     original = type(model[1].adapter).merge_into
 
-    def failing(self: Adapter, weight: Tensor) -> None:
+    def failing(self: Adapter, weight: Tensor, norm: Tensor) -> None:
         if self is model[0].adapter:  # in place, after the quantised one was made
             raise MemoryError("midway")
-        original(self, weight)
+        original(self, weight, norm)
 
     monkeypatch.setattr(type(model[1].adapter), "merge_into", failing)
     with pytest.raises(MemoryError, match="midway"):

@@ -74,7 +74,7 @@ def test_the_file_holds_the_adapters_the_trained_and_the_changed_and_nothing_els
     expected |= {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert set(load_file(path)) == expected
     metadata = _metadata(path)
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     layer = json.loads(metadata["layers"])["body.0"]
     assert layer["type"] == "Linear" and layer["shape"] == [12, 8] and layer["rank"] == 2
     assert layer["weight_norm"] == pytest.approx(net().body[0].weight.norm().item(), rel=1e-6)

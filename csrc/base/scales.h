@@ -1,4 +1,4 @@
-// What map_scales computes of the norm, as mapsurgery/ops/reference.py defines them; the same code on CPU and GPU.
+// What map_scales computes of the norm, as mapsurgery/ops/operators.py defines them; the same code on CPU and GPU.
 #pragma once
 
 #include <cmath>

@@ -84,7 +84,7 @@ class LazyWeight(Tensor):
 
     @property
     def grad(self) -> Tensor | None:
-        return Tensor.grad.__get__(self)  # type: ignore[attr-defined]
+        return Tensor.grad.__get__(self)  # type: ignore[union-attr]
 
     @grad.setter
     def grad(self, value: Any) -> None:
