@@ -833,7 +833,7 @@ def test_the_native_code_can_be_switched_off(tmp_path):
 def test_the_cmake_package_lies_where_its_path_says_or_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     package = Path(mapsurgery.cmake_prefix_path()) / "mapsurgery"
     assert {"mapsurgeryConfig.cmake", "mapsurgeryConfigVersion.cmake"} <= {path.name for path in package.iterdir()}
-    monkeypatch.setattr(mapsurgery.native, "_CMAKE_PREFIX", tmp_path)
+    monkeypatch.setattr(mapsurgery._native, "_CMAKE_PREFIX", tmp_path)
     with pytest.raises(FileNotFoundError, match="no native library was built: .*'pip install"):
         mapsurgery.cmake_prefix_path()
 
@@ -846,9 +846,9 @@ def test_a_missing_or_broken_library_is_said_once(tmp_path, broken):
     for path in package.iterdir():
         if path.suffix not in (".so", ".pyc") and path.name != "__pycache__":
             (copy / path.name).symlink_to(path)
-    # Files that are links resolve to the original folder: native.py must be a file of its own.
-    (copy / "native.py").unlink()
-    (copy / "native.py").write_bytes((package / "native.py").read_bytes())
+    # Files that are links resolve to the original folder: _native.py must be a file of its own.
+    (copy / "_native.py").unlink()
+    (copy / "_native.py").write_bytes((package / "_native.py").read_bytes())
     if broken:
         (copy / "libmapsurgery.so").write_bytes(b"not a library")
     code = "import mapsurgery; mapsurgery.native_info(); import mapsurgery.ops; print(mapsurgery.native_info().cpu)"

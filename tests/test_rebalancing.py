@@ -38,7 +38,7 @@ def _trained(update: str = "lora", method: str = "map", unbalance: bool = True, 
 
 
 def _weights(model: nn.Module) -> list[torch.Tensor]:
-    return [site.adapter.effective_weight().detach().clone() for site in record.all_sites(model)]
+    return [site.adapter("effective_weight", site.base).detach().clone() for site in record.all_sites(model)]
 
 
 def _norms(model: nn.Module, update: str) -> list[list[float]]:

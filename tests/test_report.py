@@ -23,8 +23,8 @@ from torch import nn
 
 import mapsurgery
 from mapsurgery._report import measurable_sites, measured
-from mapsurgery.methods import Adapter
 from mapsurgery.tables import render
+from mapsurgery.updates import Matrix
 
 
 def row_numbers(W: torch.Tensor, W_: torch.Tensor) -> dict[str, float]:
@@ -124,13 +124,13 @@ def test_some_of_the_measures_are_those_of_the_whole_report(method: str, names: 
 
 
 def test_magnitudes_alone_read_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Adapter, weight: torch.Tensor) -> torch.Tensor:
+    def refuse(self: Matrix, weight: torch.Tensor) -> torch.Tensor:
         raise AssertionError("W was read")
 
     for method in ("map", "lora"):
         sites = measurable_sites(mapsurgery.patch(net(), "body", rank=2, method=method))
         with monkeypatch.context() as patched:
-            patched.setattr(Adapter, "matrix", refuse)
+            patched.setattr(Matrix, "view", refuse)
             assert measured(sites, ("alpha", "beta")).shape == (2, 2)
             with pytest.raises(AssertionError, match="W was read"):
                 measured(sites, ("change",))

@@ -97,7 +97,7 @@ def test_dropout_is_off_in_eval_and_right_on_average(
     """The output is linear in what is dropped: the mean over a mask and its complement is that over all masks."""
     original, adapted, x = _layer(kind, method=method, update=update)
     plain = copy.deepcopy(original)
-    plain.weight = nn.Parameter(adapted.adapter.effective_weight().detach())
+    plain.weight = nn.Parameter(adapted.weight.detach().clone())
     with torch.no_grad():
         expected = plain(x)
         torch.testing.assert_close(adapted.eval()(x), expected, rtol=1e-4, atol=1e-5)

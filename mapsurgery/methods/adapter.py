@@ -173,18 +173,19 @@ class Adapter(nn.Module):
             return compute(self, *args, self.weight_norm)
         norm = self.norm_of(weight)
         if product == "effective_weight" and ops.can_wait(weight):
-            return self._when_read(weight, norm)
+            own = self.own_parameters()
+            if all(isinstance(t, Tensor) for t in own.values()):  # and no proxies of torch.fx
+                return self._when_read(weight, norm, own)
         return compute(self, *args, weight, norm)
 
-    def _when_read(self, weight: Tensor, norm: Tensor) -> Tensor:
-        names = tuple(self.roles)
+    def _when_read(self, weight: Tensor, norm: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         # What there is now: a tool may move the adapter's tensors away before W' is read.
         now = self._holding({})
 
         def compute(weight: Tensor, *values: Tensor) -> Tensor:
-            return self.method.effective_weight(now._holding(dict(zip(names, values, strict=True))), weight, norm)
+            return self.method.effective_weight(now._holding(dict(zip(own, values, strict=True))), weight, norm)
 
-        return ops.when_read(weight, compute, weight, *(getattr(self, name) for name in names))
+        return ops.when_read(weight, compute, weight, *own.values())
 
     def _holding(self, tensors: dict[str, Tensor]) -> Adapter:
         """The adapter with other tensors for its parameters: W' is computed of what autograd was given.
@@ -237,6 +238,11 @@ class Adapter(nn.Module):
         return torch.where(self.weight_norm > 0, self.weight_norm * (m * K) ** -0.5, lora)
 
     @property
+    def is_meta(self) -> bool:
+        """Whether its own parameters are on meta."""
+        return any(p.is_meta for p in self._parameters.values() if p is not None)
+
+    @property
     def matrices(self) -> int:
         """How many matrices are adapted one by one: 1, or those of a stack."""
         return self.shape[0] if self.stacked else 1
@@ -261,8 +267,9 @@ class Adapter(nn.Module):
             return self.weight_norm
         if self.pending and not weight.is_meta:
             self.weight_arrived(weight)
-        if weight.is_meta or isinstance(weight, FakeTensor):
-            return self.weight_norm
+        if weight.is_meta or isinstance(weight, FakeTensor):  # shapes alone are computed
+            norm = self.weight_norm
+            return norm if norm.is_meta else weight.new_ones(self.matrices, dtype=norm.dtype)
         if self.computed:
             return _device_norm(weight, self.weight_norm.dtype, self.stacked)
         if type(weight) is nn.Parameter:

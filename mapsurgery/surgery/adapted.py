@@ -27,6 +27,7 @@ _MEMO = "_mapsurgery_memo"
 
 _READERS = {
     ("torch.nn.modules.module", "get_parameter"): "parameter",
+    ("torch.fx.graph_module", "_copy_attr"): "parameter",
     ("torch.distributed.fsdp._fully_shard._fsdp_param", "reset_sharded_param"): "parameter",
     ("torch.nn.utils.parametrize", "register_parametrization"): "refuse",
     ("torch.nn.utils.weight_norm", "apply"): "refuse",
@@ -51,7 +52,7 @@ class Effective:
     """What an adapted parameter's name reads as: W', differentiable; the frozen W inside `mapsurgery.disabled`.
 
     W' is computed when an operation first uses it (`mapsurgery.ops.lazy`): its dtype, shape and device cost nothing.
-    The Parameter itself is what a reader gets that asks for it, or while it is a shard of FSDP2 or on meta.
+    The Parameter itself is what a reader gets that asks for it, or while it is a shard of FSDP2 or put away.
     """
 
     def __init__(self, parameter: str) -> None:
@@ -62,7 +63,7 @@ class Effective:
             return self
         weight = layer.base_of(self.parameter)
         adapter = layer.adapter_of(self.parameter)
-        if not adapter.enabled or weight.is_meta:
+        if not adapter.enabled or (weight.is_meta and not adapter.is_meta):
             return weight
         if not torch.compiler.is_compiling():
             reader = sys._getframe(1)

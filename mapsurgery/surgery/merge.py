@@ -197,7 +197,7 @@ def unmerge(model: Model) -> Model:
         for name, adapter in before.adapters.items():
             weight = layer._parameters[name]
             assert weight is not None
-            if before.layer_class is not None or name in before.bases:
+            if adapter.computed or name in before.bases:
                 continue
             if not adapter.method.recoverable(adapter, None, adapter.weight_norm):
                 raise ValueError(
@@ -207,9 +207,9 @@ def unmerge(model: Model) -> Model:
             targets[adapter] = (adapter, weight.detach(), adapter.weight_norm)
     with uninterrupted():
         _in_place(list(targets.values()), Adapter.unmerge_from, Adapter.merge_into)
+        del root.__dict__[_MERGED_RECORD]
         for layer in layers.values():
             _become_adapted(layer, layer.__dict__.pop(MERGED))
-        del root.__dict__[_MERGED_RECORD]
         become_patched(root, adapters_of(root).values(), record)
     return model
 

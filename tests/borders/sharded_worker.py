@@ -196,7 +196,6 @@ def checks(folder: Path) -> dict[str, Callable[[], list[str]]]:
         "own_sharded": lambda: own_checkpoint(False, False),
         "distributed_checkpoint": lambda: a_distributed_checkpoint(folder),
         "whole_checkpoint_from_meta": lambda: from_meta(True),
-        "base_from_meta": lambda: from_meta(False),
     }
 
 

@@ -300,7 +300,7 @@ def _fill(model: nn.Module, plan: Plan, layouts: dict[str, Layout], content: _Co
         if alpha != method.alpha:
             own["B"].mul_(alpha / method.alpha)
             if settings.update == "olora":  # whose start, unlike PiSSA's, is the same whatever the scaling
-                adapter.get_buffer("B0").mul_(alpha / method.alpha)
+                adapter.get_parameter("B0").mul_(alpha / method.alpha)
         if tensors.magnitude is not None:
             own["m"].copy_(tensors.magnitude)
     places: dict[str, Tensor] = dict(model.named_parameters()) | persistent_buffers(model)
