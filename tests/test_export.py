@@ -249,7 +249,7 @@ def test_what_was_written_is_told_and_the_model_is_left_as_it_was(options: dict[
 
 
 def test_a_merged_copy_shares_what_is_not_adapted() -> None:
-    merged_copy = sys.modules["mapsurgery.export"]._merged_copy
+    merged_copy = sys.modules["mapsurgery._export"]._merged_copy
     model = to_generic_point(mapsurgery.patch(net().eval(), "body*", rank=2))
     with merged_copy(model) as merged:
         assert merged.stem.weight is model.stem.weight and merged.head.weight is model.head.weight
@@ -265,7 +265,7 @@ def test_keyword_arguments_are_given_as_a_dictionary(tmp_path) -> None:
 
 
 def test_a_deviation_is_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["mapsurgery.export"]  # the name itself is the function
+    module = sys.modules["mapsurgery._export"]  # the name itself is the function
     write = module._WRITERS["pt2"]
     monkeypatch.setitem(module._WRITERS, "pt2", lambda *args: [output * 1.5 for output in write(*args)])
     result = mapsurgery.export(_patched(), tmp_path / "m.pt2", image())

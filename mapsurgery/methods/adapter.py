@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import ops
 from ..updates import Matrix, Update
@@ -111,6 +112,7 @@ class Adapter(nn.Module):
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
         self._measured: tuple[Tensor, _Mark] | None = None
+        self._numbers: list[float] | None = None
         self._siblings = {} if siblings is None else siblings
         self._create({"device": weight.device, "dtype": dtype})
         if not self.pending:
@@ -272,6 +274,9 @@ class Adapter(nn.Module):
             return norm if norm.is_meta else weight.new_ones(self.matrices, dtype=norm.dtype)
         if self.computed:
             return _device_norm(weight, self.weight_norm.dtype, self.stacked)
+        if type(weight) is not nn.Parameter and _get_current_dispatch_mode() is not None and self._numbers is not None:
+            # A tracer, which may take no tensor but its own: its graph holds what is known.
+            return torch.tensor(self._numbers, dtype=self.weight_norm.dtype, device=weight.device)
         if type(weight) is nn.Parameter:
             self._measure_again(weight)
             return self.weight_norm
@@ -288,7 +293,7 @@ class Adapter(nn.Module):
         before = self.weight_norm
         self.take_norm(weight)
         if torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0):
-            self.weight_norm = before.to(weight.device)
+            self.weight_norm = before.to(weight.device)  # the numbers differ by its rounding
         elif rescale:
             self.method.norm_changed(self, before.to(weight.device), lambda: self.matrix.view(weight.detach()))
         self.method.remember(self, lambda: self.matrix.view(weight.detach()))
@@ -307,7 +312,7 @@ class Adapter(nn.Module):
         norms = torch.tensor(norm, dtype=torch.float64).reshape(-1)
         if not (norms < float("inf")).all():
             raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")
-        self.weight_norm = norms.to(weight.device, self.weight_norm.dtype)
+        self.weight_norm, self._numbers = norms.to(weight.device, self.weight_norm.dtype), norms.tolist()
         if type(weight) is nn.Parameter:
             self._measured = weight, _mark(weight, (None, None) if is_gathered(weight) else _UNKNOWN)
 

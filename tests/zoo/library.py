@@ -51,7 +51,7 @@ def adapters_of(model: nn.Module, sites: dict[str, Site]) -> dict[str, Adapter]:
     """The adapter of each expected weight that has one."""
     found = {}
     for key, site in sites.items():
-        adapter = model.get_submodule(site.path)._modules.get(site.child)
+        adapter = getattr(model.get_submodule(site.path), site.child, None)  # a tied weight's is another layer's child
         if isinstance(adapter, Adapter):
             found[key] = adapter
     return found
@@ -75,7 +75,7 @@ def defined(site: Site, weight: Tensor, adapter: Adapter, own: dict[str, Tensor]
     own = own or {name: getattr(adapter, name).detach() for name in ("A", "B", "alpha", "beta")}
     init = adapter.init
     tau = init.beta / init.gain if init.kind == "soft" else 0.0
-    matrix = site.matrix.view(weight.detach().double())
+    matrix = site.matrix(weight.detach().double())
     factors = (own["A"], own["B"], own["alpha"], own["beta"])
     if not site.stacked:
         return site.like(defined_weight(matrix, *factors, tau, init.relative), weight.shape)
