@@ -30,6 +30,7 @@ _READERS = {
     ("torch.fx.graph_module", "_copy_attr"): "parameter",
     ("torch.distributed.fsdp._fully_shard._fsdp_param", "reset_sharded_param"): "parameter",
     ("torch.nn.utils.parametrize", "register_parametrization"): "refuse",
+    ("torch.nn.utils.parametrize", "remove_parametrizations"): "refuse",
     ("torch.nn.utils.weight_norm", "apply"): "refuse",
     ("torch.nn.utils.prune", "apply"): "refuse",
 }
@@ -84,7 +85,10 @@ class Effective:
     # nn.Module registers a Parameter past this. A plain tensor is what a hook computes anew, or a wrapper puts in the
     # Parameter's place for a while.
     def __set__(self, layer: "AdaptedLayer", value: Any) -> None:
-        layer.__dict__[self.parameter] = value
+        if parametrize.is_parametrized(layer, self.parameter):  # as torch's own property does
+            layer.parametrizations[self.parameter].right_inverse(value)  # type: ignore[union-attr, index]
+        else:
+            layer.__dict__[self.parameter] = value
 
     def __delete__(self, layer: "AdaptedLayer") -> None:
         del layer.__dict__[self.parameter]

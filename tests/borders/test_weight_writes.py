@@ -396,3 +396,30 @@ def test_merging_an_adapter_of_peft_keeps_the_output_or_raises() -> None:
     except REFUSALS:
         return
     torch.testing.assert_close(wrapped(data()), output, rtol=1e-5, atol=1e-5)
+
+
+def _parametrised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))
+
+
+def test_a_parametrised_weight_is_assigned_as_torch_does() -> None:
+    """Through the right inverse of its parametrisation: the parts change, and W with its norm."""
+    plain, model = _parametrised(), trained(mapsurgery.patch(_parametrised(), "0", rank=2))
+    value = torch.randn(4, 8)
+    with torch.no_grad():
+        plain[0].weight = value
+        model[0].weight = value
+    parts = model[0].parametrizations.weight
+    assert torch.equal(parts.original1, plain[0].parametrizations.weight.original1)
+    expected = with_adapters_of(model, mapsurgery.patch(plain, "0", rank=2))
+    torch.testing.assert_close(model(data()), expected(data()))
+
+
+def test_a_parametrisation_is_not_removed_under_an_adapter() -> None:
+    """It is refused before the layer has changed."""
+    model = trained(mapsurgery.patch(_parametrised(), "0", rank=2))
+    output = model(data())
+    with pytest.raises(RuntimeError, match="patch then"):
+        parametrize.remove_parametrizations(model[0], "weight")
+    assert torch.equal(model(data()), output)
