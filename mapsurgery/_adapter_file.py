@@ -34,6 +34,7 @@ from .surgery.record import (
     one_per_adapter,
     persistent_buffers,
     record_of,
+    refuse_spread,
     trained_names,
 )
 
@@ -59,6 +60,7 @@ def save(model: nn.Module, path: Path) -> None:
     """
     root, record = find_patched(model)
     sites = intact_sites(root, record)
+    refuse_spread(sites, "save")
     _refuse_mixed(sites, record.config)
     holders = all_sites(root)
     layers = {site.path: _describe(site, holders) for site in sites}
@@ -104,15 +106,16 @@ def _describe(site: Site, holders: list[Site]) -> dict[str, Any]:
         raise ValueError(f"{site.path}: its weight is not loaded (meta device): there is no adapter to save yet")
     weight = weight_of(site.layer, site.parameter)
     assert weight is not None
-    norms = adapter.weight_norm.tolist()
     kind = kind_of(site.layer) if isinstance(site.layer, QuantisedLinear) else None
+    # A computed W has had a norm of its own in each call.
+    norms = (adapter.norm_of(site.base) if adapter.computed and kind is None else adapter.weight_norm).tolist()
     return {
         "layer": site.layer_path,
         "parameter": site.parameter,
         "tied": [[s.layer_path, s.parameter] for s in holders if s.adapter is adapter and s.path != site.path],
         "type": site.layer.original_class.__name__,
         "shape": list(adapter.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": str(adapter.norm_dtype).removeprefix("torch."),
         "quantised": kind.name if kind else "",
         "rank": adapter.rank,
         "weight_norm": norms if adapter.stacked else norms[0],
@@ -148,8 +151,8 @@ def load(model: Model, path: Path) -> Model:
     """
     file = _read(os.fspath(path))
     plan = _plan_of(model, file)
-    apply_plan(model, plan, start=False)
     try:
+        apply_plan(model, plan, start=False)
         load_adapter_state_dict(model, _named_by(model, file))
     except BaseException:
         unpatch(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._measures import MEASURES, measure
 from .surgery.paths import unwrapped
-from .surgery.record import Site, all_sites, one_per_adapter
+from .surgery.record import Site, all_sites, one_per_adapter, refuse_spread
 from .tables import render
 
 _COLUMNS = {  # of the table: the measures that say most, under short heads
@@ -76,6 +76,7 @@ def measurable_sites(model: nn.Module) -> list[Site]:
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     sites = one_per_adapter(all_sites(model))
+    refuse_spread(sites, "measure")
     for site in sites:
         held = site.layer._parameters.get(site.parameter)
         if site.adapter.weight_norm.is_meta or (held is not None and held.is_meta):

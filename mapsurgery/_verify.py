@@ -18,7 +18,7 @@ from .methods import Adapter
 from .ops.registration import autocasting
 from .surgery.merge import held_elsewhere, layers_by_adapter, storages_of
 from .surgery.patch import disabled
-from .surgery.record import Site, find_patched, intact_sites
+from .surgery.record import Site, find_patched, intact_sites, refuse_spread
 from .tables import render
 
 _UPDATE = ("down", "up")
@@ -75,7 +75,9 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
         ValueError: the model is not patched, or its output holds no floating tensor.
     """
     root, record = find_patched(model)
-    adapters = {site.path: site.adapter for site in intact_sites(root, record)}
+    sites = intact_sites(root, record)
+    refuse_spread(sites, "verify")
+    adapters = {site.path: site.adapter for site in sites}
     if any(adapter.weight_norm.is_meta for adapter in adapters.values()):
         raise ValueError("the model is on meta: load its weights before verifying it")
     if not all(adapter.enabled for adapter in adapters.values()):

@@ -15,7 +15,7 @@ from ..updates import Matrix, Update
 from .base import Method
 from .init import Init
 from .known_scales import KnownScales
-from .sharded import is_gathered, is_shard
+from .sharded import is_shard, shard_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Those that weights and adapters may have."""
@@ -70,6 +70,7 @@ class Adapter(nn.Module):
         matrix: the weight as update families see it, and how to view it so.
         weight_norm: (1,) or (E,), ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
             No buffer: it is taken of the base, and is in no state_dict.
+        norm_dtype: of the W that was measured; a cast one may differ by rounding.
         computed: W is the result of a parametrisation or hook, which each call computes anew, norm included.
         roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
         scaling: fixed factor of the update where the method has one, else 1.
@@ -111,7 +112,8 @@ class Adapter(nn.Module):
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
-        self._measured: tuple[Tensor, _Mark] | None = None
+        self._measured: tuple[Tensor, Tensor | None, _Mark] | None = None
+        self.norm_dtype = weight.dtype
         self._numbers: list[float] | None = None
         self._siblings = {} if siblings is None else siblings
         self._create({"device": weight.device, "dtype": dtype})
@@ -265,7 +267,7 @@ class Adapter(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return _device_norm(weight, self.weight_norm.dtype, self.stacked) if self.computed else self.weight_norm
         measured = self._measured
-        if measured is not None and weight is measured[0] and _mark(weight, measured[1]) == measured[1]:
+        if measured is not None and weight is measured[0] and measured[2] == _mark(weight, measured[1]):
             return self.weight_norm
         if self.pending and not weight.is_meta:
             self.weight_arrived(weight)
@@ -278,7 +280,7 @@ class Adapter(nn.Module):
             # A tracer, which may take no tensor but its own: its graph holds what is known.
             return torch.tensor(self._numbers, dtype=self.weight_norm.dtype, device=weight.device)
         if type(weight) is nn.Parameter:
-            self._measure_again(weight)
+            self._measure_again(weight, moved=measured is None or weight is not measured[0])
             return self.weight_norm
         found, known = _device_norm(weight, self.weight_norm.dtype, self.stacked), self.weight_norm.to(weight.device)
         return torch.where((found - known).abs() <= self._rounding(weight) * known, known, found)
@@ -288,15 +290,12 @@ class Adapter(nn.Module):
         return 1e-6 + 4 * torch.finfo(weight.dtype).eps / (weight.numel() / self.matrices) ** 0.5
 
     @torch.no_grad()
-    def _measure_again(self, weight: Tensor, rescale: bool = True) -> None:
-        """W may be another: take its norm, and let magnitudes that are measured by it follow, if `rescale`."""
-        before = self.weight_norm
+    def _measure_again(self, weight: Tensor, moved: bool) -> None:
+        """W may be another: take its norm; of one that was only moved or cast, keep the norm from before."""
+        before, dtype = self.weight_norm, self.norm_dtype
         self.take_norm(weight)
-        if torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0):
-            self.weight_norm = before.to(weight.device)  # the numbers differ by its rounding
-        elif rescale:
-            self.method.norm_changed(self, before.to(weight.device), lambda: self.matrix.view(weight.detach()))
-        self.method.remember(self, lambda: self.matrix.view(weight.detach()))
+        if moved and torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0):
+            self.weight_norm, self.norm_dtype = before.to(weight.device), dtype
 
     def take_norm(self, weight: Tensor, norm: float | Sequence[float] | None = None) -> None:
         """Set ||W||_F, measured here unless given. Under FakeTensorMode there is nothing to measure.
@@ -304,7 +303,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        self._measured = None
+        self.forget()
         if isinstance(weight, FakeTensor) or weight.is_meta:
             return
         if norm is None:
@@ -313,8 +312,14 @@ class Adapter(nn.Module):
         if not (norms < float("inf")).all():
             raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")
         self.weight_norm, self._numbers = norms.to(weight.device, self.weight_norm.dtype), norms.tolist()
+        self.norm_dtype = weight.dtype
         if type(weight) is nn.Parameter:
-            self._measured = weight, _mark(weight, (None, None) if is_gathered(weight) else _UNKNOWN)
+            shard = shard_of(weight)
+            self._measured = weight, shard, _mark(weight, shard)
+
+    def forget(self) -> None:
+        """W is another, or is about to be moved: hold it no longer, and look again."""
+        self._measured = None
 
     def base_loaded(self, weight: Tensor, with_adapter: bool) -> None:
         """A checkpoint brought another W; with_adapter: and the adapter's own parameters, which are as they should be.
@@ -322,16 +327,17 @@ class Adapter(nn.Module):
         A shard is measured when it is gathered.
         """
         if type(weight) not in (nn.Parameter, Tensor):
-            self._measured = None
+            self.forget()
         elif weight.is_meta:
             return
-        elif not self.pending:
-            self._measure_again(weight, rescale=not with_adapter)
-        elif with_adapter:
-            self.take_norm(weight)
-            self.method.remember(self, lambda: self.matrix.view(weight.detach()))
-        else:
+        elif self.pending and not with_adapter:
             self.weight_arrived(weight)
+        else:
+            before = self.weight_norm
+            self._measure_again(weight, moved=not self.pending)
+            if not with_adapter and self.weight_norm is not before:
+                self.method.norm_changed(self, before.to(weight.device), lambda: self.matrix.view(weight.detach()))
+            self.method.remember(self, lambda: self.matrix.view(weight.detach()))
 
     @torch.no_grad()
     def weight_arrived(self, weight: Tensor) -> None:
@@ -340,7 +346,7 @@ class Adapter(nn.Module):
         Raises:
             RuntimeError: FSDP2 shards the adapter's own parameters already, so that a start would be lost.
         """
-        if any(is_gathered(p) or is_shard(p) for p in self._parameters.values() if p is not None):
+        if any(shard_of(p) is not None or is_shard(p) for p in self._parameters.values() if p is not None):
             raise RuntimeError(
                 f"{self.layer_name}: the adapter was made on meta and sharded before it could start from its weight; "
                 "load a checkpoint that holds the adapters too, or load the base weights before fully_shard"
@@ -366,10 +372,10 @@ class Adapter(nn.Module):
         """`model.half()` must not round ||W||_F: it moves between devices only."""
         super()._apply(fn, recurse)
         norm, moved = self.weight_norm, fn(self.weight_norm)
-        if not norm.is_meta:
-            self.weight_norm = norm.to(moved.device)
-        elif not moved.is_meta:
+        if norm.is_meta and not moved.is_meta:
             self.weight_norm = torch.full_like(moved, float("nan"), dtype=norm.dtype)
+        elif not moved.is_meta:  # else it stays: this W's norm is known
+            self.weight_norm = norm.to(moved.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -426,18 +432,17 @@ def _said(form: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.6g}" for name, value in form.items())
 
 
-_Mark = tuple[int | None, int | None]
-_UNKNOWN: _Mark = (0, 0)
+_Mark = tuple[int, int]
 
 
-def _mark(weight: Tensor, before: _Mark) -> _Mark:
-    """What changes when a tensor is written to, or gets other memory: torch's counter of writes, and the address.
+def _mark(weight: Tensor, shard: Tensor | None) -> _Mark:
+    """What changes when a weight is written to, or gets other memory: torch's counter of writes, and the address.
 
-    Args: before: the mark that it is compared with, whose None stands for what is not looked at: a gathered Parameter
-        changes both each time.
+    Of one that FSDP2 gathers, into other memory each time, the counter of its shard.
     """
-    counted = before[0] is not None and not weight.is_inference()
-    return weight._version if counted else before[0], weight.data_ptr() if before[1] is not None else None
+    if shard is not None:
+        return shard._version, 0
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
 
 
 def _device_norm(weight: Tensor, dtype: torch.dtype, stacked: bool) -> Tensor:

@@ -14,16 +14,21 @@ def is_shard(weight: Tensor) -> bool:
 
     A DTensor that no state of FSDP2 manages (tensor parallelism) is none: it is the whole weight, spread out.
     """
-    tensors: Any = sys.modules.get("torch.distributed.tensor")
-    if tensors is None or not isinstance(weight, tensors.DTensor):
+    if not is_sharded(weight):
         return False
     names = ("sharded_param", "_sharded_post_forward_param")
     return any(getattr(parameter, name, None) is weight for parameter in _managed() for name in names)
 
 
-def is_gathered(weight: Tensor) -> bool:
-    """Whether this is a whole Parameter that FSDP2 gathers for a forward; it has other memory each time."""
-    return any(getattr(parameter, "_unsharded_param", None) is weight for parameter in _managed())
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of whatever kind of parallelism."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def shard_of(weight: Tensor) -> Tensor | None:
+    """The shard of a whole Parameter that FSDP2 gathers for a forward; None of any other."""
+    return next((p.sharded_param for p in _managed() if getattr(p, "_unsharded_param", None) is weight), None)
 
 
 def _managed() -> Iterator[Any]:

@@ -40,8 +40,11 @@ are refused, as they would take W' for it."""
 _MOVERS = ("accelerate.utils.modeling", "accelerate.utils.fsdp_utils", "accelerate.hooks", "accelerate.big_modeling")
 """Modules that only move parameters about."""
 
-_MAY_ASSIGN = ("torch", "accelerate", "transformers", "diffusers", "deepspeed")
-"""Packages that put another Parameter in the place of one: they load, shard, tie and offload."""
+_MAY_ASSIGN = (
+    *("torch.nn.modules.", "torch.nn.parallel.", "torch.distributed.", "torch.nn.utils.weight_norm"),
+    *("torch.nn.utils.spectral_norm", "accelerate.", "transformers.", "diffusers.", "deepspeed."),
+)
+"""Beginnings of the names of modules that put another Parameter in the place of one: they load, shard, tie, offload."""
 
 
 def _too_late(layer: "AdaptedLayer", parameter: str) -> RuntimeError:
@@ -72,6 +75,8 @@ class Effective:
             wanted = _READERS.get((module, reader.f_code.co_name))
             if wanted == "refuse":
                 raise _too_late(layer, self.parameter)
+            if module in _MOVERS:
+                adapter.forget()
             if wanted is not None or module in _MOVERS or is_shard(weight):
                 return weight
         memo = layer.__dict__.get(_MEMO)
@@ -123,13 +128,18 @@ class AdaptedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         new = name in self.adapted and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
-        if new and sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in _MAY_ASSIGN:
+        if new and not sys._getframe(1).f_globals.get("__name__", "").startswith(_MAY_ASSIGN):
             raise AttributeError(
                 f"{self.adapter_of(name).layer_name or type(self).__name__}: `{name}` of an adapted layer reads as W'; "
                 f"write into the frozen weight, `layer.get_parameter({name!r})`, or call mapsurgery.unpatch or "
                 "mapsurgery.merge first"
             )
-        super().__setattr__(name, value)
+        if new:
+            self.adapter_of(name).forget()
+        if isinstance(self, nn.RNNBase):  # whose own would write into the list of its weights, which is computed here
+            nn.Module.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         # torch.nn.utils.spectral_norm moves the Parameter away; others take no notice of what reads as W'.
@@ -257,6 +267,9 @@ class AdaptedRecurrent(AdaptedLayer):
     @_flat_weights.setter
     def _flat_weights(self, value: list[Any]) -> None:
         """nn.RNNBase fills its list when it is built, moved or unpickled; here it is made for each call."""
+
+    def _init_flat_weights(self) -> None:
+        """Likewise, after the layer was moved."""
 
     def flatten_parameters(self) -> None:
         """W' is made anew for each call: there is no memory to lay out."""

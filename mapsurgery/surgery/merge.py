@@ -18,7 +18,7 @@ from .patch import become_patched, become_plain
 from .paths import child_name, module_paths, site_paths
 from .quantised.layer import QuantisedLinear
 from .quantised.merged import CHOICES, Replacement, put_in, replacement
-from .record import Record, Site, adapters_of, all_sites, find_patched, intact_sites
+from .record import Record, Site, adapters_of, all_sites, find_patched, intact_sites, refuse_spread
 from .undo import MERGED, Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +50,8 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
             weight is computed by a hook that is not torch's, or is quantised (see `quantised`), or `keep_base` and
             `final` are both asked for. Nothing is merged then.
 
-    Each weight is merged in a copy first, one at a time: should one fail, the model is as it was, to the bit.
+    Each weight is merged in a copy first, one at a time: should one fail, the model is as it was, to the bit. Should only
+    the writing fail, what was merged is taken back as by `unmerge`.
     """
     if keep_base and final:
         raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")
@@ -58,6 +59,8 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         raise ValueError(f"quantised must be one of {', '.join(map(repr, CHOICES))}, got {quantised!r}")
     root, record = find_patched(model)
     sites = intact_sites(root, record)
+    refuse_spread(sites, "merge")
+    _refuse_untied(root)
     for site in sites:
         _refuse_unmergeable(site)
     packed = [site for site in sites if isinstance(site.layer, QuantisedLinear)]
@@ -245,6 +248,19 @@ def _refuse_unmergeable(site: Site) -> None:
             f"{site.path}: its {site.parameter} is computed by a hook of its own kind, which would overwrite what is "
             "merged; remove the hook, patch, and merge then"
         )
+
+
+def _refuse_untied(root: nn.Module) -> None:
+    """One adapter over two Parameters: only one of them would be merged."""
+    first: dict[Adapter, Site] = {}
+    for site in all_sites(root):
+        other = first.setdefault(site.adapter, site)
+        held = site.layer._parameters.get(site.parameter)
+        if held is not other.layer._parameters.get(other.parameter):
+            raise ValueError(
+                f"{site.path} and {other.path} share an adapter, but no longer their weight (loading with assign=True "
+                "unties it): tie them again (tie_weights()), and merge then"
+            )
 
 
 def _find_merged(model: nn.Module) -> tuple[nn.Module, Record]:

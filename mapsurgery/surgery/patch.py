@@ -154,7 +154,7 @@ def _has_no_values(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer)
 
 
-def _freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]) -> None:
+def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]) -> None:
     """Leave requires_grad to what the adapters train and to what `train` named."""
     for parameter in model.parameters():
         parameter.requires_grad = False  # not requires_grad_(): lazy parameters refuse the method
@@ -168,7 +168,7 @@ def _freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str
 def become_patched(model: nn.Module, adapters: Iterable[Adapter], record: Record) -> None:
     """What a model is besides its layers, once these are adapted."""
     adapters = list(adapters)
-    _freeze(model, adapters, record.trained)
+    freeze(model, adapters, record.trained)
     cut_graphs.install(model, adapters)
     resizing.install(model)
     put_record(model, record)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..methods import Adapter
+from ..methods.sharded import is_sharded, shard_of
 from .adapted import AdaptedLayer
 from .config import Config
 from .paths import child_name, entry, module_paths, site_paths
@@ -137,6 +138,23 @@ def intact_sites(root: nn.Module, record: Record) -> list[Site]:
             "what it would learn. Freeze it (requires_grad_(False)), or name the layer in `train` instead of `targets`"
         )
     return one_per_adapter(sites)
+
+
+def refuse_spread(sites: list[Site], action: str) -> None:
+    """Raises ValueError where an adapter or its weight is not here as a whole."""
+    for site in sites:
+        held = site.layer._parameters.get(site.parameter)
+        own = [*site.adapter._parameters.values(), held]
+        if any(t is not None and (is_sharded(t) or shard_of(t) is not None) for t in own):
+            raise ValueError(
+                f"{site.path} is sharded (FSDP2 or a DTensor): {action} before fully_shard, or in one process, on a model "
+                "that takes this one's full state (torch.distributed.checkpoint.state_dict.get_model_state_dict)"
+            )
+        if not site.adapter.pending and site.adapter.is_meta:
+            raise ValueError(
+                f"{site.path}: its adapter is on meta, put away by accelerate: {action} once it is back "
+                "(accelerate.hooks.remove_hook_from_submodules)"
+            )
 
 
 def trained_names(root: nn.Module, record: Record) -> tuple[str, ...]:
