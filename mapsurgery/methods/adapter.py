@@ -370,8 +370,13 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         """`model.half()` must not round ||W||_F: it moves between devices only."""
-        super()._apply(fn, recurse)
-        norm, moved = self.weight_norm, fn(self.weight_norm)
+        try:
+            super()._apply(fn, recurse)
+            norm, moved = self.weight_norm, fn(self.weight_norm)
+        except NotImplementedError:  # torch copies nothing from meta
+            if self.pending:
+                return self  # it starts where its weight is
+            raise
         if norm.is_meta and not moved.is_meta:
             self.weight_norm = torch.full_like(moved, float("nan"), dtype=norm.dtype)
         elif not moved.is_meta:  # else it stays: this W's norm is known

@@ -50,8 +50,8 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
             weight is computed by a hook that is not torch's, or is quantised (see `quantised`), or `keep_base` and
             `final` are both asked for. Nothing is merged then.
 
-    Each weight is merged in a copy first, one at a time: should one fail, the model is as it was, to the bit. Should only
-    the writing fail, what was merged is taken back as by `unmerge`.
+    Each weight is merged in a copy first, one at a time: should one fail, the model is as it was, to the bit. Should
+    only the writing fail, what was merged is taken back as by `unmerge`.
     """
     if keep_base and final:
         raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")

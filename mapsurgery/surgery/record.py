@@ -147,8 +147,8 @@ def refuse_spread(sites: list[Site], action: str) -> None:
         own = [*site.adapter._parameters.values(), held]
         if any(t is not None and (is_sharded(t) or shard_of(t) is not None) for t in own):
             raise ValueError(
-                f"{site.path} is sharded (FSDP2 or a DTensor): {action} before fully_shard, or in one process, on a model "
-                "that takes this one's full state (torch.distributed.checkpoint.state_dict.get_model_state_dict)"
+                f"{site.path} is sharded (FSDP2 or a DTensor): {action} before fully_shard, or in one process, on a "
+                "model that takes this one's full state (torch.distributed.checkpoint.state_dict.get_model_state_dict)"
             )
         if not site.adapter.pending and site.adapter.is_meta:
             raise ValueError(
