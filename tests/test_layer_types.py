@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from definition import Snapshot, to_generic_point, weight_by
+from modules import Doubled, First, Tied, parametrized
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -49,36 +50,6 @@ class PerExpert(nn.Module):
         return sum(F.linear(x, self.up[e]) for e in range(3))
 
 
-class Tied(nn.Module):
-    """An embedding and an output layer with one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 6)
-        self.body = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 9, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.out(self.body(self.embed(ids)))
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * 2
-
-
-class First(nn.Module):
-    """The first result of a module that returns several."""
-
-    def __init__(self, layer: nn.Module, repeat: int = 1) -> None:
-        super().__init__()
-        self.layer, self.repeat = layer, repeat
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(*[x] * self.repeat)[0]
-
-
 class Twice(nn.Module):
     """Two steps of a recurrent cell: in the first, the state is 0, and so is the gradient of what multiplies it."""
 
@@ -91,14 +62,8 @@ class Twice(nn.Module):
         return state[0] if isinstance(state, tuple) else state
 
 
-def _parametrized() -> nn.Module:
-    layer = nn.Linear(6, 5)
-    parametrize.register_parametrization(layer, "weight", Doubled())
-    return layer
-
-
 def _two_parametrizations() -> nn.Module:
-    layer = _parametrized()
+    layer = parametrized()
     parametrize.register_parametrization(layer, "bias", Doubled())
     return layer
 
@@ -165,7 +130,7 @@ CASES = [
     Case("tied", Tied, ids, count=2),
     Case("tied_one_side", Tied, ids, {"targets": "out"}, count=1),
     Case("tied_separate", Tied, ids, {"tied": "separate"}, count=3),
-    Case("parametrized", _parametrized, rows(3, 6), pickles=False),
+    Case("parametrized", parametrized, rows(3, 6), pickles=False),
     Case("two_parametrizations", _two_parametrizations, rows(3, 6), pickles=False),
     Case("weight_norm", lambda: parametrizations.weight_norm(nn.Conv1d(6, 5, 3)), rows(2, 6, 7), pickles=False),
     Case("spectral_norm", lambda: parametrizations.spectral_norm(nn.Linear(6, 5)), rows(3, 6), pickles=False),

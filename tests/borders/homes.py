@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from modules import First, Tied, parametrized
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
 
 import mapsurgery
 
@@ -24,17 +25,6 @@ REFUSALS = (RuntimeError, ValueError, AttributeError, BufferError)
 """What a call that cannot be right may raise. (NotImplementedError is a RuntimeError; DLPack asks for BufferError.)"""
 
 ADAPTER_KEY = re.compile(r"(.*\.)?adapter(_\w+)?\.(A|B|alpha|beta)")
-
-
-class First(nn.Module):
-    """The first result of a module that returns several."""
-
-    def __init__(self, layer: nn.Module, repeat: int = 1) -> None:
-        super().__init__()
-        self.layer, self.repeat = layer, repeat
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(*[x] * self.repeat)[0]
 
 
 class Pair(nn.Module):
@@ -65,31 +55,6 @@ class OwnForward(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * 2, self.bias)
-
-
-class Tied(nn.Module):
-    """An embedding and an output layer with one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 6)
-        self.body = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 9, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.out(self.body(self.embed(ids)))
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * 2
-
-
-def _parametrized() -> nn.Module:
-    layer = nn.Linear(6, 5)
-    parametrize.register_parametrization(layer, "weight", Doubled())
-    return layer
 
 
 def named(module: str, name: str) -> Any:
@@ -192,7 +157,7 @@ PLAIN = [
     Case("tied_separate", Tied, ids, {"tied": "separate"}),
 ]
 COMPUTED = [
-    Case("parametrized", _parametrized, rows(3, 6)),
+    Case("parametrized", parametrized, rows(3, 6)),
     Case("weight_norm", lambda: parametrizations.weight_norm(nn.Conv1d(6, 5, 3)), rows(2, 6, 7)),
     Case("spectral_norm", lambda: parametrizations.spectral_norm(nn.Linear(6, 5)), rows(3, 6)),
     Case("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(6, 5)), rows(3, 6)),

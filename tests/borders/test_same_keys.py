@@ -12,7 +12,6 @@ from homes import (
     PLAIN,
     QUANTISED,
     Case,
-    Tied,
     adapter_tensors,
     ids,
     of_cases,
@@ -20,6 +19,7 @@ from homes import (
     trained,
     with_adapters_of,
 )
+from modules import Tied
 from torch import Tensor, nn
 
 import mapsurgery

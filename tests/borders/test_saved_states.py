@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from homes import Tied, adapter_tensors, ids, trained
+from homes import adapter_tensors, ids, trained
+from modules import Tied
 from small_models import gpt2, llama, logits
 from torch import Tensor, nn
 
