@@ -73,7 +73,8 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         adapter = site.adapter
         if adapter in replacements:
             continue
-        base, norm = site.base, adapter.norm_of(site.base)
+        base = site.base  # computed here, where a parametrization makes it
+        norm = adapter.norm_of(base)
         # Multiplied by 0, a weight could not be recovered.
         recoverable = adapter.method.recoverable(adapter, base, norm)
         if keep_base or adapter.computed or not recoverable or held_elsewhere(base, layers[adapter], spans):
