@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,25 +16,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._atomic_write import write_whole
-from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict
+from ._base import Base
+from ._state_dict import adapter_state_dict, changed_buffers, put
 from .methods.adapter import DTYPES
 from .surgery.config import Config
 from .surgery.layers import weight_of, why_not
 from .surgery.offloaded import at_hand
 from .surgery.patch import apply_plan, unpatch
-from .surgery.paths import entry, module_paths, site_paths
+from .surgery.paths import entry, module_paths, site_paths, unwrapped
 from .surgery.plan import Plan, count_parameters
 from .surgery.planned import PlannedLayer, norm_of, parameter_shapes, planned_layer
-from .surgery.quantised.kinds import kind_of
-from .surgery.quantised.layer import QuantisedLinear
 from .surgery.record import (
     Site,
     all_sites,
-    find_patched,
+    find_trained,
     intact_sites,
+    moved_names,
     one_per_adapter,
+    parameters_of,
     persistent_buffers,
     record_of,
+    refuse_frozen,
     refuse_spread,
     trained_names,
 )
@@ -46,8 +49,12 @@ Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]
 
 
-def save(model: nn.Module, path: Path) -> None:
+def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
     """Write what `adapter_state_dict` gives to one safetensors file.
+
+    Args:
+        frozen: what becomes of adapters, and of what `train` named, that were frozen after `patch` while others train,
+            and so may never have learned: "refuse" is an error, "keep" writes them as they are.
 
     The metadata holds the format and library versions, the configuration, and for each layer its type, shape, rank and
     ||W||_F of the base. The file is written beside its destination and renamed: a crash leaves the old file or the
@@ -55,16 +62,19 @@ def save(model: nn.Module, path: Path) -> None:
 
     Raises:
         ValueError: a layer's weight is still on meta, an adapter holds NaN or infinity, layers were built with
-            different methods, updates or starts, or what `adapter_state_dict` refuses.
+            different methods, updates or starts, something was frozen (see `frozen`), or what `adapter_state_dict`
+            refuses.
         OSError: the file cannot be written; an existing one is left as it was.
     """
-    root, record = find_patched(model)
+    root, record = find_trained(model)
     sites = intact_sites(root, record)
     refuse_spread(sites, "save")
+    if any(parameter.requires_grad for parameter in root.parameters()):  # else training is over
+        refuse_frozen(root, record, frozen, "they would be written without having learned since")
     _refuse_mixed(sites, record.config)
     holders = all_sites(root)
     layers = {site.path: _describe(site, holders) for site in sites}
-    tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(root).items()}
+    tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(model).items()}
     buffers = changed_buffers(root, record)
     metadata = {
         "format": FORMAT,
@@ -73,6 +83,7 @@ def save(model: nn.Module, path: Path) -> None:
         "config": json.dumps(record.config.to_dict()),
         "layers": json.dumps(layers),
         "trained": json.dumps(list(trained_names(root, record))),
+        "moved": json.dumps(list(moved_names(root, record))),
         "buffers": json.dumps(buffers),
         "form": json.dumps(record.config.update.form()),
     }
@@ -104,19 +115,16 @@ def _describe(site: Site, holders: list[Site]) -> dict[str, Any]:
     adapter = site.adapter
     if adapter.weight_norm.is_meta or adapter.pending:
         raise ValueError(f"{site.path}: its weight is not loaded (meta device): there is no adapter to save yet")
-    weight = weight_of(site.layer, site.parameter)
-    assert weight is not None
-    kind = kind_of(site.layer) if isinstance(site.layer, QuantisedLinear) else None
-    # A computed W has had a norm of its own in each call.
-    norms = (adapter.norm_of(site.base) if adapter.computed and kind is None else adapter.weight_norm).tolist()
+    base = Base.of(site)
+    norms = base.norms.tolist()
     return {
         "layer": site.layer_path,
         "parameter": site.parameter,
         "tied": [[s.layer_path, s.parameter] for s in holders if s.adapter is adapter and s.path != site.path],
         "type": site.layer.original_class.__name__,
         "shape": list(adapter.shape),
-        "dtype": str(adapter.norm_dtype).removeprefix("torch."),
-        "quantised": kind.name if kind else "",
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantised": base.quantised,
         "rank": adapter.rank,
         "weight_norm": norms if adapter.stacked else norms[0],
     }
@@ -130,6 +138,7 @@ class _File:
     config: Config
     layers: dict[str, dict[str, Any]]
     trained: tuple[str, ...]
+    moved: tuple[str, ...]
     buffers: tuple[str, ...]
     tensors: dict[str, Tensor]
 
@@ -150,12 +159,13 @@ def load(model: Model, path: Path) -> Model:
             missing, has another shape or another weight (by ||W||_F). The message names it, and the model is as it was.
     """
     file = _read(os.fspath(path))
-    plan = _plan_of(model, file)
+    root = unwrapped(model)
+    plan = _plan_of(root, file)
     try:
-        apply_plan(model, plan, start=False)
-        load_adapter_state_dict(model, _named_by(model, file))
+        apply_plan(root, plan, start=False)
+        put(root, _named_by(root, file))
     except BaseException:
-        unpatch(model)
+        unpatch(root)
         raise
     return model
 
@@ -190,6 +200,7 @@ def _read(path: str) -> _File:
         config=_config(path, _json(path, metadata, "config", dict)),
         layers=_json(path, metadata, "layers", dict),
         trained=_names(path, metadata, "trained"),
+        moved=_names(path, {"moved": "[]", **metadata}, "moved"),  # files of 0.1 have none
         buffers=_names(path, metadata, "buffers"),
         tensors=tensors,
     )
@@ -241,7 +252,7 @@ def _config(path: str, value: dict[str, Any]) -> Config:
         raise ValueError(f"{path}: the configuration in its metadata is not valid: {error}") from error
 
 
-_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _LAYER_FIELDS: dict[str, type | tuple[type, ...]] = {
     "layer": str,
     "parameter": str,
@@ -275,7 +286,7 @@ def _roles(file: _File, layer: dict[str, Any]) -> tuple[str, ...]:
 
 def _check_consistent(file: _File) -> None:
     """The tensors are those that the metadata announces, finite, and of shapes that fit one another."""
-    expected = {*file.trained, *file.buffers}
+    expected = {*file.trained, *file.moved, *file.buffers}
     if not file.layers:
         raise ValueError(f"{file.path}: its metadata names no layers")
     for name, layer in file.layers.items():
@@ -292,7 +303,7 @@ def _check_consistent(file: _File) -> None:
         if site_paths([layer["layer"]], layer["parameter"]) != (name,):
             raise ValueError(f"{file.path}: layer {name} is {layer['layer']} {layer['parameter']} in its own entry")
         if layer["dtype"] not in _DTYPES:
-            raise ValueError(f"{file.path}: layer {name} has dtype = {layer['dtype']!r}, expected one of {_DTYPES}")
+            raise ValueError(f"{file.path}: layer {name} has dtype = {layer['dtype']!r}, expected one of {[*_DTYPES]}")
         expected |= {_entry(layer, role) for role in _roles(file, layer)}
     missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
     if missing or unknown:
@@ -300,7 +311,7 @@ def _check_consistent(file: _File) -> None:
     for name in expected - {*file.buffers}:  # of which a mask may hold -inf
         tensor = file.tensors[name]
         if str(tensor.dtype).removeprefix("torch.") not in _DTYPES:
-            raise ValueError(f"{file.path}: {name} is {tensor.dtype}, expected one of {_DTYPES}")
+            raise ValueError(f"{file.path}: {name} is {tensor.dtype}, expected one of {[*_DTYPES]}")
         if not tensor.isfinite().all():
             raise ValueError(f"{file.path}: {name} holds NaN or infinite values")
 
@@ -328,7 +339,7 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError(f"{file.path} does not fit this model: " + "; ".join(problems[:8]) + more)
     _check_base(file, layers)
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     return Plan(
         config=file.config,
         layers=tuple(layers),
@@ -402,10 +413,14 @@ def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
     """Trained parameters and buffers that the model lacks or has in another shape."""
     problems = []
     adapted = {".".join(filter(None, (layer["layer"], layer["parameter"]))) for layer in file.layers.values()}
-    problems += [f"{name!r} is adapted and trained at once" for name in file.trained if name in adapted]
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    problems += [f"{name!r} is adapted and trained at once" for name in (*file.trained, *file.moved) if name in adapted]
+    parameters: dict[str, Tensor] = dict(parameters_of(model))
     buffers = persistent_buffers(model)
-    extras = (("trained parameter", file.trained, parameters), ("buffer", file.buffers, buffers))
+    extras = (
+        ("trained parameter", file.trained, parameters),
+        ("moved parameter", file.moved, parameters),
+        ("buffer", file.buffers, buffers),
+    )
     for kind, names, own in extras:
         for name in names:
             found = tuple(file.tensors[name].shape)
@@ -418,43 +433,19 @@ def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
 
 def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     """The weights are those that the adapter was trained on, as far as ||W||_F tells."""
+    own = [layer for layer in layers if not layer.shares]
     wrong = []
-    for layer in layers:
-        if layer.shares:
-            continue
+    for layer in own:
         with at_hand(layer.module):
-            tolerance = _norm_tolerance(layer, layer.weight, file.layers[layer.path])
-            found, expected = (
-                torch.tensor(n, dtype=torch.float64).reshape(-1) for n in (norm_of(layer), layer.weight_norm)
-            )
-        off = ~((found - expected).abs() <= tolerance * expected)
-        if off.any():
-            first = int(off.nonzero()[0])
-            which = f" (matrix {first})" if layer.stacked else ""
-            trained_on = f"the adapter was trained on {expected[first]:.8g}"
-            wrong.append(f"{layer.path}{which} has ||W||_F = {found[first]:.8g}, {trained_on}")
+            norms, dtype = torch.tensor(norm_of(layer)), layer.weight.dtype
+        elements = math.prod(layer.shape) // layer.matrices
+        base = Base(norms, dtype, elements, layer.quantisation.name if layer.quantisation else "")
+        file_of = file.layers[layer.path]
+        there = Base(torch.tensor(_norms(file_of)), _DTYPES[file_of["dtype"]], elements, file_of.get("quantised", ""))
+        difference = base.difference(there)
+        wrong += [f"{layer.path}{difference}"] if difference else []
     if wrong:
         raise ValueError(
-            f"{file.path} was trained on another base ({len(wrong)} of {len(layers)} layers differ): "
+            f"{file.path} was trained on another base ({len(wrong)} of {len(own)} layers differ): "
             + "; ".join(wrong[:5])
         )
-
-
-_SAME_KERNEL, _OTHER_QUANTISATION = 1e-4, 0.03
-"""Relative tolerances of ||W||_F: one quantised weight, dequantised on two machines; one weight, quantised or not."""
-
-
-def _norm_tolerance(layer: PlannedLayer, weight: Tensor, described: dict[str, Any]) -> float:
-    """Relative: float32 rounding of a norm; more where the base was cast to or from a half type since, or quantised.
-
-    Rounding n elements, each by at most eps/2 and independently, moves the norm by about eps/sqrt(n).
-    """
-    quantisation, saved_dtype = layer.quantisation, described["dtype"]
-    here, there = quantisation.name if quantisation else "", described.get("quantised", "")
-    if here or there:
-        return _SAME_KERNEL if here == there else _OTHER_QUANTISATION
-    dtype = str(weight.dtype).removeprefix("torch.")
-    if dtype == saved_dtype:
-        return 1e-6
-    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(getattr(torch, saved_dtype)).eps)
-    return 1e-6 + 4 * eps / weight.numel() ** 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,16 @@ from torch import nn
 
 from .methods import Adapter
 from .surgery.globs import first_match, nearest
-from .surgery.record import all_sites, find_patched, intact_sites
+from .surgery.record import (
+    Site,
+    all_sites,
+    find_patched,
+    find_trained,
+    intact_sites,
+    names_of,
+    outside,
+    refuse_frozen,
+)
 
 
 def _decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -25,6 +35,7 @@ def param_groups(
     magnitude_lr_factor: float = 1.0,
     b_lr_factor: float = 1.0,
     layer_lr_factors: Mapping[str, float] | None = None,
+    frozen: str = "refuse",
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimiser, with every trained parameter of a patched model in exactly one.
 
@@ -39,13 +50,17 @@ def param_groups(
         b_lr_factor: learning rate of B, and of what starts at 0 in other update families, as a multiple of lr.
         layer_lr_factors: {glob: factor} on all rates of the layers that it matches; the first that matches counts.
             Globs are matched as in `patch`, against the adapted layers and the names of other trained parameters.
+        frozen: what becomes of adapters, and of what `train` named, that were frozen after `patch` (a model's own
+            `freeze_encoder()`): "refuse" is an error, "keep" leaves them out.
 
     Returns:
-        Dictionaries with "params", "lr", "weight_decay" and "name"; empty groups are left out.
+        Dictionaries with "params", "lr", "weight_decay" and "name"; empty groups are left out. Where only a part of the
+        model was patched, what is trained in the rest of it is in them, and a warning names it.
 
     Raises:
-        ValueError: the model is not patched or its weights are not loaded, a base weight was unfrozen, a rate or factor
-            is negative, or a glob matches nothing that is trained.
+        ValueError: the model is not patched or its weights are not loaded, a base weight was unfrozen, something was
+            frozen (see `frozen`) or nothing is trained, a tensor that the adapter's family or method keeps fixed was
+            unfrozen, a rate or factor is negative, or a glob matches nothing that is trained.
     """
     factors = dict(layer_lr_factors or {})
     for name, value in [
@@ -57,12 +72,14 @@ def param_groups(
     ]:
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value!r}")
-    root, record = find_patched(model)
+    root, record = find_trained(model)
     for site in intact_sites(root, record):
         if site.adapter.pending:
             raise ValueError(
                 f"{site.path}: its weight is not loaded yet (meta device); load the weights, then make the groups"
             )
+        _refuse_thawed(site)
+    refuse_frozen(root, record, frozen, "no optimiser would train them")
     settings = {
         "down": (lr, weight_decay),
         "up": (lr * b_lr_factor, weight_decay),
@@ -71,10 +88,14 @@ def param_groups(
         "no_decay": (lr, 0.0),
     }
     groups: dict[tuple[str, float], list[nn.Parameter]] = {(role, 1.0): [] for role in settings}
-    for parameter, (role, names) in _roles(root).items():
+    roles = _roles(root)
+    if not roles:
+        raise ValueError("nothing in the model is trained: every parameter is frozen (requires_grad=False)")
+    _say_outside(model)
+    for parameter, (role, names) in roles.items():
         glob = first_match(names, factors)
         groups.setdefault((role, 1.0 if glob is None else float(factors[glob])), []).append(parameter)
-    _refuse_unmatched(factors, [names for _, names in _roles(root).values()])
+    _refuse_unmatched(factors, [names for _, names in roles.values()])
     return [
         {
             "params": params,
@@ -87,13 +108,38 @@ def param_groups(
     ]
 
 
+def _refuse_thawed(site: Site) -> None:
+    """Raises ValueError where something of an adapter requires a gradient that is not trained."""
+    adapter = site.adapter
+    trained = adapter.trained_parameters()
+    thawed = [name for name, p in adapter.named_parameters() if p.requires_grad and name not in trained]
+    if thawed:
+        raise ValueError(
+            f"{site.path}: {', '.join(thawed)} of its adapter was unfrozen, which method {adapter.method.name!r} with "
+            f"update {adapter.update.name!r} keeps fixed: call requires_grad_(False) on it"
+        )
+
+
+def _say_outside(model: nn.Module) -> None:
+    """Warn of what is trained beside the part of the model that was patched: `patch` has not frozen it."""
+    root, _ = find_patched(model)
+    names = [*outside(model, root)]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            f"only a part of the model was patched, a {type(root).__name__}; {len(names)} parameters outside of it are "
+            f"trained as well: {', '.join(names[:5])}{more}. Freeze those that should not be (requires_grad_(False))",
+            stacklevel=3,
+        )
+
+
 def _roles(root: nn.Module) -> dict[nn.Parameter, tuple[str, tuple[str, ...]]]:
     """Every trained parameter with the group that it belongs to and the names that a glob may call it by."""
     sites: dict[int, tuple[str, ...]] = {}
     for site in all_sites(root):  # a tied weight has several
         sites[id(site.adapter)] = sites.get(id(site.adapter), ()) + site.paths
     found: dict[nn.Parameter, tuple[str, tuple[str, ...]]] = {}
-    for path, module in root.named_modules():
+    for module, (path, *_) in names_of(root).items():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or parameter in found:
                 continue

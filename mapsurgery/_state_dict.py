@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._base import Base
+from .surgery.interrupts import uninterrupted
 from .surgery.record import (
     Record,
+    Site,
     all_sites,
-    find_patched,
+    find_trained,
     intact_sites,
+    moved_names,
     one_per_adapter,
+    parameters_of,
     persistent_buffers,
     trained_names,
 )
@@ -23,72 +30,115 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changed, and nothing else.
 
     The adapters' parameters (and frozen tensors that belong to them), other parameters that require a gradient (`train`
-    named them, or they were unfrozen or added later), and those persistent buffers (BatchNorm statistics) that are no
-    longer what they were at `patch`.
+    named them, or they were unfrozen or added later), those frozen ones that something has moved (averages, codebooks),
+    and those persistent buffers (BatchNorm statistics) that are no longer what they were at `patch`. Where something
+    trains outside of the part that was patched, it is in there, too.
 
     Returns:
         Tensors (detached, not copied) by their names in the model: "<layer>.adapter.A" ..., "<parameter>", "<buffer>".
-        How the adapters' numbers are meant is in its ``_metadata``, as in a module's state_dict.
+        Names are those of the model without what wraps it or its parts, and those from `patch`. How the adapters'
+        numbers are meant, and of which base, is in its ``_metadata``, as in a module's state_dict.
 
     Raises:
         ValueError: the model is not patched, an adapted layer was replaced since, or a frozen weight was unfrozen.
     """
-    root, record = find_patched(model)
+    root, record = find_trained(model)
     state: OrderedDict[str, Tensor] = OrderedDict()
     state._metadata = metadata = {}  # type: ignore[attr-defined]
     for site in intact_sites(root, record):
         metadata[site.entry("")] = {"form": site.adapter.form()}
+        if not site.adapter.pending:
+            metadata[site.entry("")]["base"] = asdict(Base.of(site))
         for name in site.adapter.own_tensors():
             state[site.entry(name)] = getattr(site.adapter, name).detach()
-    for name in trained_names(root, record):
-        state[name] = root.get_parameter(name).detach()
-    state.update({name: root.get_buffer(name) for name in changed_buffers(root, record)})
+    parameters = parameters_of(root)
+    for name in (*trained_names(root, record), *moved_names(root, record)):
+        state[name] = parameters[name].detach()
+    buffers = persistent_buffers(root)
+    state.update({name: buffers[name] for name in changed_buffers(root, record)})
     return state
 
 
 def changed_buffers(root: nn.Module, record: Record) -> list[str]:
     """Persistent buffers that differ from what they were at `patch`; unknown ones (from meta) count as changed."""
-    changed = []
-    for name, buffer in persistent_buffers(root).items():
-        before = record.originals.get(name)
-        if before is None or before.shape != buffer.shape or not _same(before.to(buffer), buffer):
-            changed.append(name)
-    return changed
+    return [name for name, buffer in persistent_buffers(root).items() if record.originals.changed(name, buffer)]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal, with NaN equal to NaN."""
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-@torch.no_grad()
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Put the tensors of `adapter_state_dict` into a model that is patched in the same way.
+
+    Whether the base is the one that they were trained on is told by ``state._metadata``; a dictionary without it (a
+    plain copy, a file read by others) is taken without that check.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: a name is missing or unknown, a shape differs, or the numbers are meant in another way (tau,
-            scaling); the message names them, nothing is changed.
+        ValueError: a name is missing or unknown, a shape differs, a number is NaN or infinite, here or in the dtype of
+            its place, the numbers are meant in another way (tau, scaling), or they were trained on another base; the
+            message names them. Whatever is raised, nothing is changed.
     """
-    root, record = find_patched(model)
+    root, record = find_trained(model)
+    sites = one_per_adapter(all_sites(root))
+    metadata = getattr(state, "_metadata", {})
+    problems = []
+    for site in sites:
+        described = metadata.get(site.entry(""), {})
+        misfit = site.adapter.misfit(described.get("form"))
+        problems += [misfit] if misfit else []
+        problems += _other_base(site, described.get("base"))
+    put(root, state, problems)
+    return model
+
+
+def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
+    """Why an adapter of a base that was described so is none for this site's."""
+    if described is None or site.adapter.pending:
+        return []
+    difference = Base.of(site).difference(Base(**described))
+    return [f"another base: {site.path}{difference}"] if difference else []
+
+
+@torch.no_grad()
+def put(model: nn.Module, state: Mapping[str, Tensor], problems: Iterable[str] = ()) -> None:
+    """Put tensors into their places in a patched model: all of them, or none.
+
+    Args: problems: what else is wrong with them.
+
+    Raises:
+        ValueError: see `load_adapter_state_dict`.
+    """
+    root, record = find_trained(model)
     places = places_of(root, record)
     required = {name for name, (_, optional) in places.items() if not optional}
-    problems = [f"missing: {name}" for name in sorted(required - set(state))]
-    problems += [f"unknown: {name}" for name in sorted(set(state) - set(places))]
-    problems += [
-        problem for name in state if name in places and (problem := _misfit(name, state[name], places[name][0]))
-    ]
-    metadata = getattr(state, "_metadata", {})
-    for site in one_per_adapter(all_sites(root)):
-        misfit = site.adapter.misfit(metadata.get(site.entry(""), {}).get("form"))
-        problems += [misfit] if misfit else []
-    if problems:
-        raise ValueError("the adapter does not fit the model: " + "; ".join(problems[:10]))
-    for name, tensor in state.items():
-        places[name][0].copy_(tensor)
-    return model
+    found = [*problems, *(f"missing: {name}" for name in sorted(required - set(state)))]
+    found += [f"unknown: {name}" for name in sorted(set(state) - set(places))]
+    known = {name: (value, places[name][0]) for name, value in state.items() if name in places}
+    found += [problem for name, (value, place) in known.items() if (problem := _misfit(name, value, place))]
+    buffers = persistent_buffers(root)
+    if not found:
+        found += [p for name, pair in known.items() if name not in buffers and (p := _not_finite(name, *pair))]
+    if found:
+        raise ValueError("the adapter does not fit the model: " + "; ".join(found[:10]))
+    before: list[tuple[Tensor, Tensor]] = []
+    with uninterrupted():
+        try:
+            for value, place in known.values():
+                before.append((place, place.clone()))
+                place.copy_(value)
+        except BaseException:  # the device failed, or has no memory left
+            for place, original in before:
+                place.copy_(original)
+            raise
+
+
+def _not_finite(name: str, value: Tensor, place: Tensor) -> str | None:
+    """Why a parameter cannot hold these numbers, or None."""
+    if not value.isfinite().all():
+        return f"{name} holds NaN or infinite values"
+    if not value.to(place.dtype).isfinite().all():
+        return f"{name} holds values that are infinite in {place.dtype}, as the model's is"
+    return None
 
 
 def _misfit(name: str, value: object, place: Tensor) -> str | None:
@@ -106,8 +156,10 @@ def _misfit(name: str, value: object, place: Tensor) -> str | None:
 
 def places_of(root: nn.Module, record: Record) -> dict[str, tuple[Tensor, bool]]:
     """Tensors of a patched model that an adapter may set, by name, each with whether it may be absent from it."""
-    places: dict[str, tuple[Tensor, bool]] = {name: (buffer, True) for name, buffer in persistent_buffers(root).items()}
+    parameters, buffers = parameters_of(root), persistent_buffers(root)
+    places: dict[str, tuple[Tensor, bool]] = {name: (parameters[name], True) for name in record.originals.marks}
+    places |= {name: (buffer, True) for name, buffer in buffers.items()}
     for site in one_per_adapter(all_sites(root)):
         for name in site.adapter.own_tensors():
             places[site.entry(name)] = (getattr(site.adapter, name), False)
-    return places | {name: (root.get_parameter(name), False) for name in trained_names(root, record)}
+    return places | {name: (parameters[name], False) for name in trained_names(root, record)}

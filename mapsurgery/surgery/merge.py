@@ -15,7 +15,7 @@ from .attach import attach, detach
 from .computed import bake, can_bake
 from .interrupts import uninterrupted
 from .patch import become_patched, become_plain
-from .paths import child_name, module_paths, site_paths
+from .paths import child_name, site_paths
 from .quantised.layer import QuantisedLinear
 from .quantised.merged import CHOICES, Replacement, put_in, replacement
 from .record import Record, Site, adapters_of, all_sites, find_patched, intact_sites, refuse_spread
@@ -193,7 +193,7 @@ def unmerge(model: Model) -> Model:
         ValueError: the model was not merged by `merge`, was patched again since, or alpha is 0 somewhere.
     """
     root, record = _find_merged(model)
-    layers = {path: m for path, m in root.named_modules() if MERGED in m.__dict__}
+    layers = {paths[0]: m for m, paths in record.names(root).items() if MERGED in m.__dict__}
     _refuse_incomplete(root, record)
     targets: dict[Adapter, tuple[Adapter, Tensor, Tensor]] = {}
     for path, layer in layers.items():
@@ -277,7 +277,7 @@ def _refuse_incomplete(root: nn.Module, record: Record) -> None:
     """A part that was patched again, or replaced, since the merge would stay as it is, without a word."""
     there = {
         path
-        for module, paths in module_paths(root).items()
+        for module, paths in record.names(root).items()
         if MERGED in module.__dict__
         for name in module.__dict__[MERGED].adapters
         for path in site_paths(paths, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -12,17 +12,28 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter
-from . import cut_graphs, resizing
+from . import cut_graphs, originals, resizing
 from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .config import Config, takes_options
 from .interrupts import uninterrupted
 from .offloaded import at_hand
-from .paths import unwrapped
+from .originals import Mark, Originals
+from .paths import first_names, module_paths, named_parameters, unwrapped
 from .plan import Plan, make_plan
 from .planned import PlannedLayer, norm_of
 from .quantised import kinds
-from .record import Record, adapters_of, all_sites, drop_record, find_patched, persistent_buffers, put_record
+from .record import (
+    Record,
+    adapters_of,
+    all_sites,
+    drop_record,
+    find_patched,
+    names_of,
+    parameters_of,
+    persistent_buffers,
+    put_record,
+)
 from .undo import MERGED
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -139,14 +150,26 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], reco
 
 
 def _remember(model: nn.Module, plan: Plan) -> Record:
-    parameters = dict(model.named_parameters())
+    paths = module_paths(model)
+    parameters = named_parameters(paths)
     changing: dict[str, Tensor] = {name: parameters[name] for name in plan.trained} | persistent_buffers(model)
+    adapted = {(layer.module, layer.parameter) for layer in plan.layers}
+    still = {
+        f"{names[0]}.{key}".lstrip("."): parameter
+        for module, names in paths.items()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and (module, key) not in adapted
+    }
     return Record(
         config=plan.config,
         layers=tuple(layer.path for layer in plan.layers),
         trained=plan.trained,
-        requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
-        originals={name: None if _has_no_values(t) else t.detach().clone() for name, t in changing.items()},
+        requires_grad={name: p.requires_grad for name, p in parameters.items()},
+        originals=Originals(
+            {name: None if _has_no_values(t) else t.detach().clone() for name, t in changing.items()},
+            {name: Mark.of(p) for name, p in first_names(still).items() if name not in plan.trained},
+        ),
+        modules=list(paths.items()),
     )
 
 
@@ -161,53 +184,33 @@ def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]
     for adapter in adapters:
         for parameter in adapter.trained_parameters().values():
             parameter.requires_grad_(True)
+    parameters = parameters_of(model)
     for name in trained:
-        model.get_parameter(name).requires_grad_(True)
+        parameters[name].requires_grad_(True)
 
 
 def become_patched(model: nn.Module, adapters: Iterable[Adapter], record: Record) -> None:
     """What a model is besides its layers, once these are adapted."""
     adapters = list(adapters)
+    put_record(model, record)  # first: it holds the names
     freeze(model, adapters, record.trained)
     cut_graphs.install(model, adapters)
     resizing.install(model)
-    put_record(model, record)
-    model.register_load_state_dict_pre_hook(_Rebased(record))
+    originals.install(names_of(model), record.originals)
 
 
 def become_plain(model: nn.Module, record: Record) -> None:
     """Undo `become_patched`."""
     cut_graphs.uninstall(model)
     resizing.uninstall(model)
+    originals.uninstall(model)
     _restore_requires_grad(model, record)
     drop_record(model)
-    for key in [key for key, hook in model._load_state_dict_pre_hooks.items() if isinstance(_inner(hook), _Rebased)]:
-        del model._load_state_dict_pre_hooks[key]
-
-
-class _Rebased:
-    """Pre-hook of loading: what a checkpoint of another base brings is what `unpatch` is to give back."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-
-    def __call__(self, model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-        own = {prefix + name for name, module in model.named_modules() if isinstance(module, Adapter)}
-        if any(name.rpartition(".")[0] in own for name in state_dict):
-            return  # the adapters come too: what was trained since
-        for name in self.record.originals:
-            if prefix + name in state_dict:
-                self.record.originals[name] = state_dict[prefix + name].detach().clone()
-
-
-def _inner(hook: Any) -> Any:
-    """The hook itself; torch wraps it."""
-    return getattr(hook, "hook", hook)
 
 
 def _restore_requires_grad(model: nn.Module, record: Record) -> None:
     """requires_grad of every parameter as before the patch; parameters that came later keep theirs."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_of(model).items():
         if name in record.requires_grad:
             parameter.requires_grad = record.requires_grad[name]
 
@@ -227,9 +230,9 @@ def unpatch(model: Model) -> Model:
     """
     root, record = find_patched(model)
     layers = {site.layer: None for site in all_sites(root)}
-    tensors: dict[str, Tensor] = dict(root.named_parameters()) | persistent_buffers(root)
+    tensors: dict[str, Tensor] = parameters_of(root) | persistent_buffers(root)
     with uninterrupted():
-        for name, original in record.originals.items():  # first: what can fail must leave the model patched
+        for name, original in record.originals.tensors.items():  # first: what can fail must leave the model patched
             if original is not None and name in tensors and tensors[name].shape == original.shape:
                 tensors[name].copy_(original)
         become_plain(root, record)

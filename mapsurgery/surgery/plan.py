@@ -15,7 +15,7 @@ from .config import Config, takes_options
 from .globs import first_match, matches, nearest
 from .layers import find_type, why_not
 from .offloaded import brought_in_whole
-from .paths import module_paths, parameter_paths, site_paths, unwrapped
+from .paths import first_names, module_paths, named_parameters, parameter_paths, site_paths, unwrapped
 from .plan_table import layers_table, shortened, skipped_table
 from .planned import PlannedLayer, SkippedModule, planned_layer
 from .quantised import kinds
@@ -92,7 +92,8 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
     if not any(True for _ in model.parameters()) and not any(map(kinds.kind_of, modules)):
         raise ValueError(f"the model ({type(model).__name__}) has no parameters: there is nothing to adapt")
     all_paths = [path for paths in modules.values() for path in paths]
-    trained = _trained_parameters(model, config, all_paths)
+    parameters = named_parameters(modules)
+    trained = _trained_parameters(parameters, config, all_paths)
     whole = brought_in_whole(model)
     layers: list[PlannedLayer] = []
     skipped: list[SkippedModule] = []
@@ -108,7 +109,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
                 skipped.append(SkippedModule(sites, type(module).__name__, reason))
     layers, tie_notes = resolve_ties(model, layers, config)
     counts = {p: _count(layers, p) for p in (*config.targets, *config.parameters)}
-    _refuse_unmatched(config, counts, layers, skipped, model)
+    _refuse_unmatched(config, counts, layers, skipped, all_paths, [*all_paths, *parameters])
     layers = [replace(layer, notes=(*layer.notes, *tie_notes.get(layer.path, ()))) for layer in layers]
     return Plan(
         config=config,
@@ -166,20 +167,21 @@ def _refuse_patched(modules: dict[nn.Module, tuple[str, ...]]) -> None:
         )
 
 
-def _trained_parameters(model: nn.Module, config: Config, all_paths: list[str]) -> dict[str, nn.Parameter]:
-    """Parameters that `train` names, by their first name."""
+def _trained_parameters(
+    parameters: dict[str, nn.Parameter], config: Config, all_paths: list[str]
+) -> dict[str, nn.Parameter]:
+    """Parameters that `train` names, by their first name. Args: parameters: a tied one under each of its names."""
     found: dict[str, nn.Parameter] = {}
-    named = list(model.named_parameters(remove_duplicate=False))  # a tied parameter answers to each of its names
     for pattern in config.train:
-        taken = {name: p for name, p in named if matches(name, pattern)}
+        taken = {name: p for name, p in parameters.items() if matches(name, pattern)}
         if not taken:
-            raise ValueError(_no_match("train", pattern, [*all_paths, *(name for name, _ in named)]))
+            raise ValueError(_no_match("train", pattern, [*all_paths, *parameters]))
         found.update(taken)
     integers = [name for name, parameter in found.items() if not parameter.is_floating_point()]
     if integers:
         raise ValueError(f"train names {integers[0]}, a {found[integers[0]].dtype} parameter, which cannot be trained")
     chosen = set(found.values())
-    return {name: p for name, p in model.named_parameters() if p in chosen}
+    return {name: p for name, p in first_names(parameters).items() if p in chosen}
 
 
 def _reason_to_skip(
@@ -257,10 +259,9 @@ def _refuse_unmatched(
     counts: dict[str, int],
     layers: list[PlannedLayer],
     skipped: list[SkippedModule],
-    model: nn.Module,
+    paths: list[str],
+    names: list[str],
 ) -> None:
-    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    names = [*paths, *(name for name, _ in model.named_parameters(remove_duplicate=False))]
     asked = (("targets", config.targets, paths), ("exclude", config.exclude, names))
     for argument, patterns, known in (*asked, ("parameters", config.parameters, names)):
         for pattern in patterns:

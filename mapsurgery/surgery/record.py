@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -10,7 +10,8 @@ from ..methods import Adapter
 from ..methods.sharded import is_sharded, shard_of
 from .adapted import AdaptedLayer
 from .config import Config
-from .paths import child_name, entry, module_paths, site_paths
+from .originals import Originals
+from .paths import child_name, entry, first_names, module_paths, named_parameters, site_paths, unwrapped
 
 _ATTRIBUTE = "_mapsurgery"
 
@@ -24,15 +25,32 @@ class Record:
         layers: names of the adapted parameters: the layer's path for a ``weight``, else the parameter's own name.
         trained: names of the parameters that `train` asked for.
         requires_grad: of every parameter before the patch, by its original name.
-        originals: copies of the trained parameters and persistent buffers as they were, by name; training changes
-            these, and `unpatch` gives them back. None for a tensor on meta.
+        originals: what is not adapted, as it was.
+        modules: the modules of the model with their names in it, whatever is put between them later.
     """
 
     config: Config
     layers: tuple[str, ...]
     trained: tuple[str, ...]
     requires_grad: dict[str, bool]
-    originals: dict[str, Tensor | None] = field(default_factory=dict)
+    originals: Originals = field(default_factory=Originals)
+    modules: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
+
+    def names(self, root: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+        """The modules of the patched model with their names: those from `patch`, and of later ones their paths."""
+        paths = module_paths(root)
+        return paths | {module: names for module, names in self.modules if module in paths}
+
+    def below(self, path: str) -> Record:
+        """The same with the names that things have in a model that holds this one as `path`."""
+        return replace(
+            self,
+            layers=tuple(f"{path}.{name}" for name in self.layers),
+            trained=tuple(f"{path}.{name}" for name in self.trained),
+            requires_grad={f"{path}.{name}": value for name, value in self.requires_grad.items()},
+            originals=self.originals.below(path),
+            modules=[(module, tuple(f"{path}.{name}".rstrip(".") for name in names)) for module, names in self.modules],
+        )
 
 
 @dataclass(frozen=True)
@@ -73,11 +91,31 @@ class Site:
         return entry(self.layer_path, self.parameter, name)
 
 
+def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every module of a model with its names. Those of a patched part are the names that it had at `patch`.
+
+    A module stays what it is when others are put around it: files speak of the model that was patched.
+    """
+    paths = module_paths(model)
+    for module, prefixes in list(paths.items()):
+        record = record_of(module)
+        own = {} if record is None else record.names(module)
+        paths |= {
+            m: tuple(f"{prefix}.{n}".strip(".") for prefix in prefixes for n in names) for m, names in own.items()
+        }
+    return paths
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by each of their names, those of adapters included."""
+    return named_parameters(names_of(model))
+
+
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that a state_dict of the model holds, by name; those of adapters left out."""
     return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in model.named_modules()
+        f"{paths[0]}.{name}".lstrip("."): buffer
+        for module, paths in names_of(model).items()
         if not isinstance(module, Adapter)
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
@@ -105,7 +143,7 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = [(path, module) for path, module in model.named_modules() if record_of(module) is not None]
+    found = [(paths[0], module) for module, paths in module_paths(model).items() if record_of(module) is not None]
     if not found and any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise ValueError(f"the {type(model).__name__} is a part of a patched model: call this on the model itself")
     if not found:
@@ -116,6 +154,28 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     record = record_of(found[0][1])
     assert record is not None
     return found[0][1], record
+
+
+def find_trained(model: nn.Module) -> tuple[nn.Module, Record]:
+    """What training a model changes: the module that `patch` was called on, and its record.
+
+    Where something is trained outside of that module, the model that was given, with the record in its names.
+
+    Raises:
+        ValueError: see `find_patched`.
+    """
+    root, record = find_patched(model)
+    if not outside(model, root):
+        return root, record
+    whole = unwrapped(model)
+    return whole, record.below(module_paths(whole)[root][0])
+
+
+def outside(model: nn.Module, root: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a model, by first name, that are trained and lie outside of the patched part of it."""
+    inner = set(root.parameters())
+    parameters = first_names(parameters_of(unwrapped(model)))
+    return {name: p for name, p in parameters.items() if p.requires_grad and p not in inner}
 
 
 def intact_sites(root: nn.Module, record: Record) -> list[Site]:
@@ -157,15 +217,46 @@ def refuse_spread(sites: list[Site], action: str) -> None:
             )
 
 
+FROZEN = ("refuse", "keep")
+
+
+def refuse_frozen(model: nn.Module, record: Record, frozen: str, action: str) -> None:
+    """Raises ValueError where an adapter, or what `train` named, was frozen after `patch`, unless that may be."""
+    if frozen not in FROZEN:
+        raise ValueError(f"frozen must be one of {', '.join(map(repr, FROZEN))}, got {frozen!r}")
+    if frozen == "keep":
+        return
+    names = []
+    for site in one_per_adapter(all_sites(model)):
+        trained = site.adapter.trained_parameters().values()
+        if trained and not any(parameter.requires_grad for parameter in trained):
+            names.append(site.path)
+    parameters = parameters_of(model)
+    names += [name for name in record.trained if name in parameters and not parameters[name].requires_grad]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ValueError(
+            f"frozen after patch (requires_grad=False): {', '.join(names[:5])}{more}: {action}. Call "
+            "requires_grad_(True) on what is to learn (an adapter is `layer.adapter`), or pass frozen='keep' where it is "
+            "meant so"
+        )
+
+
 def trained_names(root: nn.Module, record: Record) -> tuple[str, ...]:
     """Parameters beside the adapters that are trained: what `train` named, and what was unfrozen or added since."""
     found = dict.fromkeys(record.trained)
-    for path, module in root.named_modules():
-        if not isinstance(module, Adapter):
-            own = module.named_parameters(prefix=path, recurse=False)
-            found.update((name, None) for name, parameter in own if parameter.requires_grad)
-    present = dict(root.named_parameters())
+    names = names_of(root)
+    own = named_parameters({module: paths[:1] for module, paths in names.items() if not isinstance(module, Adapter)})
+    found.update((name, None) for name, parameter in own.items() if parameter.requires_grad)
+    present = first_names(named_parameters(names))
     return tuple(name for name in found if name in present)
+
+
+def moved_names(root: nn.Module, record: Record) -> tuple[str, ...]:
+    """Frozen parameters, not adapted, that something has moved since `patch` (averages, codebooks)."""
+    present = parameters_of(root)
+    still = {name: p for name, p in present.items() if not p.requires_grad}
+    return tuple(name for name in record.originals.marks if name in still and record.originals.moved(name, still[name]))
 
 
 def all_sites(model: nn.Module) -> list[Site]:
@@ -178,7 +269,7 @@ def all_sites(model: nn.Module) -> list[Site]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     sites = [
         Site(module, name, site_paths(paths, name), paths[0])
-        for module, paths in module_paths(model).items()
+        for module, paths in names_of(model).items()
         if isinstance(module, AdaptedLayer)
         for name in module.adapted
     ]

@@ -10,7 +10,7 @@ from .config import Config
 from .globs import first_match
 from .layers import why_not
 from .offloaded import identity
-from .paths import module_paths, site_paths
+from .paths import first_names, module_paths, named_parameters, site_paths
 from .planned import PlannedLayer, planned_layer
 
 Notes = dict[str, tuple[str, ...]]
@@ -53,7 +53,7 @@ def resolve_ties(model: nn.Module, layers: list[PlannedLayer], config: Config) -
 def _shared_memory(model: nn.Module, layers: list[PlannedLayer], config: Config) -> Notes:
     """Notes on weights whose memory another Parameter uses: no tie that could share an adapter."""
     found: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in first_names(named_parameters(module_paths(model))).items():
         if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0:
             found.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
     notes: Notes = {}
@@ -72,7 +72,7 @@ def _shared_memory(model: nn.Module, layers: list[PlannedLayer], config: Config)
 def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
     """Parameter -> the modules that hold it, under what name, and their first full name."""
     found: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    for path, module in model.named_modules():
+    for module, (path, *_) in module_paths(model).items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(identity(module, name), []).append((module, name, f"{path}.{name}".lstrip(".")))

@@ -20,11 +20,11 @@ from ...surgery.adapted import AdaptedLayer
 from ...surgery.config import Config
 from ...surgery.layers import weight_of, why_not
 from ...surgery.patch import apply_plan, unpatch
-from ...surgery.paths import module_paths, site_paths
+from ...surgery.paths import module_paths, site_paths, unwrapped
 from ...surgery.plan import Plan, count_parameters
 from ...surgery.planned import PlannedLayer, planned_layer
 from ...surgery.quantised import kinds
-from ...surgery.record import persistent_buffers
+from ...surgery.record import parameters_of, persistent_buffers
 from ...updates import Matrix
 from .layout import (
     CONFIG_FILE,
@@ -113,12 +113,13 @@ def from_peft_state_dict(model: Model, state: Mapping[str, Tensor], config: Mapp
     """
     settings = read_settings(config)
     content = _sorted(state)
-    plan, layouts = _plan_of(model, content, settings)
-    apply_plan(model, plan, start=settings.update != "lora")
+    root = unwrapped(model)
+    plan, layouts = _plan_of(root, content, settings)
+    apply_plan(root, plan, start=settings.update != "lora")
     try:
-        _fill(model, plan, layouts, content, settings)
+        _fill(root, plan, layouts, content, settings)
     except BaseException:
-        unpatch(model)
+        unpatch(root)
         raise
     return model
 
@@ -175,7 +176,7 @@ def _plan_of(model: nn.Module, content: _Content, settings: Settings) -> tuple[P
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError("the PEFT adapter does not fit this model: " + "; ".join(problems[:8]) + more)
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     of_parameters = tuple(name for name in trained if name in parameters)
     plan = Plan(
         config=config,
@@ -198,7 +199,7 @@ def _config(content: _Content, settings: Settings, trained: list[str], model: nn
     ranks = {path: _rank(tensors) for path, tensors in content.layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(map(settings.alpha_of, content.layers)).most_common(1)[0][0]
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     return Config(
         list(ranks),
         rank=max(rank, 1),
@@ -256,10 +257,13 @@ def _matrix(module: nn.Module, weight: Tensor, layout: Layout) -> Tensor:
 
 def _trained(model: nn.Module, content: _Content, settings: Settings) -> tuple[list[str], list[str]]:
     """Names of what `modules_to_save` trains, parameters and buffers, and what is wrong with the other tensors."""
-    paths = [path for path, _ in model.named_modules() if path.endswith(settings.modules_to_save)]
-    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    paths = [
+        path for names in module_paths(model).values() for path in names if path.endswith(settings.modules_to_save)
+    ]
+    parameters = parameters_of(model)
+    own: dict[str, Tensor] = parameters | persistent_buffers(model)
     names = [name for name in own if any(name.startswith(f"{path}.") for path in paths)]
-    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    counts = Counter(map(id, parameters.values()))
     problems = []
     for name in names:
         if name not in content.others:
@@ -303,6 +307,6 @@ def _fill(model: nn.Module, plan: Plan, layouts: dict[str, Layout], content: _Co
                 adapter.get_parameter("B0").mul_(alpha / method.alpha)
         if tensors.magnitude is not None:
             own["m"].copy_(tensors.magnitude)
-    places: dict[str, Tensor] = dict(model.named_parameters()) | persistent_buffers(model)
+    places: dict[str, Tensor] = parameters_of(model) | persistent_buffers(model)
     for name in content.others.keys() & places.keys():
         places[name].copy_(content.others[name])

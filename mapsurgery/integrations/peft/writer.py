@@ -17,7 +17,17 @@ from ..._atomic_write import write_whole
 from ..._state_dict import changed_buffers
 from ...methods import Adapter, Dora, Lora
 from ...surgery.adapted import AdaptedLayer
-from ...surgery.record import Record, Site, all_sites, find_patched, intact_sites, trained_names
+from ...surgery.record import (
+    Record,
+    Site,
+    all_sites,
+    find_trained,
+    intact_sites,
+    moved_names,
+    names_of,
+    parameters_of,
+    trained_names,
+)
 from ...updates import FactoredUpdate
 from .layout import (
     CONFIG_FILE,
@@ -99,7 +109,7 @@ def to_peft_state_dict(model: nn.Module, *, prefix: str = PREFIX) -> dict[str, T
     for path, (layout, tensors, _) in layers.items():
         state |= {f"{prefix}{path}.{name}": value for name, value in layout.pack(tensors).items()}
     for path in modules:
-        saved = root.get_submodule(path).state_dict()
+        saved = _by_path(root)[path].state_dict()
         state |= {f"{prefix}{path}.{name}": value for name, value in saved.items()}
     return state
 
@@ -134,7 +144,7 @@ def to_peft_config(model: nn.Module, *, base_model: str | None = None, task_type
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": adapters[0].dropout,
-        "target_modules": _targets({*layers}, [path for path, _ in root.named_modules()]),
+        "target_modules": _targets({*layers}, [*_by_path(root)]),
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
         "fan_in_fan_out": any(layout.transposed for layout, _, _ in layers.values()),
@@ -181,7 +191,7 @@ def _converted(model: nn.Module) -> tuple[dict[str, _Converted], list[str], nn.M
     Raises:
         ValueError: naming everything that does not convert.
     """
-    root, record = find_patched(model)
+    root, record = find_trained(model)
     _refuse_method({type(site.adapter.method): site.adapter for site in intact_sites(root, record)})
     layers: dict[str, _Converted] = {}
     problems: list[str] = []
@@ -234,17 +244,26 @@ def _of_site(site: Site) -> _Converted | str:
     return layout, LayerTensors(A.detach(), B.detach(), magnitude), adapter
 
 
+def _by_path(root: nn.Module) -> dict[str, nn.Module]:
+    """Modules by each of their names; of one and what wraps it, the outer."""
+    found: dict[str, nn.Module] = {}
+    for module, paths in names_of(root).items():
+        for path in paths:
+            found.setdefault(path, module)
+    return found
+
+
 def _modules_to_save(root: nn.Module, record: Record) -> tuple[list[str], list[str]]:
     """Names of the modules with trained parameters or changed buffers, and what PEFT cannot save of these."""
-    names = [*trained_names(root, record), *changed_buffers(root, record)]
+    names = [*trained_names(root, record), *moved_names(root, record), *changed_buffers(root, record)]
     holders = dict.fromkeys(name.rpartition(".")[0] for name in names)
     modules = [path for path in holders if not any(path.startswith(f"{other}.") for other in holders if other)]
     problems = [f"{name!r} is trained, and belongs to the model itself" for name in names if "." not in name]
-    counts = Counter(id(p) for _, p in root.named_parameters(remove_duplicate=False))
-    paths = [path for path, _ in root.named_modules(remove_duplicate=False)]
+    counts = Counter(map(id, parameters_of(root).values()))
+    by_path = _by_path(root)
     for path in filter(None, modules):
-        module = root.get_submodule(path)
-        clash = next((other for other in paths if other.endswith(path) and other != path), None)
+        module = by_path[path]
+        clash = next((other for other in by_path if other.endswith(path) and other != path), None)
         if any(isinstance(part, AdaptedLayer) for part in module.modules()):
             own = next(name for name in names if name.startswith(f"{path}."))
             problems.append(

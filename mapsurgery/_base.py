@@ -1,0 +1,65 @@
+"""What is remembered of a frozen weight, by which an adapter's base is told from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .surgery.quantised.kinds import kind_of
+from .surgery.quantised.layer import QuantisedLinear
+from .surgery.record import Site
+
+_SAME_KERNEL, _OTHER_QUANTISATION = 1e-4, 0.03
+"""Relative tolerances of ||W||_F: one quantised weight, dequantised on two machines; one weight, quantised or not."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen weight as an adapter was trained on it.
+
+    Attributes:
+        norms: ||W||_F, (1,), or (E,) of a stack.
+        dtype: of the W that was measured.
+        elements: of one matrix.
+        quantised: how, "" for not at all.
+    """
+
+    norms: Tensor
+    dtype: torch.dtype
+    elements: int
+    quantised: str = ""
+
+    @classmethod
+    def of(cls, site: Site) -> Base:
+        """The base of an adapted parameter."""
+        adapter, kind = site.adapter, kind_of(site.layer) if isinstance(site.layer, QuantisedLinear) else None
+        norms = adapter.weight_norm
+        if kind is None:
+            weight = site.base
+            here = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta  # neither sharded nor put away
+            norms = adapter.norm_of(weight) if here else norms
+        elements = adapter.shape.numel() // adapter.matrices
+        return cls(norms.detach(), adapter.norm_dtype, elements, kind.name if kind else "")
+
+    def difference(self, trained_on: Base) -> str | None:
+        """What to say where this is not the base that an adapter was trained on, as far as ||W||_F tells; else None."""
+        found, expected = (base.norms.detach().cpu().double().reshape(-1) for base in (self, trained_on))
+        off = ~((found - expected).abs() <= self._tolerance(trained_on) * expected)
+        if not off.any():
+            return None
+        first = int(off.nonzero()[0])
+        which = f" (matrix {first})" if found.numel() > 1 else ""
+        return f"{which} has ||W||_F = {found[first]:.8g}, the adapter was trained on {expected[first]:.8g}"
+
+    def _tolerance(self, other: Base) -> float:
+        """Relative: float32 rounding of a norm; more where the base was cast from or to a half type, or quantised.
+
+        Rounding n elements, each by at most eps/2 and independently, moves the norm by about eps/sqrt(n).
+        """
+        if self.quantised or other.quantised:
+            return _SAME_KERNEL if self.quantised == other.quantised else _OTHER_QUANTISATION
+        if self.dtype == other.dtype:
+            return 1e-6
+        return 1e-6 + 4 * max(torch.finfo(self.dtype).eps, torch.finfo(other.dtype).eps) / self.elements**0.5
