@@ -236,9 +236,9 @@ def refuse_frozen(model: nn.Module, record: Record, frozen: str, action: str) ->
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(
-            f"frozen after patch (requires_grad=False): {', '.join(names[:5])}{more}: {action}. Call "
-            "requires_grad_(True) on what is to learn (an adapter is `layer.adapter`), or pass frozen='keep' where it is "
-            "meant so"
+            f"frozen after patch: {', '.join(names[:5])}{more}: {action}. Call "
+            "requires_grad_(True) on what is to learn (an adapter is `layer.adapter`), or pass "
+            "frozen='keep' where that is meant"
         )
 
 
