@@ -37,7 +37,10 @@ _READERS = {
 """Functions, by module and name, that read an attribute not for its numbers: they get the Parameter of this name, or
 are refused, as they would take W' for it."""
 
-_MOVERS = ("accelerate.utils.modeling", "accelerate.utils.fsdp_utils", "accelerate.hooks", "accelerate.big_modeling")
+_MOVERS = (
+    *("accelerate.utils.modeling", "accelerate.utils.fsdp_utils", "accelerate.hooks", "accelerate.big_modeling"),
+    "torch.distributed.fsdp._flat_param",
+)
 """Modules that only move parameters about."""
 
 _MAY_ASSIGN = (
