@@ -22,6 +22,7 @@ from .surgery.record import (
     one_per_adapter,
     parameters_of,
     persistent_buffers,
+    refuse_pieces,
     trained_names,
 )
 
@@ -40,12 +41,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         numbers are meant, and of which base, is in its ``_metadata``, as in a module's state_dict.
 
     Raises:
-        ValueError: the model is not patched, an adapted layer was replaced since, or a frozen weight was unfrozen.
+        ValueError: the model is not patched, an adapted layer was replaced since, a frozen weight was unfrozen, or this
+            process holds a piece of a parameter (FSDP1, ZeRO-3).
     """
     root, record = find_trained(model)
     state: OrderedDict[str, Tensor] = OrderedDict()
     state._metadata = metadata = {}  # type: ignore[attr-defined]
     for site in intact_sites(root, record):
+        refuse_pieces(site, "take its state")
         metadata[site.entry("")] = {"form": site.adapter.form()}
         if not site.adapter.pending:
             metadata[site.entry("")]["base"] = asdict(Base.of(site))
@@ -53,6 +56,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
             state[site.entry(name)] = getattr(site.adapter, name).detach()
     parameters = parameters_of(root)
     for name in (*trained_names(root, record), *moved_names(root, record)):
+        original, found = record.originals.tensors.get(name), parameters[name]
+        if original is not None and original.dim() > 1 and (found.dim() == 1 or found.numel() == 0):
+            raise ValueError(f"{name} has shape {tuple(found.shape)}, a piece of {tuple(original.shape)}: gather it")
         state[name] = parameters[name].detach()
     buffers = persistent_buffers(root)
     state.update({name: buffers[name] for name in changed_buffers(root, record)})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from definition import Snapshot, image, net, to_generic_point, train_steps
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mapsurgery
 
@@ -161,3 +164,85 @@ def test_a_value_that_is_no_floating_tensor_is_named(value: object) -> None:
     state = {**mapsurgery.adapter_state_dict(model), "body.0.adapter.A": value}
     with pytest.raises(ValueError, match=r"body\.0\.adapter\.A"):
         mapsurgery.load_adapter_state_dict(model, state)
+
+
+@pytest.mark.parametrize("computed", [False, True], ids=["plain", "parametrised"])
+def test_an_adapter_of_another_base_is_refused_and_nothing_changes(computed: bool) -> None:
+    def make(seed: int) -> nn.Module:
+        model = net(seed=seed)
+        if computed:
+            nn.utils.parametrizations.weight_norm(model.stem)
+        return mapsurgery.patch(model, "*stem", rank=2)
+
+    state = mapsurgery.adapter_state_dict(make(0))
+    model = make(1)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another base: stem has \|\|W\|\|_F = .*, the adapter was trained on"):
+        mapsurgery.load_adapter_state_dict(model, state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    mapsurgery.load_adapter_state_dict(model, dict(state))  # without metadata nothing is known of the base
+
+
+def test_the_base_is_known_through_torch_save(tmp_path: Path) -> None:
+    torch.save(mapsurgery.adapter_state_dict(mapsurgery.patch(net(), "*stem", rank=2)), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=False)
+    with pytest.raises(ValueError, match="another base"):
+        mapsurgery.load_adapter_state_dict(mapsurgery.patch(net(seed=1), "*stem", rank=2), state)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (float("nan"), torch.float32, "stem.adapter.B holds NaN or infinite values"),
+        (float("-inf"), torch.float32, "stem.adapter.B holds NaN or infinite values"),
+        (1e6, torch.float16, "stem.adapter.B holds values that are infinite in torch.float16"),
+    ],
+    ids=["NaN", "infinity", "overflow"],
+)
+def test_numbers_that_do_not_fit_change_nothing(value: float, dtype: torch.dtype, message: str) -> None:
+    state = mapsurgery.adapter_state_dict(mapsurgery.patch(net(), "*stem", rank=2))
+    state["stem.adapter.B"] = torch.full_like(state["stem.adapter.B"], 0.5)
+    state["stem.adapter.B"][-1, -1] = value
+    model = mapsurgery.patch(net(), "*stem", rank=2, dtype=dtype)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        mapsurgery.load_adapter_state_dict(model, state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["RuntimeError", "Ctrl-C"])
+def test_a_copy_that_fails_half_way_is_taken_back(error: BaseException) -> None:
+    """All of the tensors, or none, whatever the device does."""
+
+    class Failing(TorchDispatchMode):
+        copies = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                self.copies += 1
+                if self.copies == 3:
+                    raise error
+            return func(*args, **(kwargs or {}))
+
+    model = mapsurgery.patch(net(), "*", rank=2)
+    state = mapsurgery.adapter_state_dict(mapsurgery.patch(net(), "*", rank=2))
+    for name in state:
+        state[name] = state[name] + 1
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(type(error)), Failing():
+        mapsurgery.load_adapter_state_dict(model, state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_some_adapters_says_so() -> None:
+    """One without any is the original's: nothing is missing. One with some is of a patched model, which has all."""
+    whole = _patched()
+    state = {name: t.clone() for name, t in whole.state_dict().items() if not name.startswith("stem.adapter")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*stem\.adapter\.A.*stem\.adapter\.alpha"):
+        _patched().load_state_dict(state)
+    result = _patched().load_state_dict(state, strict=False)
+    assert {name.rpartition(".")[2] for name in result.missing_keys} == {"A", "B", "alpha", "beta"}
+    part = {name.removeprefix("body."): t for name, t in state.items() if name.startswith("body.")}
+    assert not _patched().body.load_state_dict(part).missing_keys
+    del state["body.0.adapter.B"]
+    assert "body.0.adapter.B" in _patched().load_state_dict(state, strict=False).missing_keys

@@ -227,6 +227,11 @@ class Adapter(nn.Module):
         """Names of what a file holds of the adapter: its parameters, and frozen tensors of the update family."""
         return (*self.roles, *self.update.frozen)
 
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of `own_tensors`."""
+        shapes = {**self.update.shapes(self.matrix, self.rank), **self.method.shapes(self.matrix)}
+        return {name: shapes[name] for name in self.own_tensors() if name in shapes}
+
     def unit(self) -> Tensor:
         """(1,) or (E,): ||W||_F, by which some families scale ΔW; 1 where it is 0 or the start is not of W's size."""
         if self.init.a_scale != "weight":
@@ -339,6 +344,12 @@ class Adapter(nn.Module):
                 self.method.norm_changed(self, before.to(weight.device), lambda: self.matrix.view(weight.detach()))
             self.method.remember(self, lambda: self.matrix.view(weight.detach()))
 
+    def arrives_in(self, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+        """Whether a state_dict holds numbers for the adapter, and not just its own (torch's set_model_state_dict adds
+        what a checkpoint lacks)."""
+        own = {f"{prefix}{name}": p for name, p in self._parameters.items() if p is not None}
+        return any(_address(state_dict[key]) != _address(p) for key, p in own.items() if key in state_dict)
+
     @torch.no_grad()
     def weight_arrived(self, weight: Tensor) -> None:
         """The frozen weight is there, on which the start had to wait: take its norm, and start.
@@ -435,6 +446,10 @@ def _close(a: float, b: float) -> bool:
 
 def _said(form: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.6g}" for name, value in form.items())
+
+
+def _address(t: Tensor) -> int:
+    return getattr(t, "_local_tensor", t).data_ptr()  # of a DTensor
 
 
 _Mark = tuple[int, int]

@@ -163,10 +163,9 @@ class AdaptedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.adapted:
             if prefix + name in state_dict:
-                below = f"{prefix}{child_name(name)}."
-                self.adapter_of(name).base_loaded(
-                    self.base_of(name), with_adapter=any(key.startswith(below) for key in state_dict)
-                )
+                adapter = self.adapter_of(name)
+                arrives = adapter.arrives_in(state_dict, f"{prefix}{child_name(name)}.")
+                adapter.base_loaded(self.base_of(name), with_adapter=arrives)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes of adapted layers are made on demand: pickle rebuilds them from the original class."""

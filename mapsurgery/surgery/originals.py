@@ -92,6 +92,8 @@ class Originals:
 class _Arrival:
     """Pre-hook of loading into one module: what a checkpoint of a base brings is what was there.
 
+    One that brings adapters holds what was trained since; then all of them are expected.
+
     Attributes:
         names: of the module's tensors in the model, by their keys in the module.
         load: what the modules of a model share: the load that is going on, and whether it brings adapters, too.
@@ -101,14 +103,23 @@ class _Arrival:
         self.names, self.originals, self.load = names, originals, load
 
     def __call__(
-        self, module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, metadata: Any, strict: bool, *lists: Any
+        self,
+        module: nn.Module,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        errors: list[str],
     ) -> None:
-        errors = lists[-1]
         if self.load.get("errors") is not errors:  # one list for a whole load, whose first module sees all of it
-            adapters = {prefix + name for name, part in module.named_modules() if isinstance(part, Adapter)}
-            self.load |= {"errors": errors, "adapters": any(key.rpartition(".")[0] in adapters for key in state_dict)}
+            adapters = {name: part for name, part in module.named_modules() if isinstance(part, Adapter)}
+            arrive = any(part.arrives_in(state_dict, f"{prefix}{name}.") for name, part in adapters.items())
+            self.load |= {"errors": errors, "adapters": arrive}
         if self.load["adapters"]:
-            return  # what was trained since
+            missing_keys += _lacking(module, state_dict, prefix) if strict else []
+            return
         for key, name in self.names.items():
             value = state_dict.get(prefix + key)
             if value is None:
@@ -117,6 +128,15 @@ class _Arrival:
                 self.originals.tensors[name] = value.detach().clone()
             elif type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.numel():
                 self.originals.marks[name] = Mark(0, 0, _sample(value))
+
+
+def _lacking(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """Keys of the module's own adapters of which a state_dict holds none; an adapter names what it lacks of some."""
+    found: list[str] = []
+    for name, child in module.named_children():
+        keys = [f"{prefix}{name}.{key}" for key in child._parameters] if isinstance(child, Adapter) else []
+        found += [] if any(key in state_dict for key in keys) else keys
+    return found
 
 
 def install(paths: Mapping[nn.Module, tuple[str, ...]], originals: Originals) -> None:

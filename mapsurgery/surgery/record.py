@@ -210,10 +210,23 @@ def refuse_spread(sites: list[Site], action: str) -> None:
                 f"{site.path} is sharded (FSDP2 or a DTensor): {action} before fully_shard, or in one process, on a "
                 "model that takes this one's full state (torch.distributed.checkpoint.state_dict.get_model_state_dict)"
             )
+        refuse_pieces(site, action)
         if not site.adapter.pending and site.adapter.is_meta:
             raise ValueError(
                 f"{site.path}: its adapter is on meta, put away by accelerate: {action} once it is back "
                 "(accelerate.hooks.remove_hook_from_submodules)"
+            )
+
+
+def refuse_pieces(site: Site, action: str) -> None:
+    """Raises ValueError where a process holds a piece of an adapter as a plain tensor, as FSDP1 and ZeRO-3 do."""
+    for name, shape in site.adapter.own_shapes().items():
+        found = getattr(site.adapter, name).shape
+        if found != shape:
+            raise ValueError(
+                f"{site.path}: {name} of its adapter has shape {tuple(found)} here, a piece of {tuple(shape)}: "
+                f"{action} where it is gathered (FullyShardedDataParallel.summon_full_params, "
+                "deepspeed.zero.GatheredParameters)"
             )
 
 

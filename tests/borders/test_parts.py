@@ -105,7 +105,8 @@ def test_load_patches_the_model_inside_its_wrapper(wrap, tmp_path: Path) -> None
     fresh = wrap(Classifier(patched=False)).eval()
     assert mapsurgery.load(fresh, tmp_path / "a.safetensors") is fresh
     torch.testing.assert_close(fresh(data()), model(data()))
-    assert {*mapsurgery.report(fresh).layers} == {*mapsurgery.report(model).layers} == {"backbone.0", "backbone.3", "head"}
+    for one in (fresh, model):
+        assert {*mapsurgery.report(one).layers} == {"backbone.0", "backbone.3", "head"}
 
 
 @pytest.mark.parametrize("wrap", [_compiled, nn.DataParallel], ids=["compile", "DataParallel"])

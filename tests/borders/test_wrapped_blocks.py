@@ -1,4 +1,4 @@
-"""Modules that are put around blocks, before `patch` or after it: every call works, files have the plain model's names."""
+"""What is put around blocks, before `patch` or after it: every call works, files have the names of the plain model."""
 
 from __future__ import annotations
 
