@@ -13,7 +13,8 @@ from homes import ADAPTER_KEY, OwnForward, registered, trained, with_adapters_of
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 import mapsurgery
@@ -182,6 +183,27 @@ def from_meta(whole_checkpoint: bool) -> list[str]:
     return odd + [f"no memory: {name}" for name, p in model.named_parameters() if p.is_meta]
 
 
+def flat_pieces(folder: Path) -> list[str]:
+    """FSDP1 by block: of a piece of a parameter nothing is written; gathered, names are plain."""
+    model, path = patched(), folder / f"flat_{dist.get_rank()}.safetensors"
+    policy = ModuleWrapPolicy({Block})
+    model = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    odd = near(model(data()), patched()(data()), "FSDP1")
+    for call in (lambda: mapsurgery.save(model, path), lambda: mapsurgery.adapter_state_dict(model)):
+        try:
+            call()
+            odd.append("a piece was taken for the whole")
+        except ValueError as error:
+            odd += [] if "a piece of" in str(error) else [str(error)]
+    odd += [f"{path} was written"] if path.exists() else []
+    with FullyShardedDataParallel.summon_full_params(model):
+        mapsurgery.save(model, path)
+    loaded = mapsurgery.load(base(), path)
+    return odd + near(loaded(data()), patched()(data()), "file of FSDP1")
+
+
 def checks(folder: Path) -> dict[str, Callable[[], list[str]]]:
     return {
         "training": training_is_that_of_one_process,
@@ -195,6 +217,7 @@ def checks(folder: Path) -> dict[str, Callable[[], list[str]]]:
         "own_full_broadcast": lambda: own_checkpoint(True, True),
         "own_sharded": lambda: own_checkpoint(False, False),
         "distributed_checkpoint": lambda: a_distributed_checkpoint(folder),
+        "flat_pieces": lambda: flat_pieces(folder),
         "whole_checkpoint_from_meta": lambda: from_meta(True),
     }
 
