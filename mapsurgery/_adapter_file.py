@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ._atomic_write import write_whole
 from ._base import Base
 from ._state_dict import adapter_state_dict, changed_buffers, put
-from .methods.adapter import DTYPES
+from .methods.adapter import DTYPES, common_row
 from .surgery.config import Config
-from .surgery.layers import weight_of, why_not
+from .surgery.layers import padding_of, weight_of, why_not
 from .surgery.offloaded import at_hand
 from .surgery.patch import apply_plan, unpatch
 from .surgery.paths import entry, module_paths, site_paths, unwrapped
@@ -127,6 +127,7 @@ def _describe(site: Site, holders: list[Site]) -> dict[str, Any]:
         "quantised": base.quantised,
         "rank": adapter.rank,
         "weight_norm": norms if adapter.stacked else norms[0],
+        "kept_row": adapter.kept_row,
     }
 
 
@@ -373,6 +374,9 @@ def _planned_by_file(
         # Under the name that the file gives it: this model may list the names of one module in another order.
         layer = replace(layer, paths=tuple(dict.fromkeys((*site_paths([path], parameter), *layer.paths))))
         found.append(replace(layer, weight_norm=norms if layer.stacked else norms[0], dtype=dtype, shares=shares))
+    kept = common_row([padding_of(layer.module) for layer in found], found[0].shape[0])
+    if described.get("kept_row", kept) != kept:
+        return f"has padding_idx {described['kept_row']} in the file, whose row stays the base's, and {kept} here"
     return found
 
 

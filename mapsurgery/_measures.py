@@ -54,6 +54,9 @@ def _of_matrix(p: Parameters, W: Tensor, norm: Tensor) -> dict[str, Tensor]:
     rows = torch.ones_like(own) if c.rows is None else c.rows.double().reshape(own.shape)
     a = rows if c.base is None else rows * c.base.double().reshape(-1, 1)
     d = rows * (c.update.double().reshape(-1, 1) if isinstance(c.update, Tensor) else c.update)
+    if p.kept_row is not None:
+        kept = torch.arange(own.shape[1], device=own.device) == p.kept_row
+        a, d = torch.where(kept, 1, a), torch.where(kept, 0, d)
     numbers = _of_rows(own, inner, update_squares, a, d)
     alpha = (rows * own).square().sum(-1).sqrt() * (1.0 if c.base is None else c.base.double().reshape(-1))
     return numbers | {"alpha": alpha / _or_one(norm.double().reshape(-1)), "beta": numbers["update_norm"]}

@@ -87,7 +87,11 @@ def defined_by(a: nn.Module, W: Tensor) -> Tensor:
 def weight_of(layer: nn.Module, parameter: str = "weight") -> Tensor:
     """W' of an adapted layer by `defined_weight`, in the layer's own layout, float64."""
     a = layer.adapter if parameter == "weight" else getattr(layer, f"adapter_{parameter}")
-    return weight_by(a, layer.base_of(parameter).detach(), isinstance(layer, Conv1D))
+    W = layer.base_of(parameter).detach()
+    weight, padding = weight_by(a, W, isinstance(layer, Conv1D)), getattr(layer, "padding_idx", None)
+    if padding is not None:  # training W would leave this row as it is
+        weight[padding] = W[padding].double()
+    return weight
 
 
 def weight_by(a: nn.Module, W: Tensor, transposed: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from definition import Snapshot, to_generic_point, weight_by
+from definition import Snapshot, to_generic_point, weight_of
 from modules import Doubled, First, Tied, parametrized
 from timm.layers import StdConv2d
 from torch import Tensor, nn
@@ -153,10 +153,7 @@ def adapters(model: nn.Module) -> list[Adapter]:
 
 def by_definition(case: Case, model: nn.Module) -> nn.Module:
     """A model without adapters whose plain weights are W' by the definition."""
-    sites = {
-        (s.layer_path, s.parameter): weight_by(s.adapter, s.layer.base_of(s.parameter).detach())
-        for s in record.all_sites(model)
-    }
+    sites = {(s.layer_path, s.parameter): weight_of(s.layer, s.parameter) for s in record.all_sites(model)}
     device = next(model.parameters()).device
     plain = case.built(device=device)
     plain(case.data(device=device))  # hooks leave their weights in the layer

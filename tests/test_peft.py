@@ -107,6 +107,11 @@ def _to_generic_point(model: nn.Module) -> nn.Module:
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(0.1 * noise.to(parameter))
+    for module in model.modules():  # PEFT's training leaves the row of padding_idx at 0, as it starts
+        base = getattr(module, "base_layer", None)
+        for own in getattr(module, "lora_embedding_A", {}).values():
+            if base.padding_idx is not None:
+                own[:, base.padding_idx] = 0
     return model
 
 

@@ -42,6 +42,12 @@ def frobenius_norms(weight: Tensor, stacked: bool = False) -> float | list[float
     return [ops.frobenius_norm(matrix) for matrix in weight] if stacked else ops.frobenius_norm(weight)
 
 
+def common_row(paddings: Sequence[int | None], rows: int) -> int | None:
+    """The row, of so many, that all of these padding_idx name; None if there is none."""
+    named = {None if index is None else index % rows for index in paddings}
+    return named.pop() if len(named) == 1 else None
+
+
 class Adapter(nn.Module):
     """The parameters that turn a frozen weight W into W'.
 
@@ -78,6 +84,8 @@ class Adapter(nn.Module):
         scales: inside `mapsurgery.reuse_norms`, what calls take instead of computing it; else None.
         enabled: False inside `mapsurgery.disabled`: the layer computes with W.
         pending: the weight has not arrived yet (meta device), so that ||W||_F and the start are still to be set.
+        paddings: padding_idx of each layer that computes with the adapter, None of those that have none.
+        kept_row: the row that all of these pass over: it stays W's in W', as it does where W itself is trained.
     """
 
     def __init__(
@@ -106,6 +114,8 @@ class Adapter(nn.Module):
         self.layer_name = name
         self.scaling = method.scaling(rank)
         self.enabled = True
+        self.paddings: tuple[int | None, ...] = ()
+        self.kept_row: int | None = None
         self.scales: KnownScales | None = None
         self.watch: Any = None
         self.computed = not isinstance(weight, nn.Parameter)
@@ -176,18 +186,24 @@ class Adapter(nn.Module):
         if weight is None:
             return compute(self, *args, self.weight_norm)
         norm = self.norm_of(weight)
-        if product == "effective_weight" and ops.can_wait(weight):
+        if product != "effective_weight":
+            return compute(self, *args, weight, norm)
+        if ops.can_wait(weight):
             own = self.own_parameters()
             if all(isinstance(t, Tensor) for t in own.values()):  # and no proxies of torch.fx
                 return self._when_read(weight, norm, own)
-        return compute(self, *args, weight, norm)
+        return self._effective_weight(weight, norm)
+
+    def _effective_weight(self, weight: Tensor, norm: Tensor) -> Tensor:
+        whole, row = self.method.effective_weight(self, weight, norm), self.kept_row
+        return whole if row is None else torch.select_scatter(whole, weight.select(0, row), 0, row)
 
     def _when_read(self, weight: Tensor, norm: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         # What there is now: a tool may move the adapter's tensors away before W' is read.
         now = self._holding({})
 
         def compute(weight: Tensor, *values: Tensor) -> Tensor:
-            return self.method.effective_weight(now._holding(dict(zip(own, values, strict=True))), weight, norm)
+            return now._holding(dict(zip(own, values, strict=True)))._effective_weight(weight, norm)
 
         return ops.when_read(weight, compute, weight, *own.values())
 
@@ -206,12 +222,32 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merge_into(self, weight: Tensor, norm: Tensor) -> None:
         """weight, holding W in the layer's layout, becomes W' in place. Args: norm: ||W||_F."""
-        self.method.merge_into(self, weight, norm)
+        self._but_for_kept(self.method.merge_into, weight, norm)
 
     @torch.no_grad()
     def unmerge_from(self, weight: Tensor, norm: Tensor) -> None:
         """weight, holding W' in the layer's layout, becomes W in place, up to the rounding of merging."""
-        self.method.unmerge_from(self, weight, norm)
+        self._but_for_kept(self.method.unmerge_from, weight, norm)
+
+    def _but_for_kept(self, operation: Callable[..., None], weight: Tensor, norm: Tensor) -> None:
+        """Run an operation that writes into a weight, whose kept row is the same afterwards."""
+        before = None if self.kept_row is None else weight[self.kept_row].clone()
+        operation(self, weight, norm)
+        if before is not None:
+            weight[self.kept_row] = before
+
+    def read_by(self, paddings: Sequence[int | None]) -> None:
+        """Layers with these padding_idx compute with the adapter.
+
+        A row that only some of them pass over is trained through the others, in the plain model too: it is not kept.
+        """
+        self.paddings, self.kept_row = tuple(paddings), common_row(paddings, self.shape[0])
+
+    def padding_changed(self, before: int | None, after: int | None) -> None:
+        """One of the layers has got another padding_idx."""
+        others = list(self.paddings)
+        others.remove(before)
+        self.read_by([*others, after])
 
     # What all share ---------------------------------------------------------------------------------------------
 

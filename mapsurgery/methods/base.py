@@ -46,6 +46,7 @@ class Parameters(updates_base.Parameters, Protocol):
     method: Method
     init: Init
     scales: KnownScales | None
+    kept_row: int | None
 
 
 class Coefficients(NamedTuple):
@@ -210,11 +211,13 @@ class Method:
         return conv(conv(x, down, None, *settings) * scale, up, groups=groups)
 
     def embedding(self, p: Parameters, ids: Tensor, padding_idx: int | None, W: Tensor, norm: Tensor) -> Tensor:
-        """Rows of W', in float32 (float64 for float64), rounded once."""
+        """Rows of W', in float32 (float64 for float64), rounded once; none but W's own at `p.kept_row`."""
+        if padding_idx is not None:
+            padding_idx %= p.shape[0]  # -1 is the last
         c = self.coefficients(p, lambda: W, norm)
         factors = p.update.factors(p)
         update = p.update.delta(p) if factors is None else factors
-        return _adapted_rows(ids, padding_idx, W, update, c.base, c.update, c.rows)
+        return _adapted_rows(ids, padding_idx, p.kept_row, W, update, c.base, c.update, c.rows)
 
     def around(
         self,
@@ -346,15 +349,16 @@ def _each(scale: Tensor | float, matrices: Tensor, dtype: torch.dtype) -> Tensor
 def _adapted_rows(
     ids: Tensor,
     padding_idx: int | None,
+    kept_row: int | None,
     W: Tensor,
     update: Tensor | tuple[Tensor, Tensor],
     base: Tensor | None,
     scale: Tensor | float,
     rows: Tensor | None,
 ) -> Tensor:
-    """rows[ids] (base W[ids] + scale ΔW[ids]) in the dtype of W; no gradient from rows at padding_idx.
+    """rows[ids] (base W[ids] + scale ΔW[ids]) in the dtype of W, and W's own at kept_row.
 
-    Args: update: ΔW, or its factors A and B, of which no (m, K) matrix is built.
+    Rows at padding_idx have no gradient. Args: update: ΔW, or its factors A and B, of which no (m, K) matrix is built.
     """
     if isinstance(update, Tensor):
         delta = F.embedding(ids, update)
@@ -364,11 +368,14 @@ def _adapted_rows(
         acc = ops.accumulate_dtype(torch.promote_types(W.dtype, A.dtype))
         with ops.full_precision(A.device.type):
             delta = F.embedding(ids, B).to(acc) @ A.to(acc)
-    result = F.embedding(ids, W).to(acc)
+    own = F.embedding(ids, W)
+    result = own.to(acc)
     result = (result if base is None else base.to(acc) * result) + _cast(scale, acc) * delta.to(acc)
     if rows is not None:
         result = result * F.embedding(ids, rows.unsqueeze(-1)).to(acc)
     result = result.to(W.dtype)
-    if padding_idx is None:
+    if kept_row is not None:
+        result = torch.where((ids == kept_row).unsqueeze(-1), own, result)
+    if padding_idx is None or padding_idx == kept_row:
         return result
     return torch.where((ids == padding_idx).unsqueeze(-1), result.detach(), result)

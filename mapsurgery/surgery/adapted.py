@@ -139,6 +139,8 @@ class AdaptedLayer(nn.Module):
             )
         if new:
             self.adapter_of(name).forget()
+        if name == "padding_idx" and self.adapted == ("weight",):
+            self.adapter_of("weight").padding_changed(self.__dict__.get(name), value)
         if isinstance(self, nn.RNNBase):  # whose own would write into the list of its weights, which is computed here
             nn.Module.__setattr__(self, name, value)
         else:

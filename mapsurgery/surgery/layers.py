@@ -108,6 +108,11 @@ def mixin_of(cls: type, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
     return entry.always
 
 
+def padding_of(module: nn.Module) -> int | None:
+    """The row of an embedding's weight that its own training passes over."""
+    return module.padding_idx if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
+
+
 def weight_of(module: nn.Module, name: str) -> Tensor | None:
     """What a parameter's name stands for: the Parameter, or the tensor that a parametrisation or hook computes.
 

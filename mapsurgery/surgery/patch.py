@@ -17,6 +17,7 @@ from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .config import Config, takes_options
 from .interrupts import uninterrupted
+from .layers import padding_of
 from .offloaded import at_hand
 from .originals import Mark, Originals
 from .paths import first_names, module_paths, named_parameters, unwrapped
@@ -194,9 +195,19 @@ def become_patched(model: nn.Module, adapters: Iterable[Adapter], record: Record
     adapters = list(adapters)
     put_record(model, record)  # first: it holds the names
     freeze(model, adapters, record.trained)
+    _keep_padding(model)
     cut_graphs.install(model, adapters)
     resizing.install(model)
     originals.install(names_of(model), record.originals)
+
+
+def _keep_padding(model: nn.Module) -> None:
+    """Tell each adapter what rows the layers that compute with it pass over."""
+    paddings: dict[Adapter, list[int | None]] = {}
+    for site in all_sites(model):
+        paddings.setdefault(site.adapter, []).append(padding_of(site.layer))
+    for adapter, of_layers in paddings.items():
+        adapter.read_by(of_layers)
 
 
 def become_plain(model: nn.Module, record: Record) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...methods import Dora, Lora
 from ...surgery.adapted import AdaptedLayer
 from ...surgery.config import Config
-from ...surgery.layers import weight_of, why_not
+from ...surgery.layers import padding_of, weight_of, why_not
 from ...surgery.patch import apply_plan, unpatch
 from ...surgery.paths import module_paths, site_paths, unwrapped
 from ...surgery.plan import Plan, count_parameters
@@ -243,6 +243,9 @@ def _planned(
         return "is a Conv1D, where PEFT's OLoRA takes the transpose of its start out of the base"
     if settings.dora and has_empty_row(_matrix(module, weight, layout)):
         return "has a weight with a row of zeros, by whose length PEFT's DoRA divides"
+    row = padding_of(module)
+    if row is not None and layout.unpack(tensors).B[row].any():
+        return f"changes row {row} of its weight, its padding_idx, which an adapter leaves as it is here"
     layer = planned_layer(module, parameter, site_paths(paths, parameter), "(PEFT)", rank, config)
     if layer.rank < rank:
         return f"has rank {rank}, which is more than its weight allows here ({layer.rank})"

@@ -240,6 +240,8 @@ def _of_site(site: Site) -> _Converted | str:
     if dora and has_empty_row(adapter.matrix.view(site.layer.base_of(site.parameter))):
         return f"layer {site.path!r} has a weight with a row of zeros, by whose length PEFT's DoRA divides"
     A, B = adapter.update.factors(adapter)
+    if adapter.kept_row is not None:
+        B = B.index_fill(0, torch.tensor(adapter.kept_row, device=B.device), 0)
     magnitude = adapter.own_parameters()["m"].detach() if dora else None
     return layout, LayerTensors(A.detach(), B.detach(), magnitude), adapter
 
