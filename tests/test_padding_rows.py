@@ -231,6 +231,9 @@ def test_a_file_is_refused_where_another_row_is_kept(tmp_path: Path) -> None:
     mapsurgery.save(layer, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="has padding_idx 2 in the file, whose row stays the base's, and None here"):
         mapsurgery.load(_layer(padding_idx=None), tmp_path / "a.safetensors")
+    other = mapsurgery.patch(_layer(padding_idx=3), "*", rank=2)
+    with pytest.raises(ValueError, match="padding_idx=2, this one has .* padding_idx=3; .* on the same padding_idx"):
+        mapsurgery.load_adapter_state_dict(other, mapsurgery.adapter_state_dict(layer))
 
 
 def test_peft_gets_the_row_unchanged_and_may_not_bring_another() -> None:

@@ -436,7 +436,8 @@ class Adapter(nn.Module):
 
     def form(self) -> dict[str, float]:
         """Numbers that say how the parameters are meant: adapters that differ in them cannot be exchanged."""
-        return {**self.method.form(self.init, self.rank), **self.update.form()}
+        kept = {} if self.kept_row is None else {"padding_idx": float(self.kept_row)}
+        return {**self.method.form(self.init, self.rank), **self.update.form(), **kept}
 
     def misfit(self, form: Mapping[str, float] | None) -> str | None:
         """Why parameters of an adapter with this form cannot be this one's; None if they can, or if none is known."""
@@ -445,7 +446,7 @@ class Adapter(nn.Module):
             return None
         return (
             f"{self.layer_name}: the adapter was trained with {_said(form)}, this one has {_said(own)}; patch with the "
-            "same method, update and init"
+            "same method, update and init" + (", on the same padding_idx" if "padding_idx" in {*own, *form} else "")
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -84,7 +85,10 @@ def patch(model: Model, config: Config) -> Model:
             is then as it was.
     """
     root = unwrapped(model)
-    apply_plan(root, make_plan(root, config))
+    plan = make_plan(root, config)
+    apply_plan(root, plan)
+    if plan.warning:
+        warnings.warn(plan.warning, stacklevel=3)
     return model
 
 

@@ -15,6 +15,7 @@ from .config import Config, takes_options
 from .globs import first_match, matches, nearest
 from .layers import find_type, why_not
 from .offloaded import brought_in_whole
+from .other_adapters import OtherAdapters
 from .paths import first_names, module_paths, named_parameters, parameter_paths, site_paths, unwrapped
 from .plan_table import layers_table, shortened, skipped_table
 from .planned import PlannedLayer, SkippedModule, planned_layer
@@ -24,7 +25,10 @@ from .ties import resolve_ties
 
 @dataclass(frozen=True)
 class Plan:
-    """What `patch` would do. ``print(plan)`` shows it with similar layers in one row, `table(full=True)` one by one."""
+    """What `patch` would do. ``print(plan)`` shows it with similar layers in one row, `table(full=True)` one by one.
+
+    Attributes: warning: what `patch` will warn of.
+    """
 
     config: Config
     layers: tuple[PlannedLayer, ...]
@@ -33,6 +37,7 @@ class Plan:
     trained: tuple[str, ...]
     trained_parameters: int
     model_parameters: int
+    warning: str | None = None
 
     @property
     def adapter_parameters(self) -> int:
@@ -69,6 +74,7 @@ class Plan:
             f"trainable: {self.trainable_parameters:,} ({self.adapter_parameters:,} in adapters)"
             f" = {self.trainable_share:.3%} of the model's {self.model_parameters:,} parameters"
         )
+        lines += [self.warning] if self.warning else []
         return "\n".join(lines)
 
 
@@ -94,13 +100,13 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
     all_paths = [path for paths in modules.values() for path in paths]
     parameters = named_parameters(modules)
     trained = _trained_parameters(parameters, config, all_paths)
-    whole = brought_in_whole(model)
+    whole, others = brought_in_whole(model), OtherAdapters(model)
     layers: list[PlannedLayer] = []
     skipped: list[SkippedModule] = []
     for module, paths in modules.items():
         for name, pattern in _asked_for(module, paths, config).items():
             sites = site_paths(paths, name)
-            reason = _reason_to_skip(module, name, paths, config, trained)
+            reason = _reason_to_skip(module, name, paths, config, trained, others)
             if reason is None and module in whole:
                 reason = "accelerate offloads it with its parent (preload_module_classes): patch before offloading"
             if reason is None:
@@ -119,6 +125,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         trained=tuple(trained),
         trained_parameters=sum(p.numel() for p in trained.values()),
         model_parameters=count_parameters(model),
+        warning=others.frozen_by_patch(set(trained.values())),
     )
 
 
@@ -185,13 +192,20 @@ def _trained_parameters(
 
 
 def _reason_to_skip(
-    module: nn.Module, name: str, paths: tuple[str, ...], config: Config, trained: dict[str, nn.Parameter]
+    module: nn.Module,
+    name: str,
+    paths: tuple[str, ...],
+    config: Config,
+    trained: dict[str, nn.Parameter],
+    others: OtherAdapters,
 ) -> str | None:
     excluded = first_match(paths, config.exclude) or first_match(site_paths(paths, name), config.exclude)
     if excluded is not None:
         return f"excluded by {excluded!r}"
     if any(part is parameter for part in _parts(module, name) for parameter in trained.values()):
         return "trained in full, as `train` asks"
+    if (claimed := others.why_not(module, name)) is not None:
+        return claimed
     named = first_match(parameter_paths(paths, name), config.parameters) is not None
     reason = why_not(module, name, raw=named)
     if reason is not None and find_type(type(module)) is None and not named:
