@@ -40,6 +40,7 @@ from .surgery.record import (
     refuse_spread,
     trained_names,
 )
+from .surgery.reducers import refuse_reduced
 
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 2
@@ -160,6 +161,7 @@ def load(model: Model, path: Path) -> Model:
             missing, has another shape or another weight (by ||W||_F). The message names it, and the model is as it was.
     """
     file = _read(os.fspath(path))
+    refuse_reduced(model)
     root = unwrapped(model)
     plan = _plan_of(root, file)
     try:

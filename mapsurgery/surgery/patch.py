@@ -36,6 +36,7 @@ from .record import (
     persistent_buffers,
     put_record,
 )
+from .reducers import refuse_reduced
 from .undo import MERGED
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,9 +82,11 @@ def patch(model: Model, config: Config) -> Model:
 
     Raises:
         TypeError, ValueError: bad arguments, a pattern that matches nothing (the nearest names are in the message) or
-            only what cannot be adapted (the reasons are), a model that is patched already, NaN in a weight. The model
-            is then as it was.
+            only what cannot be adapted (the reasons are), a model that is patched already or whose gradients are
+            reduced over processes already (DistributedDataParallel, FSDP, DeepSpeed), NaN in a weight. The model is
+            then as it was.
     """
+    refuse_reduced(model)
     root = unwrapped(model)
     plan = make_plan(root, config)
     apply_plan(root, plan)

@@ -20,6 +20,7 @@ from .paths import first_names, module_paths, named_parameters, parameter_paths,
 from .plan_table import layers_table, shortened, skipped_table
 from .planned import PlannedLayer, SkippedModule, planned_layer
 from .quantised import kinds
+from .reducers import refuse_reduced
 from .ties import resolve_ties
 
 
@@ -88,6 +89,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
     Raises:
         TypeError, ValueError: see `patch`. What takes reading the weights (NaN) is found by `patch` alone.
     """
+    refuse_reduced(model)
     return make_plan(unwrapped(model), config)
 
 

@@ -25,6 +25,7 @@ from ...surgery.plan import Plan, count_parameters
 from ...surgery.planned import PlannedLayer, planned_layer
 from ...surgery.quantised import kinds
 from ...surgery.record import parameters_of, persistent_buffers
+from ...surgery.reducers import refuse_reduced
 from ...updates import Matrix
 from .layout import (
     CONFIG_FILE,
@@ -162,6 +163,7 @@ def _plan_of(model: nn.Module, content: _Content, settings: Settings) -> tuple[P
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise ValueError("the model is patched already: unpatch it first")
+    refuse_reduced(model)
     modules = {path: (module, paths) for module, paths in module_paths(model).items() for path in paths}
     trained, problems = _trained(model, content, settings)
     config = _config(content, settings, trained, model)
