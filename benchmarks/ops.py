@@ -146,7 +146,7 @@ def factors(m: int, K: int, rank: int, device: torch.device) -> tuple[Tensor, Te
 def scalars(m: int, K: int, device: torch.device, norm: bool) -> Args:
     """s_w and s_d that are 1; with the norm what `map_scales` makes such of: alpha, beta, ||W||_F and its settings."""
     one = torch.ones(1, device=device)
-    return (one, one.clone(), one * math.sqrt(m * K), *SETTINGS) if norm else (one, one.clone())
+    return (one * 0, one, one * math.sqrt(m * K), *SETTINGS) if norm else (one, one.clone())
 
 
 def factor_cost(m: int, K: int, rank: int, norm: bool) -> Cost:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ._atomic_write import write_whole
 from ._base import Base
 from ._state_dict import adapter_state_dict, changed_buffers, put
+from .methods import Map
 from .methods.adapter import DTYPES, common_row
 from .surgery.config import Config
 from .surgery.layers import padding_of, weight_of, why_not
@@ -43,8 +44,10 @@ from .surgery.record import (
 from .surgery.reducers import refuse_reduced
 
 FORMAT = "mapsurgery"
-FORMAT_VERSION = 2
-_READABLE = ("1", "2")  # 1 has one tensor more for each layer, "form", which says what the configuration says as well
+FORMAT_VERSION = 3
+_READABLE = ("1", "2", "3")
+"""1 has one tensor more for each layer, "form", which says what the configuration says as well. In 1 and 2 alpha is the
+magnitude of the base, since then its distance from ||W||_F."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]
@@ -213,7 +216,17 @@ def _read(path: str) -> _File:
     else:
         _check_form(file, _json(path, metadata, "form", dict))
     _check_consistent(file)
+    if metadata["format_version"] in ("1", "2") and isinstance(file.config.method, Map):
+        _count_alpha_from_base(file)
     return file
+
+
+def _count_alpha_from_base(file: _File) -> None:
+    for layer in file.layers.values():
+        start = [1.0 if file.config.init.relative or norm == 0 else norm for norm in _norms(layer)]
+        alpha = file.tensors[_entry(layer, "alpha")]
+        if alpha.shape == (len(start),):  # else the model's layer will not take it
+            alpha.copy_(alpha.double() - torch.tensor(start, dtype=torch.float64))
 
 
 def _check_form(file: _File, found: dict[str, float]) -> None:

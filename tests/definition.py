@@ -32,7 +32,7 @@ def defined_weight(
 def defined_map(
     W: Tensor, delta: Tensor, alpha: Tensor, beta: Tensor, tau: float = 0.0, relative: bool = True
 ) -> Tensor:
-    """alpha W/||W|| + beta ΔW/sqrt(||ΔW||^2 + tau^2), W as (m, K), in float64.
+    """(||W|| + alpha) W/||W|| + beta ΔW/sqrt(||ΔW||^2 + tau^2), W as (m, K), in float64.
 
     tau, and with `relative` alpha and beta too, are in units of ||W||; a zero W has the unit 1.
     """
@@ -41,7 +41,7 @@ def defined_map(
     unit = norm if norm > 0 else torch.ones_like(norm)
     size = torch.sqrt((delta**2).sum() + (tau * unit) ** 2)
     update = beta * delta / size if size > 0 else torch.zeros_like(delta)
-    return (alpha * W + unit * update) if relative else (alpha * W / unit + update)
+    return (W + alpha * W + unit * update) if relative else (W + alpha * W / unit + update)
 
 
 def defined_delta(a: nn.Module, W: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def to_generic_point(model: nn.Module, seed: int = 1) -> nn.Module:
                 p.copy_(p.double() * (1 + drawn.to(p.device)) if name == "m" else drawn)
             if a.method.name == "map":
                 unit = 1.0 if a.init.relative else a.weight_norm.double().clamp_min(1e-3)
-                a.alpha.fill_(0.9).mul_(unit)
+                a.alpha.fill_(-0.1).mul_(unit)
                 a.beta.fill_(0.4).mul_(unit)
     return model
 

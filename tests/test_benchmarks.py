@@ -124,7 +124,7 @@ def test_plain_map_is_map(kind):
         plain.beta.fill_(0.7)
         weight = layer.weight.flatten(1)
         norm = torch.tensor([ops.frobenius_norm(weight)])
-        scales = ops.map_scales(plain.A, plain.B, plain.alpha, plain.beta, norm, relative=False)
+        scales = ops.map_scales(plain.A, plain.B, plain.alpha - norm, plain.beta, norm, relative=False)
         expected = ops.effective_weight(weight, plain.A, plain.B, *scales)
         got = plain(x)
         layer.weight.copy_(expected.reshape(layer.weight.shape))

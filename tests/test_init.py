@@ -22,7 +22,7 @@ def test_the_default_is_soft_and_relative() -> None:
     assert Init() == Init("soft", 0.1, 4.0, True, "weight") and Init.parse("soft") == Init()
     layer = mapsurgery.patch(nn.Linear(6, 5), "*", rank=2)
     assert layer.adapter.init == Init()
-    assert not layer.adapter.B.any() and layer.adapter.alpha.item() == 1
+    assert not layer.adapter.B.any() and layer.adapter.alpha.item() == 0
     assert layer.adapter.beta.item() == pytest.approx(0.1)
 
 
@@ -31,7 +31,7 @@ def test_magnitudes_start_in_their_unit(init: Init) -> None:
     layer = mapsurgery.patch(nn.Linear(6, 5), "*", rank=2, init=init)
     a = layer.adapter
     norm = 1.0 if init.relative else layer.get_parameter("weight").norm().item()
-    assert a.alpha.item() == pytest.approx(norm) and a.alpha.shape == a.beta.shape == (1,)
+    assert a.alpha.item() == 0 and a.alpha.shape == a.beta.shape == (1,)
     assert a.beta.item() == pytest.approx(0.0 if init.kind == "random" else 0.1 * norm)
     assert bool(a.B.any()) == (init.kind == "random") and a.A.any()
 

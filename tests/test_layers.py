@@ -356,7 +356,7 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training() -> None:
         assert not torch.equal(adapted(x), adapted(x)), case.name
         with torch.no_grad():
             adapted.adapter.B.zero_()
-            adapted.adapter.alpha.fill_(1)
+            adapted.adapter.alpha.zero_()
         torch.testing.assert_close(adapted(x), original(x), rtol=1e-5, atol=1e-5)
 
 

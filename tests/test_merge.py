@@ -209,7 +209,7 @@ def test_unpatch_after_unmerge_is_the_original_bitwise() -> None:
 def test_a_base_that_alpha_wipes_out_is_kept_for_unmerge() -> None:
     model = _patched()
     with torch.no_grad():
-        model.body[2].adapter.alpha.zero_()
+        model.body[2].adapter.alpha.fill_(-1)
     base = model.body[2].get_parameter("weight").clone()
     mapsurgery.unmerge(mapsurgery.merge(model))
     assert torch.equal(model.body[2].get_parameter("weight"), base)

@@ -70,7 +70,7 @@ def factors(m, K, rank, weight, dtype, tau=0.0, relative=True, beta=0.3):
     A, B = torch.randn(rank, K, dtype=dtype, device=device), torch.randn(m, rank, dtype=dtype, device=device)
     norm = weight.double().norm().to(operators.accumulate_dtype(dtype)).reshape(1)
     unit = torch.ones_like(norm) if relative else norm
-    return A, B / 10, 1.1 * unit, beta * unit, norm, tau, relative
+    return A, B / 10, 0.1 * unit, beta * unit, norm, tau, relative
 
 
 def adapter(m, K, rank, weight, dtype, *args, **kwargs) -> Adapter:
@@ -415,7 +415,7 @@ def test_the_start_is_the_base_bit_for_bit(device):
     weight, x, bias = (torch.randn(shape, device=device) for shape in ((80, 96), (7, 96), (80,)))
     A, B, _, beta, norm, *_ = factors(80, 96, 4, weight, torch.float32)
     B = torch.zeros_like(B)
-    s_w, s_d, *_ = ops.map_scales(A, B, torch.ones_like(beta), beta, norm, 0.1, True)
+    s_w, s_d, *_ = ops.map_scales(A, B, torch.zeros_like(beta), beta, norm, 0.1, True)
     assert torch.equal(ops.lowrank_linear(x, weight, None, A, B, s_w, s_d)[0], x @ weight.t())
     assert torch.equal(ops.effective_weight(weight, A, B, s_w, s_d, None), weight)
     if device.type == "cpu":

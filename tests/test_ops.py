@@ -39,7 +39,7 @@ def factors(dtype: torch.dtype = torch.float64, m: int = M, k: int = K, device: 
         "weight": torch.randn(m, k, dtype=torch.float64),
         "A": torch.randn(R, k, dtype=torch.float64),
         "B": torch.randn(m, R, dtype=torch.float64),
-        "alpha": torch.tensor([1.3], dtype=torch.float64),
+        "alpha": torch.tensor([0.3], dtype=torch.float64),
         "beta": torch.tensor([0.7], dtype=torch.float64),
     }
     made["weight_norm"] = made["weight"].norm().reshape(1)
@@ -238,7 +238,7 @@ def test_without_a_product_and_without_softening_the_update_is_zero_with_finite_
     for a, b in ((A, B * 0), (A * 0, B), (A * 0, B * 0)):
         inputs = requiring([x, weight, bias, a, b, alpha, beta, norm])
         y = ops.map_linear(*inputs)
-        torch.testing.assert_close(y, F.linear(x, alpha * weight, bias))
+        torch.testing.assert_close(y, F.linear(x, (1 + alpha) * weight, bias))
         grads = torch.autograd.grad(y.pow(2).sum(), inputs[:7])
         assert all(g.isfinite().all() for g in grads)
         if a.any() or b.any():
@@ -514,7 +514,7 @@ def test_functional_transforms_follow_the_definition() -> None:
 
     def defined_weight_traceable(A: Tensor) -> Tensor:
         BA = B @ A
-        return alpha * weight + weight.norm() * beta * BA / torch.sqrt((BA**2).sum() + (0.1 * weight.norm()) ** 2)
+        return (1 + alpha) * weight + weight.norm() * beta * BA / torch.sqrt((BA**2).sum() + (0.1 * weight.norm()) ** 2)
 
     def apart(A: Tensor, x: Tensor) -> Tensor:
         s_w, s_d = ops.map_scales(A, B, alpha, beta, norm, 0.1)

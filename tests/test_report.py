@@ -69,7 +69,7 @@ def test_the_measures_are_those_of_the_materialised_weights(case: Case, init: ma
 @pytest.mark.parametrize(("alpha", "beta"), [(-1.0, 0.0), (-1.0, 1e-9), (-0.01, 0.1), (0.0, 0.0)])
 def test_a_base_that_is_turned_round_shows(alpha: float, beta: float) -> None:
     layer = to_generic_point(mapsurgery.patch(nn.Linear(6, 5).double(), "*", rank=2))
-    layer.adapter.alpha.data.fill_(alpha)
+    layer.adapter.alpha.data.fill_(alpha - 1)
     layer.adapter.beta.data.fill_(beta)
     W, W_ = layer.get_parameter("weight").detach(), weight_of(layer)
     found = mapsurgery.report(layer).layers[""]

@@ -74,7 +74,7 @@ def test_the_file_holds_the_adapters_the_trained_and_the_changed_and_nothing_els
     expected |= {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert set(load_file(path)) == expected
     metadata = _metadata(path)
-    assert metadata["format_version"] == "2"
+    assert metadata["format_version"] == "3"
     layer = json.loads(metadata["layers"])["body.0"]
     assert layer["type"] == "Linear" and layer["shape"] == [12, 8] and layer["rank"] == 2
     assert layer["weight_norm"] == pytest.approx(net().body[0].weight.norm().item(), rel=1e-6)
@@ -267,7 +267,7 @@ def _announce(kind: str, name: str, tensor: torch.Tensor) -> Callable:
 HOSTILE = [
     pytest.param(_pop("format"), "mapsurgery.save", id="no_format"),
     pytest.param(_set("format", value="other"), "mapsurgery.save", id="other_format"),
-    pytest.param(_set("format_version", value="3"), "version '3'", id="newer_version"),
+    pytest.param(_set("format_version", value="4"), "version '4'", id="newer_version"),
     pytest.param(_set("format_version", value="1.0"), "version '1.0'", id="odd_version"),
     pytest.param(_pop("format_version"), "version None", id="no_version"),
     pytest.param(_pop("config"), "config", id="no_config"),

@@ -82,7 +82,7 @@ def test_functional_call_follows_the_given_parameters(case: Case) -> None:
     other = copy.deepcopy(adapted)
     with torch.no_grad():
         other.adapter.A.mul_(-1)
-        other.adapter.alpha.fill_(0.5)
+        other.adapter.alpha.fill_(-0.5)
     found = functional_call(adapted, dict(other.named_parameters()), (x,))
     torch.testing.assert_close(found, functional_call(original, {"weight": weight_of(other)}, (x,)))
 
@@ -341,7 +341,7 @@ def test_double_backward_through_a_model_is_that_of_the_materialised_weights() -
     W = layer.get_parameter("weight")
     unit = W.norm()
     BA = B @ A
-    W_ = alpha * W + unit * beta * BA / torch.sqrt((BA**2).sum() + (a.init.tau * unit) ** 2)
+    W_ = (1 + alpha) * W + unit * beta * BA / torch.sqrt((BA**2).sum() + (a.init.tau * unit) ** 2)
     z = x.detach().clone().requires_grad_()
     (dz,) = torch.autograd.grad((z @ W_.t() + layer.bias).pow(3).sum(), z, create_graph=True)
     expected = torch.autograd.grad(dz.pow(2).sum(), leaves)

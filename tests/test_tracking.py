@@ -205,7 +205,7 @@ def test_a_tied_weight_is_one_layer_and_a_stack_one_mean() -> None:
     tracker.update()
     assert set(tracker.layers) == {"up", "embed"}
     assert tracker.latest() == _flat(model)
-    assert tracker.latest()["up/alpha"] == pytest.approx(model.adapter_up.alpha.mean().item())
+    assert tracker.latest()["up/alpha"] == pytest.approx(1 + model.adapter_up.alpha.mean().item())
 
 
 def test_tracking_leaves_training_as_it_is() -> None:

@@ -48,8 +48,7 @@ MAPSURGERY_HOST_DEVICE void compute_scales(GramSums sums, double alpha, double b
   const double inverse = p == 0 ? 0 : 1 / p;
   const double ds_d = (relative ? w : 1) * inverse;
   const double s_d = beta * ds_d;
-  // A division, not a product with 1/w: alpha = w then gives exactly 1, and the start is the base bit for bit.
-  *out.s_w = static_cast<acc_t>(relative ? alpha : alpha / w);
+  *out.s_w = static_cast<acc_t>(1 + (relative ? alpha : alpha / w));
   *out.s_d = static_cast<acc_t>(s_d);
   out.slopes[SLOPE_ALPHA] = static_cast<acc_t>(relative ? 1 : 1 / w);
   out.slopes[SLOPE_BETA] = static_cast<acc_t>(ds_d);

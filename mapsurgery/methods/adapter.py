@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         rank: r, 1 <= r <= min(m, K), K the number of elements of weight by m.
         init: the start.
         dropout: probability of dropping an input of the update path (not of the base) in training.
-        dtype: of the adapter's own parameters.
+        dtype: of the adapter's own parameters; casts of the model widen them, and never make them narrower than this.
         transposed: weight is (in, out), as in transformers' Conv1D, rather than (out, in, ...).
         stacked: weight is a stack, whose matrices are adapted one by one.
         name: the layer's path, for messages.
@@ -126,6 +126,7 @@ class Adapter(nn.Module):
         self.norm_dtype = weight.dtype
         self._numbers: list[float] | None = None
         self._siblings = {} if siblings is None else siblings
+        self._dtype = dtype
         self._create({"device": weight.device, "dtype": dtype})
         if not self.pending:
             self.take_norm(weight, weight_norm)
@@ -416,9 +417,12 @@ class Adapter(nn.Module):
             setattr(self, name, drawn)  # also where `to_empty` gave it memory: it has no numbers, and is shared no more
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
-        """`model.half()` must not round ||W||_F: it moves between devices only."""
+        """A cast of the model moves the adapter, and does not round it: what is trained needs its digits.
+
+        Neither does it round ||W||_F, which keeps its dtype.
+        """
         try:
-            super()._apply(fn, recurse)
+            super()._apply(lambda tensor: self._unrounded(tensor, fn(tensor)), recurse)
             norm, moved = self.weight_norm, fn(self.weight_norm)
         except NotImplementedError:  # torch copies nothing from meta
             if self.pending:
@@ -429,6 +433,16 @@ class Adapter(nn.Module):
         elif not moved.is_meta:  # else it stays: this W's norm is known
             self.weight_norm = norm.to(moved.device)
         return self
+
+    def _unrounded(self, tensor: Tensor, cast: Tensor) -> Tensor:
+        """`cast`, or where that is narrower the tensor in its own dtype, on the device of `cast`.
+
+        `.float()` takes back what `.double()` widened.
+        """
+        back = (tensor.dtype, cast.dtype) == (torch.float64, torch.float32) and self._dtype != torch.float64
+        if _holds(cast.dtype, tensor.dtype) or back:
+            return cast
+        return torch.empty_like(tensor, device="meta") if cast.is_meta else tensor.to(cast.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows nothing of a block of `mapsurgery.disabled` or `reuse_norms` that is open, nor holds W."""
@@ -475,6 +489,16 @@ class Adapter(nn.Module):
         if any(key in state_dict for key in own):
             missing_keys.extend(missing)
             self.pending = self.pending and bool(missing)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether an adapter's numbers in one dtype are numbers of the other, too."""
+    if wide == narrow:
+        return True
+    if wide not in DTYPES:
+        return False
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return a.eps <= b.eps and a.max >= b.max
 
 
 def _close(a: float, b: float) -> bool:

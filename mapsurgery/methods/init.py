@@ -12,7 +12,7 @@ A_SCALES = ("weight", "kaiming")
 
 @dataclass(frozen=True)
 class Init:
-    """Start of alpha, beta, A and B; every start leaves the model's output as it was.
+    """Start of beta, A and B; every start leaves the model's output as it was. alpha starts at 0, which is the base.
 
     Attributes:
         kind:
@@ -23,8 +23,8 @@ class Init:
             "random": A and B random, beta = 0, tau = 0: the paper's formula, with a random direction to unlearn.
         beta: first beta in units of ||W||_F ("soft" and "zero"; > 0).
         gain: LoRA scaling that "soft" starts with (> 0).
-        relative: alpha and beta are trained in units of ||W||_F (alpha starts at 1) instead of as absolute magnitudes
-            (alpha starts at ||W||_F). The same models can be reached; the size of an optimiser's step is another.
+        relative: alpha and beta are trained in units of ||W||_F: the base's magnitude is (1 + alpha) ||W||_F, and not
+            ||W||_F + alpha. The same models can be reached; the size of an optimiser's step is another.
         a_scale: size of A's entries. "weight": the root mean square of W's, so that a first optimiser step moves W by
             the same share in every layer (about gain sqrt(r) lr for Adam with "soft"). "kaiming": 1/sqrt(3 K), LoRA's.
     """

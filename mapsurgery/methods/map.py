@@ -19,7 +19,11 @@ from .init import Init
 
 @dataclass(frozen=True)
 class Map(Method):
-    """Two trained magnitudes, alpha of the frozen weight's direction and beta of the update's.
+    """Two trained magnitudes, one of the frozen weight's direction and beta of the update's.
+
+    The paper's alpha is trained by its distance from ||W||_F, the parameter `alpha`, from 0: W' = (1 + alpha) W + ...,
+    or with `Init(relative=False)` (||W||_F + alpha) W/||W||_F + ... So decay pulls W' towards W, and a half type keeps
+    small changes.
 
     Updates that have factors, BA, run on the fused operators: there nothing of size (m, K) is built.
 
@@ -53,25 +57,21 @@ class Map(Method):
             )
 
     def form(self, init: Init, rank: int) -> dict[str, float]:
-        return {"tau": init.tau, "relative": float(init.relative)}
+        return {"tau": init.tau, "relative": float(init.relative), "alpha_start": 0.0}  # it was 1, or ||W||_F
 
     @torch.no_grad()
     def start(self, p: Parameters, weight: Callable[[], Tensor]) -> None:
-        norm = torch.where(p.weight_norm > 0, p.weight_norm, 1)
-        unit = 1.0 if p.init.relative else norm
-        p.alpha.fill_(1.0).mul_(unit)
-        p.beta.fill_(p.init.first_beta).mul_(unit)
+        p.alpha.zero_()
+        p.beta.fill_(p.init.first_beta).mul_(_unit(p, p.weight_norm))
 
     @torch.no_grad()
     def norm_changed(self, p: Parameters, before: Tensor, weight: Callable[[], Tensor]) -> None:
-        """Absolute magnitudes keep their size relative to ||W||_F; alpha = ||W||_F, the start, stays exactly that."""
-        if p.init.relative:
-            return
-        known = (before != 0) & (p.weight_norm != 0)
-        ratio = torch.where(known, p.weight_norm / before, 1)
-        started = known & (p.alpha == before.to(p.alpha.dtype))
-        p.alpha.copy_(torch.where(started, p.weight_norm, p.alpha * ratio))
-        p.beta.mul_(ratio)
+        """Absolute magnitudes keep their size relative to ||W||_F."""
+        if not p.init.relative:
+            known = (before != 0) & (p.weight_norm != 0)
+            ratio = torch.where(known, p.weight_norm / before, 1)
+            p.alpha.mul_(ratio)
+            p.beta.mul_(ratio)
 
     def coefficients(self, p: Parameters, W: Callable[[], Tensor], norm: Tensor) -> Coefficients:
         factors = p.update.factors(p)
@@ -109,14 +109,16 @@ class Map(Method):
         return ops.map_conv(x, W, bias, A, B, p.alpha, p.beta, norm, init.tau, init.relative, *settings, scales)
 
     def recoverable(self, p: Parameters, W: Tensor | None, norm: Tensor) -> bool:
-        return bool(p.alpha.all())
+        return bool((p.alpha != -_unit(p, norm)).all())
 
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
-        numbers = {name: getattr(p, name).detach() for name in self.roles}
-        if p.init.relative:
-            return numbers
-        unit = torch.where(norm == 0, 1, norm)
-        return {name: value / unit for name, value in numbers.items()}
+        unit = _unit(p, norm)
+        return {"alpha": 1 + p.alpha.detach() / unit, "beta": p.beta.detach() / unit}
+
+
+def _unit(p: Parameters, norm: Tensor) -> Tensor:
+    """What alpha and beta are divided by for units of ||W||_F, (1,) or (E,); 1 of a zero weight."""
+    return torch.where((norm == 0) | p.init.relative, 1, norm)
 
 
 def _scales_of(p: Parameters, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,11 +117,12 @@ def _constant(value: Tensor | float, A: Tensor) -> Tensor:
 def map_scales(
     A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, weight_norm: Tensor, tau: float = 0.0, relative: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """s_w and s_d of W' = alpha W/||W||_F + beta BA/sqrt(||BA||_F^2 + tau^2) (arXiv 2505.23094), differentiable.
+    """s_w and s_d of W' = (1 + alpha) W + beta ||W||_F BA/sqrt(||BA||_F^2 + tau^2) (arXiv 2505.23094), differentiable.
 
     Args:
         A, B: (r, K) and (m, r) low-rank factors, one floating dtype, or stacks (E, r, K) and (E, m, r).
-        alpha, beta: (1,), or (E,) of a stack: magnitudes, in units of ||W||_F if `relative`, else absolute.
+        alpha, beta: (1,), or (E,) of a stack: how far the base's magnitude is from ||W||_F (0: W as it is), and the
+            update's magnitude; in units of ||W||_F if `relative`, else absolute: (||W||_F + alpha) W/||W||_F.
         weight_norm: (1,) or (E,) ||W||_F; 0 means a zero weight: the base term is 0 and beta absolute.
         tau: softening of ||BA||_F in units of ||W||_F; 0 is the paper's formula.
 

@@ -7,7 +7,7 @@ Native kernels are tested against these definitions. They know nothing of method
 LoRA has s_w = 1 and s_d fixed. MAP's scalars come from `map_scales`. Scalars lie on the device of the factors, in
 `accumulate_dtype` of A, and are never read by the host. Source of the formulas: "MAP: Revisiting Weight Decomposition
 for Low-Rank Adaptation" (arXiv 2505.23094), W' = alpha W/||W||_F + beta BA/||BA||_F, with the norm of BA taken through
-the two r x r Gram matrices.
+the two r x r Gram matrices. What is called alpha here is how far the paper's is from ||W||_F: 0 is the base.
 
 `norm`, an argument of the backward operators, is empty, or [slopes, gram_a, gram_b] of `map_scales`. With it s_w and
 s_d depend on alpha, beta, A and B: the gradients of A and B pass through ||BA||_F as well, and the last two results are
@@ -65,7 +65,7 @@ def magnitudes(
     """s_w and s_d of an update of any family, of its squared norm; differentiable.
 
     With w = ||W||_F, or 1 where that is 0 (then the base term is 0 by itself, and beta absolute), and
-    p = sqrt(square + (tau w)^2):  s_w = alpha, s_d = beta w/p if `relative`, else s_w = alpha/w, s_d = beta/p.
+    p = sqrt(square + (tau w)^2):  s_w = 1 + alpha, s_d = beta w/p if `relative`, else s_w = 1 + alpha/w, s_d = beta/p.
 
     Where p would be 0 (BA = 0 and tau = 0), `size` takes its place, a number of the factors' own size without a
     gradient: the forward is unchanged (BA is 0) and the gradient is finite and not zero, so that the start B = 0
@@ -82,8 +82,7 @@ def magnitudes(
         p = torch.where(square == 0, size, safe_sqrt(square))
         inverse = _or_one(p).reciprocal().masked_fill(p == 0, 0.0)
     ds_d = w * inverse if relative else inverse
-    # A division, not a product with 1/w: alpha = w then gives exactly 1, and the start is the base bit for bit.
-    s_w, ds_w = (alpha, torch.ones_like(w)) if relative else (alpha / w, w.reciprocal())
+    s_w, ds_w = (1 + alpha, torch.ones_like(w)) if relative else (1 + alpha / w, w.reciprocal())
     return s_w, beta * ds_d, ds_w, ds_d, inverse
 
 
@@ -123,12 +122,11 @@ def map_scales(
     """s_w and s_d of MAP, and what its gradient needs.
 
     Args: A (r, K), B (m, r), alpha, beta, weight_norm (1,), tau in units of ||W||_F, relative: alpha and beta are in
-    units of ||W||_F; see `magnitudes`.
+    units of ||W||_F, alpha counted from the base; see `magnitudes`.
     Returns: s_w (1,), s_d (1,), slopes (3,) = [d s_w/d alpha, d s_d/d beta, s_d/p^2], gram_a = A A^T and
     gram_b = B^T B (r, r), in `accumulate_dtype` of A.
     """
-    s_w, s_d, slopes, gram_a, gram_b = scales_in(torch.float64, A, B, alpha, beta, weight_norm, tau, relative)
-    return s_w.clone() if s_w is alpha else s_w, s_d, slopes, gram_a, gram_b  # no operator may return its argument
+    return scales_in(torch.float64, A, B, alpha, beta, weight_norm, tau, relative)
 
 
 @operator

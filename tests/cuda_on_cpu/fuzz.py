@@ -142,7 +142,7 @@ class Case:
             of_dtype = self.rng.choice(DTYPES) if self.happens(0.2) else acc
             return torch.full(shape, value * in_units).to(of_dtype).to(self.device)
 
-        alpha = scalar(1.1, 1)
+        alpha = scalar(0.1, 1)
         beta = scalar(self.rng.choice([0.3, -0.2, 0.0]), 1)
         if self.happens(0.2):
             beta = torch.stack([beta * math.nan, beta, beta * math.nan])[1]

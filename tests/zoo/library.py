@@ -65,7 +65,7 @@ def to_generic_point(adapters: Iterable[Adapter]) -> None:
         for factor in (adapter.A, adapter.B):
             noise = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
             factor.copy_(noise / factor.shape[-1] ** 0.5)
-        for magnitude, middle in ((adapter.alpha, 0.9), (adapter.beta, 0.4)):
+        for magnitude, middle in ((adapter.alpha, -0.1), (adapter.beta, 0.4)):
             noise = torch.rand(magnitude.shape, generator=generator, dtype=torch.float64)
             magnitude.copy_(middle + 0.1 * noise)
 
