@@ -40,8 +40,9 @@ def param_groups(
     """Groups for a torch optimiser, with every trained parameter of a patched model in exactly one.
 
     No weight decay on magnitudes, biases and norms. An optimiser over `model.parameters()` decays the magnitudes too:
-    alpha and beta of MAP are 0 in the base, so that it pulls W' towards W (docs/training.md). Their own learning rate
-    for the magnitudes, for B (LoRA+, arXiv 2402.12354: a higher one than A's) and what else starts at 0, and for layers.
+    alpha and beta of MAP are 0 in the base, so that it pulls W' towards W (docs/training.md). Their own
+    learning rate for the magnitudes, for B (LoRA+, arXiv 2402.12354: a higher one than A's) and what else starts at 0,
+    and for layers.
 
     Args:
         lr: of A and of the parameters that `train` named.
