@@ -54,6 +54,43 @@ def test_a_loaded_model_computes_the_same_bitwise_and_trains_the_same(path: Path
     assert torch.equal(loaded(image()), model(image()))
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_files_in_which_alpha_was_the_magnitude_itself_are_read(
+    path: Path, relative: bool, version: str, dtype: torch.dtype
+) -> None:
+    """Up to version 2 alpha started at 1, or with absolute magnitudes at ||W||_F."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"layer": nn.Linear(6, 5), "zero": nn.Linear(6, 5), "stack": nn.Linear(4, 3)})
+        nn.init.zeros_(model["zero"].weight)
+        model["stack"].weight = nn.Parameter(torch.randn(2, 4, 3))
+        return model
+
+    options = {"rank": 2, "init": mapsurgery.Init(relative=relative), "dtype": dtype}
+    model = mapsurgery.patch(base(), ["layer", "zero"], parameters="stack.weight", **options)
+    mapsurgery.save(to_generic_point(model), path)
+
+    def edit(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        metadata["format_version"] = version
+        for layer in metadata["layers"].values():
+            norms = torch.tensor(layer["weight_norm"]).reshape(-1)
+            name = f"{layer['layer']}.adapter.alpha"
+            tensors[name] = (tensors[name].float() + (1 if relative else torch.where(norms > 0, norms, 1))).to(dtype)
+
+    expected = {name: site.weight.detach().clone() for name, site in model.items()}
+    _edited(path, edit)
+    loaded = mapsurgery.load(base(), path)
+    for name, layer in loaded.items():
+        rounding = 2e-6 if dtype == torch.float32 else 0.008
+        assert (layer.weight - expected[name]).norm() <= rounding * expected[name].norm() + 1e-12, name
+    assert loaded["layer"].adapter.alpha.dtype == dtype
+    mapsurgery.save(loaded, path)
+    assert torch.equal(mapsurgery.load(base(), path)["layer"].weight, loaded["layer"].weight)
+
+
 def test_layers_of_several_kinds_are_no_one_file(path: Path) -> None:
     model, other = (
         mapsurgery.patch(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "*", rank=1, method=method)

@@ -114,6 +114,19 @@ def test_load_adapter_state_dict_gives_the_same_output_bitwise() -> None:
     assert torch.equal(other(image()), model(image()))
 
 
+def test_a_state_in_which_alpha_was_the_magnitude_itself_is_refused() -> None:
+    model, other = _patched(), _patched()
+    for load, state in (
+        (other.load_state_dict, model.state_dict()),
+        (lambda state: mapsurgery.load_adapter_state_dict(other, state), mapsurgery.adapter_state_dict(model)),
+    ):
+        for local in state._metadata.values():
+            if "form" in local:
+                local["form"] = {"tau": 0.025, "relative": 1.0}
+        with pytest.raises((RuntimeError, ValueError), match="alpha_start=0.*version of mapsurgery that saved it"):
+            load(state)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -458,9 +458,14 @@ class Adapter(nn.Module):
         own = self.form()
         if form is None or (own.keys() == form.keys() and all(_close(form[name], own[name]) for name in own)):
             return None
+        hints = {
+            "padding_idx": ", on the same padding_idx",
+            "alpha_start": ", in the version of mapsurgery that saved it",
+        }
         return (
             f"{self.layer_name}: the adapter was trained with {_said(form)}, this one has {_said(own)}; patch with the "
-            "same method, update and init" + (", on the same padding_idx" if "padding_idx" in {*own, *form} else "")
+            "same method, update and init"
+            + "".join(hint for name, hint in hints.items() if own.get(name) != form.get(name))
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
