@@ -224,9 +224,9 @@ def _read(path: str) -> _File:
 def _count_alpha_from_base(file: _File) -> None:
     for layer in file.layers.values():
         start = [1.0 if file.config.init.relative or norm == 0 else norm for norm in _norms(layer)]
-        alpha = file.tensors[_entry(layer, "alpha")]
-        if alpha.shape == (len(start),):  # else the model's layer will not take it
-            alpha.copy_(alpha.double() - torch.tensor(start, dtype=torch.float64))
+        alpha = file.tensors.get(_entry(layer, "alpha"))
+        if alpha is not None and alpha.shape == (len(start),):  # else the model's layer will not take it
+            alpha.copy_(alpha.double() - _tensor(start))
 
 
 def _check_form(file: _File, found: dict[str, float]) -> None:
@@ -285,6 +285,10 @@ def _norms(layer: dict[str, Any]) -> list[float]:
     """||W||_F of a layer in a file; several for a stack."""
     norms = layer["weight_norm"]
     return norms if isinstance(norms, list) else [norms]
+
+
+def _tensor(numbers: float | list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)  # whatever torch's default dtype is
 
 
 def _entry(layer: dict[str, Any], role: str) -> str:
@@ -450,19 +454,21 @@ def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
     return problems
 
 
+def _difference(layer: PlannedLayer, described: dict[str, Any]) -> str | None:
+    """How a layer's weight is not the file's; None if it is."""
+    elements = math.prod(layer.shape) // layer.matrices
+    there = Base(_tensor(_norms(described)), _DTYPES[described["dtype"]], elements, described.get("quantised", ""))
+    with at_hand(layer.module):
+        quantised = layer.quantisation.name if layer.quantisation else ""
+        here = Base(_tensor(norm_of(layer)), layer.weight.dtype, elements, quantised)
+        return here.difference(there, lambda: layer.weight)
+
+
 def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     """The weights are those that the adapter was trained on, as far as ||W||_F tells."""
     own = [layer for layer in layers if not layer.shares]
-    wrong = []
-    for layer in own:
-        with at_hand(layer.module):
-            norms, dtype = torch.tensor(norm_of(layer)), layer.weight.dtype
-        elements = math.prod(layer.shape) // layer.matrices
-        base = Base(norms, dtype, elements, layer.quantisation.name if layer.quantisation else "")
-        file_of = file.layers[layer.path]
-        there = Base(torch.tensor(_norms(file_of)), _DTYPES[file_of["dtype"]], elements, file_of.get("quantised", ""))
-        difference = base.difference(there)
-        wrong += [f"{layer.path}{difference}"] if difference else []
+    found = {layer.path: _difference(layer, file.layers[layer.path]) for layer in own}
+    wrong = [f"{path}{difference}" for path, difference in found.items() if difference]
     if wrong:
         raise ValueError(
             f"{file.path} was trained on another base ({len(wrong)} of {len(own)} layers differ): "

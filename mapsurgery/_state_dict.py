@@ -101,7 +101,7 @@ def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
     """Why an adapter of a base that was described so is none for this site's."""
     if described is None or site.adapter.pending:
         return []
-    difference = Base.of(site).difference(Base(**described))
+    difference = Base.of(site).difference(Base(**described), lambda: site.base)
     return [f"another base: {site.path}{difference}"] if difference else []
 
 
