@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -176,13 +177,49 @@ def load(model: Model, path: Path) -> Model:
     return model
 
 
-def _named_by(model: nn.Module, file: _File) -> dict[str, Tensor]:
-    """The file's tensors by their names in this model, which may list a layer's several names in another order."""
+def restore(model: nn.Module, path: Path) -> None:
+    """Put a file's adapter into a model that is patched already, in the same way and on the same base.
+
+    Every parameter stays the object that an optimiser knows, and takes the file's values. Buffers that the file leaves
+    out go back to what they were at `patch`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the model is not patched, or the file does not fit it (see `load`); nothing is changed then.
+    """
+    file = _read(os.fspath(path))
+    root, record = find_trained(model)
+    for name in ("method", "update", "init"):
+        own, saved = getattr(record.config, name), getattr(file.config, name)
+        if own != saved:
+            raise ValueError(f"{file.path} was trained with {name} {saved}, the model is patched with {own}")
+    sites = intact_sites(root, record)
+    refuse_spread(sites, "load")
+    holders = _holders(root)
+    unknown = [name for name in file.layers if name not in holders]
+    if unknown:
+        raise ValueError(f"{file.path} adapts layers that the model does not: {', '.join(unknown[:5])}")
+    before = record.originals.tensors
+    state = OrderedDict((name, t) for name in persistent_buffers(root) if (t := before.get(name)) is not None)
+    state.update(_named_by(root, file))
+    state._metadata = {  # type: ignore[attr-defined]
+        holders[name].entry(""): {"base": asdict(_base_of(layer))} for name, layer in file.layers.items()
+    }
+    load_adapter_state_dict(model, state)
+
+
+def _holders(model: nn.Module) -> dict[str, Site]:
+    """The site that holds the adapter, by every name of every layer that computes with it."""
     sites = all_sites(model)
     first = {id(site.adapter): site for site in one_per_adapter(sites)}
-    by_path = {path: first[id(site.adapter)] for site in sites for path in site.paths}
+    return {path: first[id(site.adapter)] for site in sites for path in site.paths}
+
+
+def _named_by(model: nn.Module, file: _File) -> dict[str, Tensor]:
+    """The file's tensors by their names in this model, which may list a layer's several names in another order."""
+    holders = _holders(model)
     renamed = {
-        _entry(layer, role): by_path[name].entry(role)
+        _entry(layer, role): holders[name].entry(role)
         for name, layer in file.layers.items()
         for role in _roles(file, layer)
     }
@@ -454,13 +491,19 @@ def _problems_with_extras(model: nn.Module, file: _File) -> list[str]:
     return problems
 
 
+def _base_of(layer: dict[str, Any]) -> Base:
+    """The base that a layer's adapter in a file was trained on."""
+    norms = _norms(layer)
+    elements = math.prod(layer["shape"]) // len(norms)
+    return Base(_tensor(norms), _DTYPES[layer["dtype"]], elements, layer.get("quantised", ""))
+
+
 def _difference(layer: PlannedLayer, described: dict[str, Any]) -> str | None:
     """How a layer's weight is not the file's; None if it is."""
-    elements = math.prod(layer.shape) // layer.matrices
-    there = Base(_tensor(_norms(described)), _DTYPES[described["dtype"]], elements, described.get("quantised", ""))
+    there = _base_of(described)
     with at_hand(layer.module):
         quantised = layer.quantisation.name if layer.quantisation else ""
-        here = Base(_tensor(norm_of(layer)), layer.weight.dtype, elements, quantised)
+        here = Base(_tensor(norm_of(layer)), layer.weight.dtype, there.elements, quantised)
         return here.difference(there, lambda: layer.weight)
 
 
