@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ._atomic_write import write_whole
 from ._base import Base
-from ._state_dict import adapter_state_dict, changed_buffers, put
+from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict, put
 from .methods import Map
 from .methods.adapter import DTYPES, common_row
+from .surgery import trainers
 from .surgery.config import Config
 from .surgery.layers import padding_of, weight_of, why_not
 from .surgery.offloaded import at_hand
@@ -168,6 +169,7 @@ def load(model: Model, path: Path) -> Model:
     refuse_reduced(model)
     root = unwrapped(model)
     plan = _plan_of(root, file)
+    trainers.warn(root, stacklevel=2)
     try:
         apply_plan(root, plan, start=False)
         put(root, _named_by(root, file))

@@ -23,7 +23,7 @@ FLOORS = (
     ("methods",),
     (
         *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
-        *("surgery.offloaded", "surgery.other_adapters", "surgery.reducers"),
+        *("surgery.offloaded", "surgery.other_adapters", "surgery.reducers", "surgery.trainers"),
     ),
     (
         *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing"),

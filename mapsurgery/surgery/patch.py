@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter
-from . import cut_graphs, originals, resizing
+from . import cut_graphs, originals, resizing, trainers
 from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .config import Config, takes_options
@@ -89,6 +89,7 @@ def patch(model: Model, config: Config) -> Model:
     refuse_reduced(model)
     root = unwrapped(model)
     plan = make_plan(root, config)
+    trainers.warn(root, stacklevel=3)
     apply_plan(root, plan)
     if plan.warning:
         warnings.warn(plan.warning, stacklevel=3)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from . import trainers
 from .adapted import AdaptedLayer
 from .config import Config, takes_options
 from .globs import first_match, matches, nearest
@@ -39,6 +40,7 @@ class Plan:
     trained_parameters: int
     model_parameters: int
     warning: str | None = None
+    advice: str | None = None
 
     @property
     def adapter_parameters(self) -> int:
@@ -75,7 +77,7 @@ class Plan:
             f"trainable: {self.trainable_parameters:,} ({self.adapter_parameters:,} in adapters)"
             f" = {self.trainable_share:.3%} of the model's {self.model_parameters:,} parameters"
         )
-        lines += [self.warning] if self.warning else []
+        lines += [text for text in (self.warning, self.advice) if text]
         return "\n".join(lines)
 
 
@@ -128,6 +130,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         trained_parameters=sum(p.numel() for p in trained.values()),
         model_parameters=count_parameters(model),
         warning=others.frozen_by_patch(set(trained.values())),
+        advice=trainers.advice(model),
     )
 
 
