@@ -119,6 +119,10 @@ class _Arrival:
             self.load |= {"errors": errors, "adapters": arrive}
         if self.load["adapters"]:
             missing_keys += _lacking(module, state_dict, prefix) if strict else []
+            for key, name in self.names.items():
+                here = module._parameters.get(key)
+                if here is not None and self._writes_the_same(name, here, state_dict.get(prefix + key)):
+                    self.originals.marks[name] = Mark(0, 0, _sample(here))
             return
         for key, name in self.names.items():
             value = state_dict.get(prefix + key)
@@ -128,6 +132,14 @@ class _Arrival:
                 self.originals.tensors[name] = value.detach().clone()
             elif type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.numel():
                 self.originals.marks[name] = Mark(0, 0, _sample(value))
+
+    def _writes_the_same(self, name: str, here: Tensor, value: Tensor | None) -> bool:
+        """Whether a frozen parameter that nothing has moved gets the numbers that it holds: nor will that move it."""
+        if self.originals.marks.get(name) is None or self.originals.moved(name, here):
+            return False
+        if value is None or type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.shape != here.shape:
+            return False
+        return same_numbers(here.detach(), value.detach().to(here))
 
 
 def _lacking(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:

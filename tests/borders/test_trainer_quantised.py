@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -168,30 +167,23 @@ def test_a_head_and_statistics_travel_with_the_adapters(tmp_path: Path) -> None:
 
 
 def test_the_optimiser_has_our_groups(folder: Path, tmp_path: Path) -> None:
-    run = trainer(
-        patched("llama", folder), tmp_path, weight_decay=0.1, save_strategy="no", param_groups={"b_lr_factor": 4}
-    )
-    run.train()
-    decays = {group["name"]: group["weight_decay"] for group in run.optimizer.param_groups}
-    rates = {group["name"]: group["initial_lr"] for group in run.optimizer.param_groups}
-    assert decays == {"down": 0.1, "up": 0.1, "magnitude": 0.0}
-    assert rates == {"down": 1e-2, "up": 4e-2, "magnitude": 1e-2}
+    run = trainer(patched("llama", folder), tmp_path, weight_decay=0.1, param_groups={"b_lr_factor": 4})
+    groups = {group["name"]: group for group in run.create_optimizer().param_groups}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {"down": 0.1, "up": 0.1, "magnitude": 0}
+    assert {name: group["lr"] for name, group in groups.items()} == {"down": 1e-2, "up": 4e-2, "magnitude": 1e-2}
+    assert run.optimizer.defaults["betas"] == (0.9, 0.999)  # what else the arguments say
 
 
-def test_optimisers_that_make_their_own_groups_take_no_options(folder: Path, tmp_path: Path) -> None:
-    options = {"save_strategy": "no", "optim": "adafactor"}
-    trainer(patched("llama", folder), tmp_path, **options, param_groups={"b_lr_factor": 4}).train()  # takes groups
+def test_an_optimiser_that_makes_its_own_groups_takes_no_options(folder: Path, tmp_path: Path) -> None:
+    """As GaLore's, LOMO's and Muon's do, which the Trainer gives its own parameters."""
+    model = patched("llama", folder)
+    made = torch.optim.SGD, {"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}
+    own = {"train_dataset": text_data(), "optimizer_cls_and_kwargs": made}
+    run = AdapterTrainer(model, arguments(tmp_path), **own, param_groups={"b_lr_factor": 4})
     with pytest.raises(ValueError, match="groups of its own"):
-        model = patched("llama", folder)
-        made = (torch.optim.SGD, {"params": [*model.parameters()], "lr": 1e-3})
-        run = AdapterTrainer(
-            model,
-            arguments(tmp_path),
-            train_dataset=text_data(),
-            optimizer_cls_and_kwargs=made,
-            param_groups={"b_lr_factor": 4},
-        )
-        run.train()
+        run.create_optimizer()
+    run = AdapterTrainer(model, arguments(tmp_path), **own)
+    assert len(run.create_optimizer().param_groups) == 1 and run.optimizer_cls_and_kwargs is made
 
 
 def test_an_optimiser_from_before_patch_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -210,8 +202,8 @@ def test_an_optimiser_from_before_patch_is_refused(folder: Path, tmp_path: Path)
 
 def test_adapters_that_were_made_anew_are_missing_from_the_old_optimiser(folder: Path, tmp_path: Path) -> None:
     model = patched("llama", folder)
-    run = trainer(model, tmp_path, save_strategy="no")
-    run.train()
+    run = trainer(model, tmp_path)
+    run.create_optimizer()
     mapsurgery.patch(mapsurgery.unpatch(model), "*proj", rank=2)
     with pytest.raises(ValueError, match="the optimizer leaves out"):
         run.train()
@@ -240,15 +232,17 @@ def test_what_was_frozen_is_named_before_training(folder: Path, tmp_path: Path) 
     model.model.layers[0].requires_grad_(False)
     with pytest.raises(ValueError, match=r"frozen after patch: model\.layers\.0\.self_attn\.q_proj"):
         trainer(model, tmp_path).train()
-    trainer(model, tmp_path, frozen="keep").train()
-    loaded = mapsurgery.load(llama(), tmp_path / "checkpoint-4" / ADAPTER_NAME)
+    run = trainer(model, tmp_path, frozen="keep")
+    run.create_optimizer()
+    run.save_model(str(tmp_path))
+    loaded = mapsurgery.load(llama(), tmp_path / ADAPTER_NAME)
     assert same(trained(loaded), trained(model))
 
 
 @pytest.mark.parametrize("why", ["base", "rank", "layers", "method", "damaged"])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(why: str, folder: Path, tmp_path: Path) -> None:
-    trainer(patched("llama", folder), tmp_path / "a").train()
-    checkpoint = tmp_path / "a" / "checkpoint-2"
+    checkpoint = tmp_path / "checkpoint-2"
+    trainer(patched("llama", folder), tmp_path).save_model(str(checkpoint))
     models = {
         "base": lambda: mapsurgery.patch(llama(seed=5), ["*proj", "lm_head"], rank=2),
         "rank": lambda: mapsurgery.patch(llama(), ["*proj", "lm_head"], rank=3),
@@ -292,11 +286,19 @@ def test_it_mixes_with_other_trainers(folder: Path, tmp_path: Path) -> None:
 
 def test_a_push_between_checkpoints_takes_the_adapter_along(folder: Path, tmp_path: Path) -> None:
     run = trainer(patched("llama", folder), tmp_path, hub_strategy="end")  # nothing is sent
-    run.train()
-    assert not (tmp_path / ADAPTER_NAME).exists()
-    run._push_from_checkpoint(str(tmp_path / "checkpoint-4"))
-    assert (tmp_path / ADAPTER_NAME).read_bytes() == (tmp_path / "checkpoint-4" / ADAPTER_NAME).read_bytes()
-    shutil.rmtree(tmp_path / "checkpoint-4")
+    run.save_model(str(tmp_path / "checkpoint-2"))
+    run._push_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / ADAPTER_NAME).read_bytes() == (tmp_path / "checkpoint-2" / ADAPTER_NAME).read_bytes()
+
+
+def test_a_sharded_training_is_refused(folder: Path, tmp_path: Path) -> None:
+    class Sharded(AdapterTrainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True  # which accelerate turns on on GPUs alone
+
+    with pytest.raises(NotImplementedError, match="FSDP or DeepSpeed is on"):
+        Sharded(patched("llama", folder), arguments(tmp_path), train_dataset=text_data())
 
 
 OURS = "mapsurgery.integrations.transformers"
