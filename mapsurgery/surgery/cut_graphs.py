@@ -1,179 +1,103 @@
-"""A gradient at the inputs of a model whose first layers are frozen, where its own code would otherwise cut the graph.
+"""A gradient where a model's own code would cut the graph of a frozen base.
 
 Reentrant activation checkpointing and reversible blocks run their part of the model without autograd, inside a
 `torch.autograd.Function`, and build the graph in the backward, but only if one of the Function's inputs requires a
-gradient. In a model with a frozen base none does, and every adapter in there would silently learn nothing. So adapted
-layers look, where autograd is off, whether they run inside such a Function. Then the root of the patched model runs its
-forward once more, with floating inputs and outputs of embeddings that require a gradient, and does so at once from then
-on. Where no graph is cut, nothing is changed and nothing costs.
+gradient. In a model with a frozen base none does ahead of the first adapter, and every adapter in there would silently
+learn nothing. So a Function that is about to run layers on inputs of which none requires a gradient gets one that does,
+and adapted layers say whether it ran any; if it ran none, its outputs require no gradient, as without us. The forward
+runs once, and nothing else of the model is touched: neither its inputs, nor its embeddings, nor checkpointing of the
+other kind, which cuts nothing.
+
+For that, `apply` of some Functions is ours as long as the process holds a patched model: of torch's reentrant
+checkpointing, and of those that the files of the patched models name. Another one in which an adapted layer finds
+itself cut off is added then, with a warning, since the step that is running can no longer be mended.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+import threading
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from types import FrameType
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
-from torch.utils._pytree import tree_map_only
+from torch.autograd.function import FunctionCtx, FunctionMeta
+from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from ..methods import Adapter
 
-_FLAGS = ("gradient_checkpointing", "grad_checkpointing")
-"""Attributes by which transformers, diffusers and timm say that a module recomputes activations."""
+_OWN_CODE = ("torch", "mapsurgery")
+"""Packages whose Functions, torch's checkpointing apart, run no layers of a model."""
 
 
-@dataclass
-class Call:
-    """One forward of the root that is running.
-
-    Attributes:
-        learning: it runs with autograd.
-        source: its inputs and embeddings are made to require a gradient.
-        cut: an adapted layer ran inside a Function none of whose inputs requires a gradient.
-    """
-
-    learning: bool
-    source: bool
-    cut: bool = False
-
-
-@dataclass
 class Watch:
-    """State of one patched model, shared by its adapters and hooks.
+    """What the adapters of one patched model hold; while there is any, `apply` of some Functions is ours.
 
-    Attributes:
-        calls: the forwards of the root that are running: one may call another.
-        needed: the model is known to cut its graph.
-        warned: that nothing could be done about it.
+    Args: functions: names, "module:class", of Functions that the model's files name.
     """
 
-    calls: list[Call] = field(default_factory=list)
-    needed: bool = False
-    warned: bool = False
+    def __init__(self, functions: Iterable[str] = ()) -> None:
+        self.functions = tuple(functions)
+        self.warned = False
+        _enter([CheckpointFunction, *filter(None, map(_named, self.functions))])
+        weakref.finalize(self, _leave).atexit = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy counts for itself."""
+        return Watch, (self.functions,)
 
     def saw(self, adapter: Adapter) -> None:
         """An adapted layer runs; called where autograd is off."""
-        if self.calls:
-            call = self.calls[-1]
-            call.cut = call.cut or (call.learning and _cut_off())
-        elif adapter.training and not self.warned and _cut_off():
-            self.warn(adapter.layer_name, "the model was not run through its own forward")
-
-    def warn(self, name: str, why: str) -> None:
-        if self.warned:
+        if _runs and self._runs_in(adapter):
             return
-        self.warned = True
+        if adapter.training and not self.warned:
+            function = _cut_by()
+            if function is not None and _learns(adapter):
+                self._warn(adapter, function, late=function not in _ours)
+
+    def _runs_in(self, adapter: Adapter) -> bool:
+        """Whether Functions that are known of run the adapter; they are told."""
+        runs = [run for run in tuple(_runs) if run.thread == threading.get_ident()]
+        if runs and _learns(adapter):
+            for run in runs:
+                run.reached = True
+            lost = next((run for run in runs if not run.given), None)
+            if lost is not None:
+                self._warn(adapter, lost.function, lost.late)
+        return bool(runs)
+
+    def _warn(self, adapter: Adapter, function: FunctionMeta, late: bool) -> None:
+        """Say that a Function cut the adapter off. Args: late: its next call will not."""
+        if late:
+            _intercept(function, known=True)
+        elif self.warned:
+            return
+        self.warned = self.warned or not late
         warnings.warn(
-            f"the adapter of {name} will not learn: it runs in a part of the model (reentrant checkpointing, "
-            f"reversible blocks) none of whose inputs requires a gradient, and {why}. "
-            "Make an input of that part require a gradient",
-            stacklevel=2,
+            f"the adapter of {adapter.layer_name} will not learn{' in this step' if late else ''}: "
+            f"{function.__qualname__} runs it without autograd (reentrant checkpointing, reversible blocks), and none "
+            "of its inputs requires a gradient. "
+            + ("In further steps one will" if late else "Make an input of that part require a gradient"),
+            stacklevel=4,
         )
-
-
-def _cut_off() -> bool:
-    """Whether a custom Function's forward is running, the outermost one with no input that requires a gradient.
-
-    The outermost, since within it autograd is off and says nothing of what the backward will do.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    outermost: Any = None
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            ctx = frame.f_locals.get(code.co_varnames[0])
-            outermost = ctx if isinstance(ctx, FunctionCtx) else outermost
-        frame = frame.f_back
-    return outermost is not None and not any(outermost.needs_input_grad)
-
-
-class _Before:
-    """Pre-hook of the root."""
-
-    def __init__(self, watch: Watch, model: nn.Module) -> None:
-        self.watch = watch
-        self.flagged = [m for m in model.modules() if any(flag in m.__dict__ for flag in _FLAGS)]
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return None
-        flagged = any(getattr(module, flag, False) for module in self.flagged for flag in _FLAGS)
-        learning = torch.is_grad_enabled()
-        call = Call(learning, source=learning and (self.watch.needed or flagged))
-        self.watch.calls.append(call)
-        return tree_map_only(Tensor, _requiring_grad, (args, kwargs)) if call.source else None
-
-
-class _After:
-    """Post-hook of the root, also of a forward that failed."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.watch.calls:
-            return None
-        call = self.watch.calls[-1]
-        try:
-            return self._with_gradient(call, model, args, kwargs) if call.cut and output is not None else None
-        finally:
-            self.watch.calls.pop()
-
-    def _with_gradient(self, call: Call, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The forward once more, without the hooks, which have run."""
-        output = None
-        if not call.source:
-            self.watch.needed, call.source, call.cut = True, True, False
-            args, kwargs = tree_map_only(Tensor, _requiring_grad, (args, kwargs))
-            output = model.forward(*args, **kwargs)
-        if call.cut:
-            self.watch.warn("a layer", "neither the model's tensor inputs nor its embeddings lead there")
-        return output
-
-
-class _AfterEmbedding:
-    """Post-hook of an embedding, whose ids can carry no gradient."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.watch.calls or not self.watch.calls[-1].source:
-            return None
-        return tree_map_only(Tensor, _requiring_grad, output)
-
-
-def _requiring_grad(x: Tensor) -> Tensor:
-    """The same numbers with a gradient; a copy, so that the model may write into it and the caller's is left alone."""
-    floating = x.is_floating_point() or x.is_complex()
-    if not floating or x.requires_grad or not torch.is_grad_enabled():
-        return x
-    return x.detach().requires_grad_().clone()
-
-
-_OWN = (_Before, _After, _AfterEmbedding)
-_NO_HOOKS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-"""Their fast path is taken only where they have no hooks; and they cut no graph."""
 
 
 def install(model: nn.Module, adapters: Iterable[Adapter]) -> None:
     """Watch a model that was just patched."""
-    watch = Watch()
+    functions = dict.fromkeys(_functions_of(model))
+    watch = Watch(f"{function.__module__}:{function.__qualname__}" for function in functions)
+    for function in functions:  # also those that have no name, being defined in a function
+        _intercept(function)
     for adapter in adapters:
         adapter.watch = watch
-    if isinstance(model, _NO_HOOKS):
-        return
-    model.register_forward_pre_hook(_Before(watch, model), with_kwargs=True)
-    model.register_forward_hook(_After(watch), with_kwargs=True, always_call=True)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.register_forward_hook(_AfterEmbedding(watch))
 
 
 def uninstall(model: nn.Module) -> None:
@@ -181,12 +105,266 @@ def uninstall(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Adapter):
             module.watch = None
-        _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-        _remove(module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
 
 
-def _remove(hooks: dict[int, Any], *marks: dict[int, bool]) -> None:
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _OWN)]:
-        del hooks[key]
-        for mark in marks:
-            mark.pop(key, None)
+# Functions whose `apply` is ours ----------------------------------------------------------------------------------
+
+_lock = threading.RLock()  # a Watch may be collected anywhere, also in here
+_watches = 0
+_ours: weakref.WeakKeyDictionary[FunctionMeta, Any] = weakref.WeakKeyDictionary()
+"""Each with what its own `apply` was, None where it inherits it."""
+_known: weakref.WeakSet[FunctionMeta] = weakref.WeakSet()
+"""Those that have run layers although none of their arguments seemed to lead there."""
+
+
+def _enter(functions: Iterable[FunctionMeta]) -> None:
+    global _watches
+    with _lock:
+        _watches += 1
+        for function in functions:
+            _intercept(function)
+
+
+def _leave() -> None:
+    global _watches
+    with _lock:
+        _watches -= 1
+        if _watches:
+            return
+        for function, own in list(_ours.items()):
+            if own is None:
+                del function.apply  # type: ignore[attr-defined]
+            else:
+                function.apply = own  # type: ignore[attr-defined]
+        _ours.clear()
+        _known.clear()
+
+
+def _intercept(function: FunctionMeta, known: bool = False) -> None:
+    """Let its `apply` be ours. Args: known: it runs layers, whatever its arguments look like."""
+    plain = inspect.getattr_static(function, "apply")
+
+    def apply(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return _applied(cls, plain.__get__(None, cls), args, kwargs)
+
+    with _lock:
+        if known:
+            _known.add(function)
+        if function not in _ours:
+            _ours[function] = function.__dict__.get("apply")
+            function.apply = classmethod(apply)  # type: ignore[attr-defined]
+
+
+def _named(name: str) -> FunctionMeta | None:
+    """The Function of this name; another process may have none."""
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if issubclass(type(found), FunctionMeta) else None
+
+
+def _functions_of(model: nn.Module) -> Iterator[FunctionMeta]:
+    """Functions that the code of the model can name: of the files that define its modules, of those that these import
+    from, and what methods close over."""
+    spaces: dict[int, dict[str, Any]] = {}
+    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+        if _is_own(cls.__module__) or cls.__module__ not in sys.modules:
+            continue
+        space = vars(sys.modules[cls.__module__])
+        spaces[id(space)] = space
+        for value in [*space.values()]:
+            for imported in _imported(value):
+                spaces.setdefault(id(imported), imported)
+        for method in vars(cls).values():
+            yield from filter(_runs_layers, _closed_over(method))
+    for space in spaces.values():
+        yield from filter(_runs_layers, [*space.values()])
+
+
+def _imported(value: Any) -> Iterator[dict[str, Any]]:
+    if issubclass(type(value), ModuleType) and not _is_own(value.__name__):
+        yield vars(value)
+    elif type(value) is FunctionType and not _is_own(value.__module__ or ""):
+        yield value.__globals__
+
+
+def _closed_over(function: Any) -> list[Any]:
+    closure = getattr(function, "__closure__", None) if type(function) is FunctionType else None
+    found = []
+    for cell in closure or ():
+        with suppress(ValueError):  # an empty cell
+            found.append(cell.cell_contents)
+    return found
+
+
+def _runs_layers(value: Any) -> bool:
+    # By the type, since lazy objects do their work when they are asked for their class.
+    return issubclass(type(value), FunctionMeta) and not _is_own(value.__module__)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] in _OWN_CODE
+
+
+# One call ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Run:
+    """A Function that is running with autograd, and came with no input that requires a gradient.
+
+    Attributes:
+        function: which.
+        thread: that runs it.
+        given: it got an input that does.
+        late: it did not, since it did not seem to run layers.
+        reached: an adapter that learns ran in it.
+    """
+
+    function: FunctionMeta
+    thread: int
+    given: bool
+    late: bool
+    reached: bool = False
+
+
+_runs: list[_Run] = []
+"""Of all threads."""
+
+
+def _applied(function: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`apply` of a Function, where none of the inputs requires a gradient with one that does."""
+    handed = [*args, *kwargs.values()]
+    if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in handed):
+        return apply(*args, **kwargs)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return apply(*args, **kwargs)
+    handed += _closed_over(function.forward)
+    runs_layers = function in _known or any(map(_leads_on, handed))
+    given = _with_source(function, args) if runs_layers else None
+    run = _Run(function, threading.get_ident(), given=given is not None, late=not runs_layers)
+    _runs.append(run)
+    try:
+        output = apply(*(args if given is None else given), **kwargs)
+    finally:
+        _runs.remove(run)
+    # Adapters in compiled code, and where the Function has turned autograd on, say nothing.
+    if given is None or run.reached or _holds_adapters(handed):
+        return output
+    if _is_checkpoint(function):
+        check_backward_validity(args)  # its warning, which our input kept back
+    return tuple(map(_taken_back, output)) if isinstance(output, tuple) else _taken_back(output)
+
+
+def _is_checkpoint(function: Any) -> bool:
+    return function.forward is CheckpointFunction.forward
+
+
+def _with_source(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The arguments with one that requires a gradient; None where there is no way.
+
+    Checkpointing takes any number of tensors: it gets an empty one, and the part that it runs computes no gradient that
+    it would not compute otherwise. Another Function gets the first floating one in a form that requires a gradient.
+    """
+    source = torch.empty(0, device="cpu", requires_grad=True)
+    if _is_checkpoint(function):
+        return _PassingBy(args[0]), *args[1:], source
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
+            return *args[:i], _Sourced.apply(source, x), *args[i + 1 :]
+    return None
+
+
+class _Sourced(torch.autograd.Function):
+    """A tensor as one that requires a gradient, in the same memory, since it may be written into."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _PassingBy:
+    """The function that checkpointing runs, without the last argument, which is ours."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        output = self.function(*args[:-1])
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [x for x in outputs if isinstance(x, Tensor)]
+        if not torch.is_grad_enabled() or any(x.requires_grad for x in tensors):
+            return output
+        # Recomputed, and no adapter leads to an output: checkpointing takes this for an error.
+        outputs = tuple(
+            _Sourced.apply(args[-1], x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in outputs
+        )
+        return outputs if isinstance(output, tuple) else outputs[0]
+
+
+def _taken_back(output: Any) -> Any:
+    return output.detach() if isinstance(output, Tensor) and output.requires_grad else output
+
+
+# Where adapters are -----------------------------------------------------------------------------------------------
+
+
+def _learns(adapter: Adapter) -> bool:
+    """False for one that is switched off or frozen. Other tools may put tensors of their own for its parameters."""
+    own = adapter.own_parameters().values()
+    return adapter.enabled and any(p.requires_grad or not isinstance(p, nn.Parameter) for p in own)
+
+
+def _leads_on(x: Any) -> bool:
+    """Whether an argument of a Function can lead to layers: it can be called, or holds what can."""
+    if isinstance(x, list | tuple | dict):
+        return any(map(_leads_on, x.values() if isinstance(x, dict) else x))
+    return callable(x)
+
+
+def _holds_adapters(given: list[Any]) -> bool:
+    """Whether arguments of a Function lead to adapters that learn."""
+    waiting, seen = [*given], set()
+    while waiting:
+        x = waiting.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, nn.Module):
+            if any(isinstance(module, Adapter) and _learns(module) for module in x.modules()):
+                return True
+        elif isinstance(x, list | tuple):
+            waiting += x
+        elif isinstance(x, dict):
+            waiting += x.values()
+        elif isinstance(x, partial):
+            waiting += [x.func, x.args, x.keywords]
+        elif isinstance(x, MethodType):
+            waiting += [x.__self__, x.__func__]
+        else:
+            waiting += _closed_over(x)
+    return False
+
+
+def _cut_by() -> FunctionMeta | None:
+    """The outermost custom Function whose forward is running, if no input requires a gradient and `apply` was not ours.
+
+    The outermost, since within it autograd is off and says nothing of what the backward will do.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    outermost: Any = None
+    seen = False
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            ctx = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(ctx, FunctionCtx):
+                outermost, seen = ctx, False
+        seen = seen or code is _applied.__code__
+        frame = frame.f_back
+    return None if outermost is None or seen or any(outermost.needs_input_grad) else type(outermost)._forward_cls
