@@ -15,6 +15,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import mapsurgery
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing_(en|dis)able.*:FutureWarning", "ignore:None of the inputs have requires_grad"
 )
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def _patched(model: nn.Module, targets: str | list[str]) -> Any:
     """In float64 and train mode, with adapters that have moved from their start, so that no gradient is 0."""
-    _patched(model, targets)
+    mapsurgery.patch(model.double(), targets, rank=2).train()
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
