@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ._atomic_write import write_whole
 from ._base import Base
 from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict, put
-from .methods import Map
 from .methods.adapter import DTYPES, common_row
 from .surgery import trainers
 from .surgery.config import Config
@@ -48,8 +47,8 @@ from .surgery.reducers import refuse_reduced
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 3
 _READABLE = ("1", "2", "3")
-"""1 has one tensor more for each layer, "form", which says what the configuration says as well. In 1 and 2 alpha is the
-magnitude of the base, since then its distance from ||W||_F."""
+"""1 has one tensor more for each layer, "form", which says what the configuration says as well. In 1 and 2
+alpha of MAP and m of DoRA are the magnitudes themselves, since then their distance from the base's."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]
@@ -142,6 +141,7 @@ class _File:
     """An adapter file, parsed and checked in itself."""
 
     path: str
+    version: str
     config: Config
     layers: dict[str, dict[str, Any]]
     trained: tuple[str, ...]
@@ -173,6 +173,7 @@ def load(model: Model, path: Path) -> Model:
     try:
         apply_plan(root, plan, start=False)
         put(root, _named_by(root, file))
+        _count_from_base(root, file)
     except BaseException:
         unpatch(root)
         raise
@@ -208,6 +209,7 @@ def restore(model: nn.Module, path: Path) -> None:
         holders[name].entry(""): {"base": asdict(_base_of(layer))} for name, layer in file.layers.items()
     }
     load_adapter_state_dict(model, state)
+    _count_from_base(root, file)
 
 
 def _holders(model: nn.Module) -> dict[str, Site]:
@@ -215,6 +217,14 @@ def _holders(model: nn.Module) -> dict[str, Site]:
     sites = all_sites(model)
     first = {id(site.adapter): site for site in one_per_adapter(sites)}
     return {path: first[id(site.adapter)] for site in sites for path in site.paths}
+
+
+@torch.no_grad()
+def _count_from_base(model: nn.Module, file: _File) -> None:
+    """Magnitudes of an old file."""
+    if file.version in ("1", "2"):
+        for site in one_per_adapter(all_sites(model)):
+            site.adapter.method.count_from_base(site.adapter)
 
 
 def _named_by(model: nn.Module, file: _File) -> dict[str, Tensor]:
@@ -242,6 +252,7 @@ def _read(path: str) -> _File:
         raise ValueError(f"{path} is not a complete safetensors file (truncated or damaged): {error}") from error
     file = _File(
         path=path,
+        version=metadata["format_version"],
         config=_config(path, _json(path, metadata, "config", dict)),
         layers=_json(path, metadata, "layers", dict),
         trained=_names(path, metadata, "trained"),
@@ -255,17 +266,7 @@ def _read(path: str) -> _File:
     else:
         _check_form(file, _json(path, metadata, "form", dict))
     _check_consistent(file)
-    if metadata["format_version"] in ("1", "2") and isinstance(file.config.method, Map):
-        _count_alpha_from_base(file)
     return file
-
-
-def _count_alpha_from_base(file: _File) -> None:
-    for layer in file.layers.values():
-        start = [1.0 if file.config.init.relative or norm == 0 else norm for norm in _norms(layer)]
-        alpha = file.tensors.get(_entry(layer, "alpha"))
-        if alpha is not None and alpha.shape == (len(start),):  # else the model's layer will not take it
-            alpha.copy_(alpha.double() - _tensor(start))
 
 
 def _check_form(file: _File, found: dict[str, float]) -> None:

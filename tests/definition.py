@@ -79,8 +79,8 @@ def defined_by(a: nn.Module, W: Tensor) -> Tensor:
     if method.name == "lora":
         return updated
     length = updated.norm(dim=1, keepdim=True)
-    m = a.m.detach().double()[:, None]
-    factor = torch.where(W.double().norm(dim=1, keepdim=True) > 0, m / length, 1 + m)
+    m, lengths = a.m.detach().double()[:, None], W.double().norm(dim=1, keepdim=True)
+    factor = torch.where(lengths > 0, (lengths + m) / length, 1 + m)
     return factor * updated
 
 
@@ -119,7 +119,7 @@ def to_generic_point(model: nn.Module, seed: int = 1) -> nn.Module:
         if isinstance(a, Adapter):
             for name, p in a.own_parameters().items():
                 drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3
-                p.copy_(p.double() * (1 + drawn.to(p.device)) if name == "m" else drawn)
+                p.copy_(drawn / 3 if name == "m" else drawn)
             if a.method.name == "map":
                 unit = 1.0 if a.init.relative else a.weight_norm.double().clamp_min(1e-3)
                 a.alpha.fill_(-0.1).mul_(unit)

@@ -124,7 +124,7 @@ def test_the_gradient_of_dora_takes_the_lengths_as_constants(update: str) -> Non
     a, own = adapted.adapter, adapted.adapter.own_parameters()
     W = adapted.get_parameter("weight").detach()
     lengths = (W + a.scaling * a.update.delta(a)).norm(dim=1).detach()
-    rows = (a.m / lengths)[:, None]
+    rows = ((W.norm(dim=1) + a.m) / lengths)[:, None]
     y = torch.nn.functional.linear(x, rows * (W + a.scaling * a.update.delta(a)), adapted.bias)
     direction = torch.randn_like(y)
     expected = torch.autograd.grad(y, list(own.values()), direction)

@@ -55,12 +55,12 @@ def test_a_loaded_model_computes_the_same_bitwise_and_trains_the_same(path: Path
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("kind", ["relative", "absolute", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_files_in_which_alpha_was_the_magnitude_itself_are_read(
-    path: Path, relative: bool, version: str, dtype: torch.dtype
+def test_files_in_which_magnitudes_count_from_0_are_read(
+    path: Path, kind: str, version: str, dtype: torch.dtype
 ) -> None:
-    """Up to version 2 alpha started at 1, or with absolute magnitudes at ||W||_F."""
+    """Up to version 2 alpha started at 1, or with absolute magnitudes at ||W||_F, and DoRA's m at the rows' lengths."""
 
     def base() -> nn.Module:
         torch.manual_seed(0)
@@ -69,24 +69,27 @@ def test_files_in_which_alpha_was_the_magnitude_itself_are_read(
         model["stack"].weight = nn.Parameter(torch.randn(2, 4, 3))
         return model
 
-    options = {"rank": 2, "init": mapsurgery.Init(relative=relative), "dtype": dtype}
-    model = mapsurgery.patch(base(), ["layer", "zero"], parameters="stack.weight", **options)
+    options = {"method": "dora"} if kind == "dora" else {"init": mapsurgery.Init(relative=kind == "relative")}
+    model = mapsurgery.patch(base(), ["layer", "zero"], parameters="stack.weight", rank=2, dtype=dtype, **options)
     mapsurgery.save(to_generic_point(model), path)
+    weights = {name: layer.get_parameter("weight").detach() for name, layer in model.items()}
 
     def edit(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
         metadata["format_version"] = version
-        for layer in metadata["layers"].values():
+        for name, layer in metadata["layers"].items():
             norms = torch.tensor(layer["weight_norm"]).reshape(-1)
-            name = f"{layer['layer']}.adapter.alpha"
-            tensors[name] = (tensors[name].float() + (1 if relative else torch.where(norms > 0, norms, 1))).to(dtype)
+            start = 1 if kind == "relative" else torch.where(norms > 0, norms, 1)
+            start = weights[name.removesuffix(".weight")].norm(dim=-1) if kind == "dora" else start
+            key = f"{layer['layer']}.adapter.{'m' if kind == 'dora' else 'alpha'}"
+            tensors[key] = (tensors[key].float() + start).to(dtype)
 
-    expected = {name: site.weight.detach().clone() for name, site in model.items()}
+    expected = {name: layer.weight.detach().clone() for name, layer in model.items()}
     _edited(path, edit)
     loaded = mapsurgery.load(base(), path)
     for name, layer in loaded.items():
         rounding = 2e-6 if dtype == torch.float32 else 0.008
         assert (layer.weight - expected[name]).norm() <= rounding * expected[name].norm() + 1e-12, name
-    assert loaded["layer"].adapter.alpha.dtype == dtype
+        assert {p.dtype for p in layer.adapter.parameters()} == {dtype}
     mapsurgery.save(loaded, path)
     assert torch.equal(mapsurgery.load(base(), path)["layer"].weight, loaded["layer"].weight)
 

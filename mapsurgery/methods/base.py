@@ -117,6 +117,9 @@ class Method:
     def norm_changed(self, p: Parameters, before: Tensor, weight: Callable[[], Tensor]) -> None:
         """||W||_F is no longer `before`: a checkpoint with other weights, W, was loaded under the adapter."""
 
+    def count_from_base(self, p: Parameters) -> None:
+        """Turn parameters of a file before version 3, whose magnitudes count from 0, into what they are here."""
+
     def scales(self, p: Parameters) -> ops.Scales | None:
         """What the operator map_scales gives for a layer, where its calls may be handed that; else None."""
         return None

@@ -13,6 +13,7 @@ from .. import ops
 from ..named import flags
 from ..updates import Matrix
 from .base import Coefficients, Parameters, put_matrix
+from .init import Init
 from .lora import Lora
 
 
@@ -20,7 +21,8 @@ from .lora import Lora
 class Dora(Lora):
     """W' = diag(m / ‖W + s ΔW‖_row) (W + s ΔW); the paper's "columns" are the outputs, rows of torch's (out, in).
 
-    m (out,) starts at the lengths of W's rows. A row of W that is 0 has no direction: its factor is 1 + m, m = 0.
+    The paper's m (out,) is trained by its distance from the lengths of W's rows, the parameter `m`, from 0: so decay
+    pulls W' towards W, and a half type keeps small changes. A row of W that is 0 has no direction: its factor is 1 + m.
 
     Args:
         alpha, rslora: as in `Lora`.
@@ -41,31 +43,37 @@ class Dora(Lora):
 
     @torch.no_grad()
     def start(self, p: Parameters, weight: Callable[[], Tensor]) -> None:
-        p.m.copy_(p.__dict__["_row_lengths"])
+        p.m.zero_()
 
     def remember(self, p: Parameters, weight: Callable[[], Tensor]) -> None:
         p.__dict__["_row_lengths"] = _lengths(weight())
 
     @torch.no_grad()
     def norm_changed(self, p: Parameters, before: Tensor, weight: Callable[[], Tensor]) -> None:
-        """Magnitudes keep their size relative to the rows of W; those that training did not move are the rows'."""
+        """Magnitudes keep their size relative to the rows of W."""
         new, old = _lengths(weight()), p.__dict__["_row_lengths"].to(p.m.device)
-        ratio = torch.where(old > 0, new / torch.where(old > 0, old, 1), 1)
-        started = p.m == old.to(p.m.dtype)
-        p.m.copy_(torch.where(started, new, p.m * ratio))
+        p.m.mul_(torch.where(old > 0, new / torch.where(old > 0, old, 1), 1))
+
+    def count_from_base(self, p: Parameters) -> None:
+        lengths = p.__dict__["_row_lengths"].to(p.m.device)
+        p.m.copy_(p.m.to(lengths.dtype) - lengths)
+
+    def form(self, init: Init, rank: int) -> dict[str, float]:
+        return {**super().form(init, rank), "m_start": 0.0}  # it was the rows' lengths
 
     def coefficients(self, p: Parameters, W: Callable[[], Tensor], norm: Tensor) -> Coefficients:
         with torch.set_grad_enabled(self.exact and torch.is_grad_enabled()):
-            lengths, empty = self._row_lengths(p, W())
+            lengths, own = self._row_lengths(p, W())
         m = p.m.to(lengths.dtype)
-        return Coefficients(None, p.scaling, torch.where(empty, 1 + m, m / torch.where(lengths == 0, 1, lengths)))
+        rows = (own + m) / torch.where(lengths == 0, 1, lengths)
+        return Coefficients(None, p.scaling, torch.where(own == 0, 1 + m, rows))
 
     def _row_lengths(self, p: Parameters, W: Tensor) -> tuple[Tensor, Tensor]:
-        """‖W_i + s ΔW_i‖, and whether W_i is 0, without a matrix of W's size where ΔW has factors."""
+        """‖W_i + s ΔW_i‖ and ‖W_i‖, without a matrix of W's size where ΔW has factors."""
         along, squares = p.update.row_products(p, W)
         own = _lengths(W).to(along.dtype)
         square = (own.square() + 2 * p.scaling * along + p.scaling**2 * squares).clamp_min(0)
-        return ops.safe_sqrt(square), own == 0
+        return ops.safe_sqrt(square), own
 
     def merge_into(self, p: Parameters, weight: Tensor, norm: Tensor) -> None:
         matrix = p.matrix.view(weight)
@@ -84,8 +92,13 @@ class Dora(Lora):
         rows = self.coefficients(p, lambda: p.matrix.view(W), norm).rows
         return rows is not None and bool(rows.all())
 
+    @torch.no_grad()
+    def lengths(self, p: Parameters, W: Tensor) -> Tensor:
+        """The paper's m, (out,) or (E, out), of W (out, K) or (E, out, K)."""
+        return _lengths(W) + p.m
+
     def magnitudes(self, p: Parameters, norm: Tensor) -> dict[str, Tensor]:
-        size = torch.linalg.vector_norm(p.m.detach(), dim=-1).reshape(-1)
+        size = torch.linalg.vector_norm(p.__dict__["_row_lengths"].to(p.m.device) + p.m.detach(), dim=-1).reshape(-1)
         return {"alpha": size / torch.where(norm == 0, 1, norm)}
 
 

@@ -73,6 +73,9 @@ class Map(Method):
             p.alpha.mul_(ratio)
             p.beta.mul_(ratio)
 
+    def count_from_base(self, p: Parameters) -> None:
+        p.alpha.copy_(p.alpha.double() - _unit(p, p.weight_norm))
+
     def coefficients(self, p: Parameters, W: Callable[[], Tensor], norm: Tensor) -> Coefficients:
         factors = p.update.factors(p)
         if factors is not None:

@@ -312,6 +312,7 @@ def _fill(model: nn.Module, plan: Plan, layouts: dict[str, Layout], content: _Co
                 adapter.get_parameter("B0").mul_(alpha / method.alpha)
         if tensors.magnitude is not None:
             own["m"].copy_(tensors.magnitude)
+            method.count_from_base(adapter)
     places: dict[str, Tensor] = parameters_of(model) | persistent_buffers(model)
     for name in content.others.keys() & places.keys():
         places[name].copy_(content.others[name])

@@ -231,18 +231,20 @@ def _of_site(site: Site) -> _Converted | str:
     adapter = site.adapter
     if adapter.pending or adapter.weight_norm.is_meta:
         return f"layer {site.path!r}: its weight is not loaded (meta device), there is no adapter yet"
-    dora = isinstance(adapter.method, Dora)
+    method = adapter.method
+    dora = isinstance(method, Dora)
     layout = why_not_by_name(site.paths) or layout_of(site.layer, site.parameter, dora)
     if isinstance(layout, str):
         return f"layer {site.path!r} {layout}"
     if not isinstance(adapter.update, FactoredUpdate):
         return f"layer {site.path!r} has update {adapter.update.name!r}, which is no product B A of low rank: merge it"
-    if dora and has_empty_row(adapter.matrix.view(site.layer.base_of(site.parameter))):
+    W = adapter.matrix.view(site.layer.base_of(site.parameter))
+    if dora and has_empty_row(W):
         return f"layer {site.path!r} has a weight with a row of zeros, by whose length PEFT's DoRA divides"
     A, B = adapter.update.factors(adapter)
     if adapter.kept_row is not None:
         B = B.index_fill(0, torch.tensor(adapter.kept_row, device=B.device), 0)
-    magnitude = adapter.own_parameters()["m"].detach() if dora else None
+    magnitude = method.lengths(adapter, W) if isinstance(method, Dora) else None
     return layout, LayerTensors(A.detach(), B.detach(), magnitude), adapter
 
 
