@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ._example import arguments
 from .surgery.merge import merge
 from .surgery.record import all_sites, find_patched, intact_sites
 
@@ -73,8 +74,9 @@ def export(
     Args:
         path: ends in .pt2 ("pt2", "aoti") or .onnx. Written beside its destination and renamed, so that a failure
             leaves what was there.
-        example_inputs: positional arguments of the model's forward as a tuple, keyword arguments as a dictionary, or a
-            single tensor.
+        example_inputs: positional arguments of the model's forward as a tuple, keyword arguments as a mapping (a
+            dictionary, transformers' BatchEncoding), or a single tensor. A tuple or mapping that the forward's
+            signature cannot take so is its one argument.
         dynamic_shapes: as for ``torch.export.export``; None: the shapes of the example only.
         format: "pt2", a program that ``torch.export.load`` reads; "aoti", a package compiled for this machine's kind of
             processor, for C++ or ``torch._inductor.aoti_load_package``; "onnx" (``pip install mapsurgery[onnx]``).
@@ -100,7 +102,7 @@ def export(
     destination = _checked_path(path, format)
     _check_packages(format)
     _check_model(model)
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = _arguments(model, example_inputs)
     with torch.no_grad():
         expected = _run(model, args, kwargs)
         with _merged_copy(model) if merged else _itself(model) as source:
@@ -168,18 +170,14 @@ def _check_model(model: nn.Module) -> None:
                 raise ValueError(f"{site.path}: {name} holds NaN or infinite values")
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments."""
-    if isinstance(example, Tensor):
-        return (example,), {}
-    if isinstance(example, tuple):
-        return example, {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    raise ValueError(
-        f"example_inputs must be a tensor, a tuple of positional or a dictionary of keyword arguments, "
-        f"got {type(example).__name__}"
-    )
+    if not isinstance(example, Tensor | tuple | Mapping):
+        raise ValueError(
+            f"example_inputs must be a tensor, a tuple of positional or a dictionary of keyword arguments, "
+            f"got {type(example).__name__}"
+        )
+    return arguments(model, example)
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

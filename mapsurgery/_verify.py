@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ._example import arguments
+from ._trial import EVAL, INFERENCE, TRAINING, Gradients, Mode, Trial
 from .methods import Adapter
-from .ops.registration import autocasting
-from .surgery.merge import held_elsewhere, layers_by_adapter, storages_of
-from .surgery.patch import disabled
-from .surgery.record import Site, find_patched, intact_sites, refuse_spread
+from .surgery.merge import held_elsewhere, storages_of
+from .surgery.record import Site, all_sites, find_patched, intact_sites, refuse_spread
 from .tables import render
 
 _UPDATE = ("down", "up")
@@ -27,7 +23,10 @@ _MAGNITUDES = ("base", "magnitude")
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of `verify`: path -> verdict ("ok", or what is wrong), and what was not checked. ``print`` shows it."""
+    """Result of `verify`: path -> verdict ("ok", or what is wrong), and what else is to be known. ``print`` shows it.
+
+    Attributes: notes: what could not be checked or was judged another way, and what trains beside the adapters.
+    """
 
     verdicts: dict[str, str]
     notes: tuple[str, ...] = ()
@@ -52,27 +51,39 @@ class VerificationError(RuntimeError):
         self.verification = verification
 
 
-def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
+def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any) -> Verification:
     """Run the model on an example, forward and backward, and prove that every adapter acts and learns.
 
-    Checked, on random projections of all floating outputs: from where it is now, each adapter gets a finite, non-zero
-    gradient on A or B; at a generic point, every parameter of it does in eval mode, and some do in train mode; the
-    output differs from the base's; inference (no_grad, eval, fast paths on) gives what eval with autograd gives; and
-    the model computes the same where W' stands in the place of W, so that nobody reads W behind its layer's back (for
-    that, one more copy of the adapted weights is kept meanwhile).
-    The model is left as it was: parameters, gradients, buffers, mode, random state. A train mode that cannot run here
-    (batch statistics of one sample, missing labels) is said in the notes.
+    Checked, in the context in which it is called (autocast included), on random projections of all floating outputs:
+
+    - from where it is now, each adapter gets a finite, non-zero gradient on A or B; at a generic point, every parameter
+      of it does in eval mode, and some do in train mode. An adapter that gets none in eval mode, because the model does
+      not differentiate there or its gradients underflow, is judged by train mode;
+    - the output differs from the base's;
+    - every adapter that acts in eval mode with autograd acts in inference (no_grad, eval, fast paths on) as well, and
+      the outputs of the two agree up to the rounding of the arithmetic that ran, where those of the base do;
+    - nobody reads W behind its layer's back: the output stays the same, bit for bit, while the adapters compute with a
+      copy of W and its memory holds other numbers (for that, one more copy of the adapted weights is kept meanwhile);
+    - with `optimizer`: it holds what is to be trained.
+
+    The model is left as it was: parameters, gradients, buffers, mode, random state. Frozen parameters that the model's
+    own train mode writes to are not. What torch.compile made runs as plain Python.
 
     Args:
-        inputs, kwargs: what the model's forward takes.
+        inputs, kwargs: what the model's forward takes. A single mapping (a dictionary, transformers' BatchEncoding)
+            stands for keyword arguments and a single tuple for positional ones, unless the forward's signature says
+            that it takes a structure as its one argument. Tensors and caches in it are copied for each run.
+        optimizer: that is to train the model, wrapped ones (accelerate's) and lists of several included.
 
     Returns:
-        A printable `Verification`, all of whose verdicts are "ok".
+        A printable `Verification`, all of whose verdicts are "ok". Its notes name the other parameters that train, what
+        could not be checked with this input, and frozen parameters of the optimiser.
 
     Raises:
-        VerificationError: listing the adapters that are frozen, unused, dead or not finite, or saying that inference
-            or a reader of the weights bypasses the adapters.
+        VerificationError: listing the adapters that are frozen, unused, dead, not finite or not in the optimiser, or
+            saying that inference or a reader of the weights bypasses the adapters.
         ValueError: the model is not patched, or its output holds no floating tensor.
+        TypeError: `optimizer` has no param_groups.
     """
     root, record = find_patched(model)
     sites = intact_sites(root, record)
@@ -82,118 +93,123 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
         raise ValueError("the model is on meta: load its weights before verifying it")
     if not all(adapter.enabled for adapter in adapters.values()):
         raise ValueError("adapters are disabled: verify the model outside of mapsurgery.disabled")
-    with _left_as_it_was(model, adapters, (inputs, kwargs)), torch.inference_mode(False):
-        call: Callable[[], list[Tensor]] = lambda: _tensors(model(*inputs, **kwargs))  # noqa: E731
-        model.eval()
-        _fill_zeros(model, adapters)
-        learning = _gradients(adapters, call)
-        _perturb(adapters)
-        acting = _gradients(adapters, call)
-        in_training, note = _in_training(model, adapters, call)
-        verdicts = {
-            path: _verdict(adapter, learning[path], acting[path], in_training[path] if in_training else None)
-            for path, adapter in adapters.items()
-        }
-        result = Verification(verdicts, (note,) if note else ())
+    optimised = None if optimizer is None else _optimised(optimizer)
+    args, kwargs = arguments(model, inputs[0]) if len(inputs) == 1 and not kwargs else (inputs, kwargs)
+    with Trial(model, adapters, args, kwargs).open() as trial:
+        in_eval, in_training, bypassed = _look(trial)
+        result = _judged(adapters, in_eval, in_training)
+        result = _with_notes(result, *_others(model, root, trial))
+        if optimised is not None:
+            result = _in_optimiser(model, result, adapters, trial.others, optimised)
         if result.failures:
             listed = "; ".join(f"{path}: {verdict}" for path, verdict in list(result.failures.items())[:20])
-            raise VerificationError(f"{len(result.failures)} of {len(verdicts)} adapters fail: {listed}", result)
-        _check_inference(model, call, result)
-        unchecked = _check_readers(model, intact_sites(root, record), call, result)
-    return dataclasses.replace(result, notes=(*result.notes, unchecked)) if unchecked else result
+            raise VerificationError(f"{len(result.failures)} of {len(adapters)} adapters fail: {listed}", result)
+        if bypassed:
+            raise _bypass(bypassed, result)
+        result = _check_ways(trial, root, result, in_eval, in_training)
+    return result
 
 
-_Gradients = dict[str, dict[str, Tensor]]
+# Gradients -----------------------------------------------------------------------------------------------------------
+
 _TRAIN_TRIES = 4  # stochastic depth may leave a layer out of one pass
+_LARGER, _SMALLER = (2.0**8, 2.0**16, 2.0**32, 2.0**64, 2.0**96), (2.0**-8, 2.0**-16, 2.0**-32)
+"""Sizes of the projection under which a gradient that underflowed or overflowed may show."""
+
+_Settled = Callable[[Adapter, dict[str, Tensor]], bool]
 
 
-def _in_training(
-    model: nn.Module, adapters: dict[str, Adapter], call: Callable[[], list[Tensor]]
-) -> tuple[_Gradients | None, str]:
-    """Gradients in train mode, of the first pass that reached each adapter; None and the reason if it cannot run."""
-    found: _Gradients = {path: {} for path in adapters}
-    model.train()
-    try:
-        for _ in range(_TRAIN_TRIES):
-            for path, grads in _gradients(adapters, call).items():
-                found[path] = found[path] or grads
-            if all(found.values()):
+@dataclass
+class _Seen:
+    """What was seen of the adapters in one mode.
+
+    Attributes:
+        start, generic: gradients where the adapters are now, and at a generic point.
+        acted: paths of those that computed in any run.
+        rescaled: paths of those whose gradient came only under another size of the projection.
+        error: of the first run that failed; the others were not tried.
+    """
+
+    mode: Mode
+    start: Gradients = field(default_factory=dict)
+    generic: Gradients = field(default_factory=dict)
+    acted: set[str] = field(default_factory=set)
+    rescaled: set[str] = field(default_factory=set)
+    error: Exception | None = None
+
+    def look(self, trial: Trial, settled: _Settled) -> Gradients:
+        """Gradients of the first run that reached each adapter; where they are 0 or not finite, of others too."""
+        found: Gradients = {path: {} for path in trial.adapters}
+        if self.error is not None:
+            return found
+        try:
+            for seed in range(_TRAIN_TRIES if self.mode.training else 1):
+                for path, grads in trial.gradients(self.mode, seed).items():
+                    found[path] = found[path] or grads
+                self.acted |= trial.acted
+                if all(found.values()):
+                    break
+            self._rescale(trial, settled, found)
+        except Exception as error:  # whatever the model's own code raises on this input, in this mode
+            # The frames of a trace hold activations; that of eval mode may be raised.
+            self.error = error.with_traceback(None) if self.mode.training else error
+        return found
+
+    def _rescale(self, trial: Trial, settled: _Settled, found: Gradients) -> None:
+        waiting = {path for path, grads in found.items() if grads and not settled(trial.adapters[path], grads)}
+        for scale in (*_LARGER, *_SMALLER):
+            finite = all(_finite(found[path]) for path in waiting)
+            if not waiting or (scale < 1 and finite):
                 break
-    except Exception as error:  # whatever the model's own training code raises on this input
-        return None, f"train mode was not checked, it fails on this input: {type(error).__name__}: {error}"
-    finally:
-        model.eval()
-        for parameter in model.parameters():
-            parameter.grad = None
-    return found, ""
+            if scale > 1 and not any(not g.any() for path in waiting for g in found[path].values()):
+                continue
+            for path, grads in trial.gradients(self.mode, scale=scale).items():
+                if path in waiting:
+                    found[path] = {n: _better(found[path].get(n), grad) for n, grad in grads.items()} or found[path]
+            now = {path for path in waiting if settled(trial.adapters[path], found[path])}
+            self.rescaled |= now
+            waiting -= now
+
+
+def _better(grad: Tensor | None, other: Tensor) -> Tensor:
+    """The first of two gradients under different projections that is finite and not 0; else the first."""
+    return other if grad is None or (other.isfinite().all() and other.any() and not _tells(grad)) else grad
+
+
+def _tells(grad: Tensor) -> bool:
+    return bool(grad.isfinite().all() and grad.any())
+
+
+def _finite(grads: Mapping[str, Tensor]) -> bool:
+    return all(bool(grad.isfinite().all()) for grad in grads.values())
+
+
+def _look(trial: Trial) -> tuple[_Seen, _Seen, set[str]]:
+    """What is seen in eval and in train mode, and the adapters that inference bypasses where they are now.
+
+    Raises:
+        Exception: what the model raises, if neither mode runs.
+    """
+    in_eval, in_training = _Seen(EVAL), _Seen(TRAINING)
+    _fill_zeros(trial)
+    in_eval.start = in_eval.look(trial, _starts)
+    bypassed = set() if in_eval.error else _bypassed(trial, set(in_eval.acted))
+    if not all(_starts(adapter, in_eval.start[path]) for path, adapter in trial.adapters.items()):
+        in_training.start = in_training.look(trial, _starts)
+    _perturb(trial.adapters)
+    in_eval.generic = in_eval.look(trial, _moves)
+    in_training.generic = in_training.look(trial, _moves)
+    if in_eval.error and in_training.error:
+        raise in_eval.error
+    return in_eval, in_training, bypassed
 
 
 @torch.no_grad()
-def _fill_zeros(model: nn.Module, adapters: dict[str, Adapter]) -> None:
+def _fill_zeros(trial: Trial) -> None:
     """A new head often starts at 0, which hides all that is below it, for one step: look past that."""
-    own = {id(p) for adapter in adapters.values() for p in adapter.own_parameters().values()}
-    for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in own and not parameter.any():
+    for parameter in trial.others.values():
+        if not parameter.any():
             parameter.normal_(std=0.02)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """Floating tensors of an output of any structure."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(output):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif isinstance(leaf, Tensor) and leaf.is_floating_point():
-            found.append(leaf)
-    if not found:
-        raise ValueError(f"the model's output ({type(output).__name__}) holds no floating tensor to verify with")
-    return found
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module, adapters: dict[str, Adapter], inputs: Any) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_leaf]
-    grads = {tensor: tensor.grad for tensor in (*model.parameters(), *leaves)}
-    python_state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    kept = [(b, b.detach().clone()) for _, _, b in buffers]
-    kept += [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    kept += [(p, p.detach().clone()) for a in adapters.values() for p in a.own_parameters().values()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    for parameter in grads:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-        for parameter, grad in grads.items():
-            parameter.grad = grad
-        for module, mode in modes.items():
-            module.training = mode
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-
-def _gradients(adapters: dict[str, Adapter], call: Callable[[], list[Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Gradients by layer and name, of a random projection of the outputs: a sum is constant after a normalisation."""
-    outputs = [output for output in call() if output.requires_grad]
-    if outputs:
-        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
-    found = {}
-    for path, adapter in adapters.items():
-        own = adapter.own_parameters()
-        found[path] = {name: p.grad for name, p in own.items() if p.grad is not None}
-        for parameter in own.values():
-            parameter.grad = None
-    return found
 
 
 @torch.no_grad()
@@ -210,107 +226,375 @@ def _perturb(adapters: dict[str, Adapter]) -> None:
                 parameter.fill_(0.1)
 
 
+# Verdicts ------------------------------------------------------------------------------------------------------------
+
+
 def _trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
     return {name: p for name, p in adapter.own_parameters().items() if p.requires_grad}
 
 
-def _verdict(
-    adapter: Adapter, learning: dict[str, Tensor], acting: dict[str, Tensor], in_training: dict[str, Tensor] | None
-) -> str:
+def _still(adapter: Adapter, acting: dict[str, Tensor]) -> list[str]:
+    """Trainable parameters whose gradient at a generic point is 0 and should not be."""
+    zero_base = not adapter.weight_norm.any()  # then its magnitude multiplies nothing
+    names = [name for name in _trainable(adapter) if name in acting and not acting[name].any()]
+    return [name for name in names if not (zero_base and adapter.roles[name] in _MAGNITUDES)]
+
+
+def _starts(adapter: Adapter, learning: dict[str, Tensor]) -> bool:
+    """Whether gradients where the adapter is now say that its update learns."""
+    updates = [name for name in _trainable(adapter) if adapter.roles[name] != "base"]
+    return _finite(learning) and (not updates or any(learning[n].any() for n in updates if n in learning))
+
+
+def _moves(adapter: Adapter, acting: dict[str, Tensor]) -> bool:
+    """Whether gradients at a generic point say that every parameter acts."""
+    return bool(acting) and _finite(acting) and not _still(adapter, acting)
+
+
+def _verdict(adapter: Adapter, learning: dict[str, Tensor], acting: dict[str, Tensor]) -> str:
+    """Of one adapter, from its gradients where it is now, and at a generic point, in one mode."""
     trainable = _trainable(adapter)
     if not trainable:
         return "frozen: none of its parameters requires a gradient"
-    if not acting and in_training:  # a layer that runs in training alone
-        learning = acting = in_training
     absent = [name for name in trainable if name not in acting]
     if absent:
         return (
             f"unused: no gradient reaches {', '.join(absent)} (not called with this input, or its output is not used)"
         )
-    if in_training is not None and not in_training:
-        return "learns nothing in train mode: no gradient reaches it there, though it does in eval mode"
-    if not all(grad.isfinite().all() for grads in (learning, acting) for grad in grads.values()):
+    if not _finite(learning) or not _finite(acting):
         return "not finite: its gradient holds NaN or infinity"
-    # With a zero base weight its magnitude multiplies nothing.
-    zero_base = not adapter.weight_norm.any()
     if not any(grad.any() for grad in acting.values()):
         return "dead: the layer has no effect on the output, adapted or not (is a scale after it 0?)"
-    still = [n for n in trainable if not acting[n].any() and not (zero_base and adapter.roles[n] in _MAGNITUDES)]
+    still = _still(adapter, acting)
     if still:
         return f"dead: the gradient of {', '.join(still)} is 0"
-    updates = [name for name in trainable if adapter.roles[name] != "base"]
-    if updates and not any(learning[name].any() for name in updates if name in learning):
+    if not _starts(adapter, learning):
         return "dead: from where it is now, no gradient reaches its update"
     return "ok"
 
 
+def _judged(adapters: dict[str, Adapter], in_eval: _Seen, in_training: _Seen) -> Verification:
+    """The verdict of eval mode, or that of train mode where eval mode says less."""
+    verdicts, by_training = {}, []
+    for path, adapter in adapters.items():
+        learning, trained = in_eval.start[path], in_training.generic[path]
+        verdict = _verdict(adapter, learning, in_eval.generic[path])
+        if verdict == "ok" and not trained and in_training.error is None:
+            verdict = "learns nothing in train mode: no gradient reaches it there, though it does in eval mode"
+        elif verdict != "ok" and trained:
+            other = _verdict(adapter, in_training.start.get(path) or learning or trained, trained)
+            if other == "ok":
+                verdict = "ok"
+                by_training.append(path)
+            elif in_eval.error is not None:
+                verdict = other
+        verdicts[path] = verdict
+    return Verification(verdicts, tuple(_notes_on_modes(by_training, in_eval, in_training)))
+
+
+def _notes_on_modes(by_training: list[str], in_eval: _Seen, in_training: _Seen) -> Iterable[str]:
+    for seen, what in ((in_training, "train mode was not checked"), (in_eval, "eval mode was not differentiated")):
+        if seen.error is not None:
+            yield f"{what}, it fails on this input: {type(seen.error).__name__}: {seen.error}"
+    quiet = [path for path in by_training if path in in_eval.acted]
+    if quiet:
+        yield f"judged by train mode, since eval mode gives no gradient that tells: {_named(quiet)}"
+    absent = [path for path in by_training if path not in in_eval.acted and in_eval.error is None]
+    if absent:
+        yield f"used in train mode alone, the output of eval mode is made without them: {_named(absent)}"
+    rescaled = [path for path in in_eval.generic if path in in_eval.rescaled | in_training.rescaled]
+    if rescaled:
+        yield f"a gradient underflows or overflows, another size of the loss was tried for: {_named(rescaled)}"
+
+
+def _named(names: Collection[str]) -> str:
+    """Some of the names, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _with_notes(result: Verification, *notes: str) -> Verification:
+    return dataclasses.replace(result, notes=(*result.notes, *notes))
+
+
+# What trains beside the adapters -------------------------------------------------------------------------------------
+
+
+def _others(model: nn.Module, root: nn.Module, trial: Trial) -> list[str]:
+    """Notes on the trainable parameters that no adapter owns."""
+    if not trial.others:
+        return []
+    count = sum(p.numel() for p in trial.others.values())
+    tensors = "1 other parameter trains" if len(trial.others) == 1 else f"{len(trial.others)} other parameters train"
+    notes = [f"{tensors} ({count:,} numbers): {_named(trial.others)}"]
+    unreached = [name for name in trial.others if name not in trial.reached]
+    if unreached:
+        notes.append(f"no gradient reaches {_named(unreached)}")
+    inside = {id(p) for p in root.parameters()}
+    outside = [name for name, p in trial.others.items() if id(p) not in inside]
+    if outside:
+        notes.append(f"outside of the part that was patched, and neither frozen nor saved with it: {_named(outside)}")
+    return notes
+
+
+def _optimised(optimizer: Any) -> dict[int, nn.Parameter]:
+    """The parameters of an optimiser, of the one that it wraps, or of several.
+
+    Raises:
+        TypeError: it is no optimiser.
+    """
+    several = optimizer.values() if isinstance(optimizer, Mapping) else optimizer
+    if isinstance(several, Iterable):
+        return {key: p for one in several for key, p in _optimised(one).items()}
+    found, groups = {}, False
+    while optimizer is not None:
+        for group in getattr(optimizer, "param_groups", ()):
+            groups = True
+            found.update({id(p): p for p in group["params"]})
+        optimizer = getattr(optimizer, "optimizer", None)
+    if not groups:
+        raise TypeError(f"optimizer must be a torch optimiser, which has param_groups, got {type(several).__name__}")
+    return found
+
+
+def _in_optimiser(
+    model: nn.Module,
+    result: Verification,
+    adapters: dict[str, Adapter],
+    others: dict[str, nn.Parameter],
+    optimised: dict[int, nn.Parameter],
+) -> Verification:
+    """Adapters that the optimiser leaves out fail; frozen parameters that it holds are noted.
+
+    Raises:
+        VerificationError: it leaves other trainable parameters out.
+    """
+    verdicts = dict(result.verdicts)
+    for path, adapter in adapters.items():
+        left_out = [name for name, p in _trainable(adapter).items() if id(p) not in optimised]
+        if left_out and verdicts[path] == "ok":
+            verdicts[path] = f"not in the optimiser: {', '.join(left_out)} (was it made before `patch`?)"
+    frozen = {id(p) for p in optimised.values() if not p.requires_grad}
+    names = [name for name, p in model.named_parameters() if id(p) in frozen]
+    names += [f"{len(frozen) - len(names)} that are not in this model"] if len(frozen) > len(names) else []
+    notes = [f"frozen, though the optimiser holds them: {_named(names)}"] if names else []
+    result = _with_notes(dataclasses.replace(result, verdicts=verdicts), *notes)
+    left_out = [name for name, p in others.items() if id(p) not in optimised]
+    if left_out and not result.failures:
+        raise VerificationError(f"trainable, but not in the optimiser: {_named(left_out)}", result)
+    return result
+
+
+# Inference, and who reads W ------------------------------------------------------------------------------------------
+
+
+def _check_ways(
+    trial: Trial, root: nn.Module, result: Verification, in_eval: _Seen, in_training: _Seen
+) -> Verification:
+    """At a generic point, with copies of W: eval mode against inference, each against the base, and who reads W."""
+    weights, notes = _own_weights(trial.model, root)
+    trial.hold(weights)
+    outputs: dict[Mode, list[Tensor]] = {}
+    acted: dict[Mode, set[str]] = {}
+    for mode, failed in ((TRAINING, in_training.error), (EVAL, in_eval.error), (INFERENCE, in_eval.error)):
+        try:
+            outputs[mode] = _detached(trial.run(mode))
+            acted[mode] = trial.acted
+        except Exception:
+            if failed is None:  # else it was said already; its forward, or that without autograd, may run
+                raise
+    if EVAL in outputs and INFERENCE in outputs:
+        bypassed = _bypassed(trial, acted[EVAL])
+        if bypassed:
+            raise _bypass(bypassed, result)
+        notes += _compare(trial, outputs, bool(acted[EVAL]), result)
+    elif TRAINING in outputs:
+        idle = acted[TRAINING] - acted.get(INFERENCE, set())
+        notes += [f"not used in inference: {_named(sorted(idle))}"] if idle and INFERENCE in outputs else []
+    _check_readers(trial, weights, outputs, result)
+    return _with_notes(result, *notes)
+
+
+def _detached(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach() for t in tensors]
+
+
+def _bypassed(trial: Trial, acted: set[str]) -> set[str]:
+    """Adapters of those that act in eval mode with autograd that do not in inference, where the rounding of a run does
+    not decide that (the experts of a mixture)."""
+    trial.run(INFERENCE)
+    gone = acted - trial.acted
+    if gone:
+        trial.run(EVAL)
+        lost = gone - trial.acted  # now they do not act here either: something was kept
+        for error, seed in _roundings(trial):
+            with trial.inexact(error, seed):
+                trial.run(EVAL)
+            gone &= trial.acted | lost
+    return gone
+
+
+def _bypass(paths: Collection[str], result: Verification) -> VerificationError:
+    verdict = "bypassed in inference: it acts in eval mode with autograd, and not without"
+    result = dataclasses.replace(result, verdicts=result.verdicts | dict.fromkeys(paths, verdict))
+    names = _named([path for path in result.verdicts if path in paths])
+    message = f"inference differs from eval with autograd: a fast path, or a weight that is kept, bypasses {names}"
+    return VerificationError(message, result)
+
+
+def _roundings(trial: Trial) -> Iterable[tuple[float, int]]:
+    """Relative errors of the size of the arithmetic's own, with a seed for each."""
+    eps = trial.coarsest_eps(EVAL)
+    return [(size * eps, seed) for size in (1, 2, 4) for seed in range(3)]
+
+
 @torch.no_grad()
-def _check_inference(model: nn.Module, call: Callable[[], list[Tensor]], result: Verification) -> None:
-    with torch.enable_grad():
-        expected = [output.detach() for output in _seeded(call)]
-    found = _seeded(call)
-    with disabled(model):
-        base = _seeded(call)
-    for i, (want, got, without) in enumerate(zip(expected, found, base, strict=True)):
-        error, effect = _distance(want, got), _distance(want, without)
+def _compare(trial: Trial, outputs: dict[Mode, list[Tensor]], acts: bool, result: Verification) -> list[str]:
+    """Notes on what could not be compared.
+
+    Raises:
+        VerificationError: inference gives other numbers than eval mode, or the same as the base.
+    """
+    plain = {mode: _detached(trial.run_base(mode)) for mode in (EVAL, INFERENCE)}
+    expected, found = outputs[EVAL], outputs[INFERENCE]
+    if acts and _distances(expected, plain[EVAL]) == [0.0] * len(expected):
+        raise VerificationError("the adapted output equals the base's: the adapters do not act on it", result)
+    rows = [_agreeing(a, b) for a, b in zip(plain[EVAL], plain[INFERENCE], strict=False)]
+    if not len(expected) == len(found) == len(rows):
+        return ["inference gives another number of outputs than eval mode: compared by which adapters act alone"]
+    errors = _distances(expected, found, rows)
+    effects = _distances(expected, plain[EVAL], rows)
+    plain_errors = _distances(plain[EVAL], plain[INFERENCE], rows)
+    for i, (error, effect, own) in enumerate(zip(errors, effects, plain_errors, strict=True)):
         # Fast paths order their sums differently: rounding is forgiven, a share of the adapters' own effect is not.
-        rounding = 4 * torch.finfo(want.dtype).eps * _distance(want)
-        if not error <= max(rounding, 0.02 * effect):
+        rounding = 4 * torch.finfo(expected[i].dtype).eps * _size(expected[i], rows[i])
+        if error <= max(rounding, 2 * own, 0.02 * effect if effect < float("inf") else 0.0):
+            continue
+        if not error <= _sensitivity(trial, expected, rows, i, error):
             raise VerificationError(
                 f"inference differs from eval with autograd, by {error / max(effect, 1e-300):.1%} of the adapters' "
                 f"effect on output {i}: a fast path does not go through all of them",
                 result,
             )
-    if all(torch.equal(a, b) for a, b in zip(expected, base, strict=True)):
-        raise VerificationError("the adapted output equals the base's: the adapters do not act on it", result)
+    left_out = [str(i) for i, agree in enumerate(rows) if agree is not None and not agree.any()]
+    if not left_out:
+        return []
+    return [
+        f"the base's own inference differs from its eval mode with autograd, in all of output {_named(left_out)}: "
+        "compared by which adapters act alone"
+    ]
 
 
-def _distance(a: Tensor, b: Tensor | None = None) -> float:
-    """Norm of the difference, in float64; entries that are the same infinity in both (masks) count as equal."""
-    if b is None:
-        return torch.where(a.isinf(), 0, a.double()).norm().item()
-    return torch.where(a == b, 0, a.double() - b.double()).norm().item()
+def _sensitivity(trial: Trial, expected: list[Tensor], rows: list[Tensor | None], i: int, error: float) -> float:
+    """How far rounding moves an output: the largest distance that was met, no more than is needed for this error."""
+    largest = 0.0
+    for size, seed in _roundings(trial):
+        with trial.inexact(size, seed):
+            off = _detached(trial.run(EVAL))
+        if len(off) != len(expected):
+            return float("inf")
+        largest = max(largest, _distances(expected, off, rows)[i])
+        if error <= largest:
+            break
+    return largest
 
 
-@torch.no_grad()
+def _agreeing(a: Tensor, b: Tensor) -> Tensor | None:
+    """(rows,) whether each row of the last dimension is about the same in two outputs of the base; None: no shape."""
+    if a.shape != b.shape:
+        return None
+    difference, a = _difference(a, b), _as_rows(a)
+    size = torch.where(a.isfinite(), a, 0).double().norm(dim=1)
+    return _as_rows(difference).norm(dim=1) <= 0.1 * size
+
+
+def _as_rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1]) if t.dim() > 1 and t.numel() else t.reshape(1, -1)
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """In float64; entries that are the same infinity (masks) or NaN in both count as equal."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0, a.double() - b.double())
+
+
+def _distances(a: list[Tensor], b: list[Tensor], rows: list[Tensor | None] | None = None) -> list[float]:
+    """Norm of each difference, in these rows; infinite for other shapes, 0 where nothing is to be compared."""
+    if len(a) != len(b):
+        return [float("inf")] * len(a)
+    return [
+        float("inf") if x.shape != y.shape else _size(_difference(x, y), None if rows is None else rows[i])
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
+    ]
+
+
+def _size(t: Tensor, rows: Tensor | None = None) -> float:
+    parts = _as_rows(t) if rows is None else _as_rows(t)[rows]
+    return torch.where(parts.isinf(), 0, parts.double()).norm().item()
+
+
+def _own_weights(model: nn.Module, root: nn.Module) -> tuple[dict[Adapter, nn.Parameter], list[str]]:
+    """The plain W of each adapter that no module holds past its adapter, and a note on the others."""
+    by_adapter: dict[Adapter, list[Site]] = {}
+    by_weight: dict[int, set[nn.Module]] = {}
+    for site in all_sites(root):
+        by_adapter.setdefault(site.adapter, []).append(site)
+        by_weight.setdefault(id(site.layer._parameters.get(site.parameter)), set()).add(site.layer)
+    spans = storages_of(model)
+    found: dict[Adapter, nn.Parameter] = {}
+    shared, away = [], []
+    for adapter, sites in by_adapter.items():
+        weight = sites[0].layer._parameters.get(sites[0].parameter)
+        if weight is None or adapter.computed:
+            continue
+        if weight.is_meta:
+            away.append(sites[0].path)
+        elif any(site.layer._parameters.get(site.parameter) is not weight for site in sites) or held_elsewhere(
+            weight, by_weight[id(weight)], spans
+        ):
+            shared.append(sites[0].path)
+        else:
+            found[adapter] = weight
+    notes = [f"who reads these weights was not checked, other modules hold them as well: {_named(shared)}"]
+    notes += [f"who reads these weights was not checked, they are put away between runs: {_named(away)}"]
+    return found, [note for note, paths in zip(notes, (shared, away), strict=True) if paths]
+
+
 def _check_readers(
-    model: nn.Module, sites: list[Site], call: Callable[[], list[Tensor]], result: Verification
-) -> str | None:
-    """Compare with the output where W' stands in the memory of W: differs if someone computes with W beside a layer.
-
-    Returns a note where this cannot be told.
-    """
-    spans, layers = storages_of(model), layers_by_adapter(model)
-    held = [s for s in sites if not s.adapter.computed and not held_elsewhere(s.base, layers[s.adapter], spans)]
-    bases = [site.base for site in held]
-    if any(base.dtype in (torch.bfloat16, torch.float16) or autocasting(base.device.type) for base in bases):
-        return "readers of the weights were not checked: in half precision the rounding of W' hides them"
-    wanted = _seeded(call)
-    with disabled(model):
-        without = _seeded(call)
-    copies = [base.detach().clone() for base in bases]
-    try:
-        for site, base in zip(held, bases, strict=True):
-            site.adapter.merge_into(base.detach(), site.adapter.norm_of(base))
-            site.adapter.enabled = False
-        found = _seeded(call)
-    finally:
-        for site, base, copy in zip(held, bases, copies, strict=True):
-            base.detach().copy_(copy)
-            site.adapter.enabled = True
-    for i, (want, got, base_output) in enumerate(zip(wanted, found, without, strict=True)):
-        error, effect = _distance(want, got), _distance(want, base_output)
-        if not error <= max(1e-5 * _distance(want), 0.02 * effect):
-            raise VerificationError(
-                f"output {i} is another where W' stands in the place of W, by {error / max(effect, 1e-300):.1%} of the "
-                "adapters' effect: something computes with a weight of an adapted layer behind its back (a Parameter "
-                "or tensor kept from before `patch`)",
-                result,
-            )
-    return None
+    trial: Trial, weights: dict[Adapter, nn.Parameter], outputs: dict[Mode, list[Tensor]], result: Verification
+) -> None:
+    """Raises VerificationError if an output changes with the memory of W, with which no adapter computes now."""
+    paths = {weights[adapter]: path for path, adapter in trial.adapters.items() if adapter in weights}
+    for mode, intact in outputs.items():
+        if not _changes(trial, mode, intact, list(paths)):
+            continue
+        suspects = list(paths)
+        while len(suspects) > 1:
+            half = suspects[: len(suspects) // 2]
+            suspects = half if _changes(trial, mode, intact, half) else suspects[len(half) :]
+        raise VerificationError(
+            f"the output of {'train' if mode.training else 'eval'} mode changes with the memory of W, with which no "
+            f"adapter computes: something computes with the weight of {paths[suspects[0]]} behind its back (with a "
+            "Parameter or tensor kept from before `patch`, or past the attribute)",
+            result,
+        )
 
 
-def _seeded(call: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """A call that draws the same random numbers each time (some models draw in eval mode as well)."""
-    torch.manual_seed(0)
-    return call()
+_REPEATS = 3
+
+
+def _changes(trial: Trial, mode: Mode, intact: list[Tensor], weights: list[nn.Parameter]) -> bool:
+    """Whether an output is another while these weights are overwritten, by more than it is from run to run."""
+    with trial.overwritten(weights):
+        try:
+            found = _detached(trial.run(mode))
+        except Exception:  # it ran before
+            return True
+    errors = _distances(intact, found)
+    if errors == [0.0] * len(errors):
+        return False
+    own = [0.0] * len(errors)
+    for _ in range(_REPEATS):  # kernels whose sums have no order
+        again = _distances(intact, _detached(trial.run(mode)))
+        own = [max(pair) for pair in zip(own, again, strict=True)]
+    return any(not error <= 4 * largest for error, largest in zip(errors, own, strict=True))

@@ -41,6 +41,8 @@ FLOORS = (
             "_track",
             "_history",
             "_verify",
+            "_trial",
+            "_example",
             "_export",
             "_optim",
         ),
