@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from ._example import arguments
 from ._trial import EVAL, INFERENCE, TRAINING, Gradients, Mode, Trial
@@ -97,7 +99,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
     args, kwargs = arguments(model, inputs[0]) if len(inputs) == 1 and not kwargs else (inputs, kwargs)
     with Trial(model, adapters, args, kwargs).open() as trial:
         in_eval, in_training, bypassed = _look(trial)
-        result = _judged(adapters, in_eval, in_training)
+        result = _judged(sites, in_eval, in_training, lambda site: _copy_of_weight(root, site))
         result = _with_notes(result, *_others(model, root, trial))
         if optimised is not None:
             result = _in_optimiser(model, result, adapters, trial.others, optimised)
@@ -273,23 +275,58 @@ def _verdict(adapter: Adapter, learning: dict[str, Tensor], acting: dict[str, Te
     return "ok"
 
 
-def _judged(adapters: dict[str, Adapter], in_eval: _Seen, in_training: _Seen) -> Verification:
-    """The verdict of eval mode, or that of train mode where eval mode says less."""
+def _judged(
+    sites: list[Site], in_eval: _Seen, in_training: _Seen, copy_of: Callable[[Site], str | None]
+) -> Verification:
+    """The verdict of eval mode, or that of train mode where eval mode says less.
+
+    Args: copy_of: name of an attribute that holds a copy of the weight of a site, if there is one.
+    """
     verdicts, by_training = {}, []
-    for path, adapter in adapters.items():
+    for site in sites:
+        path, adapter = site.path, site.adapter
         learning, trained = in_eval.start[path], in_training.generic[path]
         verdict = _verdict(adapter, learning, in_eval.generic[path])
         if verdict == "ok" and not trained and in_training.error is None:
             verdict = "learns nothing in train mode: no gradient reaches it there, though it does in eval mode"
         elif verdict != "ok" and trained:
             other = _verdict(adapter, in_training.start.get(path) or learning or trained, trained)
-            if other == "ok":
+            copied = None if other != "ok" or path in in_eval.acted else copy_of(site)
+            if copied is not None:
+                verdict = f"bypassed in eval mode, where it does not act and `{copied}` holds a copy of its weight"
+            elif other == "ok":
                 verdict = "ok"
                 by_training.append(path)
             elif in_eval.error is not None:
                 verdict = other
         verdicts[path] = verdict
     return Verification(verdicts, tuple(_notes_on_modes(by_training, in_eval, in_training)))
+
+
+@torch.no_grad()
+def _copy_of_weight(root: nn.Module, site: Site) -> str | None:
+    """Name of a tensor of the layer or of a module around it, beside the weight itself, that holds its numbers."""
+    weight = site.base
+    parts = site.layer_path.split(".") if site.layer_path else []
+    for depth in range(len(parts), -1, -1):
+        path = ".".join(parts[:depth])
+        module = root.get_submodule(path)
+        for name, value in (*module.__dict__.items(), *module._buffers.items(), *module._parameters.items()):
+            if name.startswith("_") and isinstance(value, dict):  # of nn.Module itself
+                continue
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Tensor) and leaf is not weight and _is_copy(leaf, weight):
+                    return f"{path}.{name}".lstrip(".")
+    return None
+
+
+def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether one is about a multiple of the other or of its transpose: a copy, a merged weight, integer codes of it."""
+    if tensor.is_meta or tensor.layout != torch.strided or weight.is_meta:
+        return False
+    same = [weight] if tensor.shape == weight.shape else []
+    same += [weight.t()] if weight.dim() == 2 and tensor.shape == weight.t().shape else []
+    return any(F.cosine_similarity(tensor.flatten().double(), w.flatten().double(), dim=0) > 0.95 for w in same)
 
 
 def _notes_on_modes(by_training: list[str], in_eval: _Seen, in_training: _Seen) -> Iterable[str]:
@@ -400,9 +437,9 @@ def _check_ways(
         try:
             outputs[mode] = _detached(trial.run(mode))
             acted[mode] = trial.acted
-        except Exception:
-            if failed is None:  # else it was said already; its forward, or that without autograd, may run
-                raise
+        except Exception as error:
+            # If not, it was said already; its forward, or that without autograd, may run.
+            notes += [_as_the_base(trial, mode, error)] if failed is None else []
     if EVAL in outputs and INFERENCE in outputs:
         bypassed = _bypassed(trial, acted[EVAL])
         if bypassed:
@@ -415,6 +452,15 @@ def _check_ways(
     return _with_notes(result, *notes)
 
 
+def _as_the_base(trial: Trial, mode: Mode, error: Exception) -> str:
+    """A note that the base fails in this mode as well. Raises the error if it does not."""
+    try:
+        trial.run_base(mode)
+    except Exception as own:
+        return f"inference was not checked, it fails on this input, for the base too: {type(own).__name__}: {own}"
+    raise error
+
+
 def _detached(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach() for t in tensors]
 
@@ -422,7 +468,11 @@ def _detached(tensors: list[Tensor]) -> list[Tensor]:
 def _bypassed(trial: Trial, acted: set[str]) -> set[str]:
     """Adapters of those that act in eval mode with autograd that do not in inference, where the rounding of a run does
     not decide that (the experts of a mixture)."""
-    trial.run(INFERENCE)
+    try:
+        trial.run(INFERENCE)
+    except Exception as error:
+        _as_the_base(trial, INFERENCE, error)
+        return set()
     gone = acted - trial.acted
     if gone:
         trial.run(EVAL)
@@ -455,7 +505,13 @@ def _compare(trial: Trial, outputs: dict[Mode, list[Tensor]], acts: bool, result
     Raises:
         VerificationError: inference gives other numbers than eval mode, or the same as the base.
     """
-    plain = {mode: _detached(trial.run_base(mode)) for mode in (EVAL, INFERENCE)}
+    try:
+        plain = {mode: _detached(trial.run_base(mode)) for mode in (EVAL, INFERENCE)}
+    except (
+        Exception
+    ) as error:  # torch's fast path of nn.TransformerEncoder under autocast, which the adapted one avoids
+        kind = type(error).__name__
+        return [f"inference was compared by which adapters act alone, the base fails on this input: {kind}: {error}"]
     expected, found = outputs[EVAL], outputs[INFERENCE]
     if acts and _distances(expected, plain[EVAL]) == [0.0] * len(expected):
         raise VerificationError("the adapted output equals the base's: the adapters do not act on it", result)
