@@ -21,6 +21,8 @@ from .ops.lazy import LazyWeight
 from .surgery.adapted import AdaptedLayer
 from .surgery.interrupts import uninterrupted
 from .surgery.patch import disabled
+from .surgery.paths import first_names, unwrapped
+from .surgery.record import parameters_of
 
 Gradients = dict[str, dict[str, Tensor]]
 """By layer and name of the adapter's parameter."""
@@ -107,8 +109,8 @@ class Trial:
         self._weights: dict[nn.Parameter, Tensor] = {}
         self._overwritten = False
         own = {id(p) for adapter in self.adapters.values() for p in adapter._parameters.values()}
-        named = model.named_parameters()
-        self.others = {name: p for name, p in named if p.requires_grad and id(p) not in own}
+        named = first_names(parameters_of(unwrapped(model)))
+        self.others = {name: p for name, p in named.items() if p.requires_grad and id(p) not in own}
         self.reached: set[str] = set()
 
     @contextmanager
@@ -175,7 +177,7 @@ class Trial:
             return _tensors(self.model(*args, **kwargs))
 
     @torch.no_grad()
-    def run_base(self, mode: Mode) -> list[Tensor]:
+    def run_base(self, mode: Mode, backward: bool = False) -> list[Tensor]:
         """As `run`, of the frozen weights. With autograd they require a gradient, as the adapters do: what looks for
         one (fast paths) does the same as in the adapted model."""
         layers = [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]
@@ -185,10 +187,14 @@ class Trial:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             with disabled(self.model):
-                return self.run(mode)
+                outputs = self.run(mode)
+                if backward:
+                    _backward(outputs)
+            return outputs
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
+                parameter.grad = None
 
     @property
     def acted(self) -> set[str]:
@@ -200,9 +206,7 @@ class Trial:
         Args: scale: of the projection.
         """
         try:
-            outputs = [output for output in self.run(mode, seed) if output.requires_grad]
-            if outputs:
-                torch.autograd.backward(outputs, [_projection(output, scale) for output in outputs])
+            _backward(self.run(mode, seed), scale)
             self.reached |= {name for name, p in self.others.items() if p.grad is not None and _any(p.grad)}
             return {
                 path: {name: p.grad for name, p in adapter.own_parameters().items() if p.grad is not None}
@@ -229,7 +233,7 @@ class Trial:
                 return output
             place = output.device
             generator = generators.setdefault(place, torch.Generator(place).manual_seed(seed))
-            wide = torch.promote_types(output.dtype, torch.float32)
+            wide = torch.float64 if output.dtype == torch.float64 else torch.float32
             noise = torch.randn(output.shape, generator=generator, device=place, dtype=wide)
             return (output.to(wide) * (1 + error * noise)).to(output.dtype)
 
@@ -344,6 +348,12 @@ def _floating(output: Any) -> list[Tensor]:
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             found += _floating([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
     return found
+
+
+def _backward(outputs: list[Tensor], scale: float = 1.0) -> None:
+    outputs = [output for output in outputs if output.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [_projection(output, scale) for output in outputs])
 
 
 def _projection(output: Tensor, scale: float) -> Tensor:

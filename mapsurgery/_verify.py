@@ -16,7 +16,18 @@ from ._example import arguments
 from ._trial import EVAL, INFERENCE, TRAINING, Gradients, Mode, Trial
 from .methods import Adapter
 from .surgery.merge import held_elsewhere, storages_of
-from .surgery.record import Site, all_sites, find_patched, intact_sites, refuse_spread
+from .surgery.paths import first_names
+from .surgery.record import (
+    Site,
+    all_sites,
+    find_patched,
+    find_trained,
+    intact_sites,
+    names_of,
+    outside,
+    parameters_of,
+    refuse_spread,
+)
 from .tables import render
 
 _UPDATE = ("down", "up")
@@ -27,11 +38,14 @@ _MAGNITUDES = ("base", "magnitude")
 class Verification:
     """Result of `verify`: path -> verdict ("ok", or what is wrong), and what else is to be known. ``print`` shows it.
 
-    Attributes: notes: what could not be checked or was judged another way, and what trains beside the adapters.
+    Attributes:
+        notes: what could not be checked or was judged another way, and what trains beside the adapters.
+        differentiated: False where the model cannot be differentiated, so that the verdicts say what acts alone.
     """
 
     verdicts: dict[str, str]
     notes: tuple[str, ...] = ()
+    differentiated: bool = True
 
     @property
     def failures(self) -> dict[str, str]:
@@ -40,7 +54,8 @@ class Verification:
 
     def __str__(self) -> str:
         good = len(self.verdicts) - len(self.failures)
-        title = f"{good} of {len(self.verdicts)} adapters act on the output and learn"
+        what = "act on the output and learn" if self.differentiated else "act; whether they learn was not checked"
+        title = f"{good} of {len(self.verdicts)} adapters {what}"
         table = render(title, ["layer", "verdict"], list(self.failures.items())) if self.failures else title
         return "\n".join([table, *(f"note: {note}" for note in self.notes)])
 
@@ -68,6 +83,9 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
       copy of W and its memory holds other numbers (for that, one more copy of the adapted weights is kept meanwhile);
     - with `optimizer`: it holds what is to be trained.
 
+    A model that runs and that torch cannot differentiate, with adapters or without (convolutions that diffusers stores
+    in 8 bits), is judged by which adapters act, and the result says so.
+
     The model is left as it was: parameters, gradients, buffers, mode, random state. Frozen parameters that the model's
     own train mode writes to are not. What torch.compile made runs as plain Python.
 
@@ -87,7 +105,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
         ValueError: the model is not patched, or its output holds no floating tensor.
         TypeError: `optimizer` has no param_groups.
     """
-    root, record = find_patched(model)
+    root, record = find_trained(model)
     sites = intact_sites(root, record)
     refuse_spread(sites, "verify")
     adapters = {site.path: site.adapter for site in sites}
@@ -100,7 +118,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
     with Trial(model, adapters, args, kwargs).open() as trial:
         in_eval, in_training, bypassed = _look(trial)
         result = _judged(sites, in_eval, in_training, lambda site: _copy_of_weight(root, site))
-        result = _with_notes(result, *_others(model, root, trial))
+        result = _with_notes(result, *_others(model, trial, result.differentiated))
         if optimised is not None:
             result = _in_optimiser(model, result, adapters, trial.others, optimised)
         if result.failures:
@@ -153,6 +171,7 @@ class _Seen:
                     break
             self._rescale(trial, settled, found)
         except Exception as error:  # whatever the model's own code raises on this input, in this mode
+            self.acted |= trial.acted
             # The frames of a trace hold activations; that of eval mode may be raised.
             self.error = error.with_traceback(None) if self.mode.training else error
         return found
@@ -201,17 +220,30 @@ def _look(trial: Trial) -> tuple[_Seen, _Seen, set[str]]:
     _perturb(trial.adapters)
     in_eval.generic = in_eval.look(trial, _moves)
     in_training.generic = in_training.look(trial, _moves)
-    if in_eval.error and in_training.error:
+    if in_eval.error and in_training.error and not _backward_fails(trial):
         raise in_eval.error
     return in_eval, in_training, bypassed
+
+
+def _backward_fails(trial: Trial) -> bool:
+    """Whether the model runs in eval mode, and cannot be differentiated without adapters either."""
+    try:
+        trial.run(EVAL)
+    except Exception:
+        return False
+    try:
+        trial.run_base(EVAL, backward=True)
+    except Exception:
+        return True
+    return False
 
 
 @torch.no_grad()
 def _fill_zeros(trial: Trial) -> None:
     """A new head often starts at 0, which hides all that is below it, for one step: look past that."""
     for parameter in trial.others.values():
-        if not parameter.any():
-            parameter.normal_(std=0.02)
+        if not (parameter if parameter.itemsize > 1 else parameter.float()).any():  # few operations know 8 bits
+            parameter.copy_(0.02 * torch.randn(parameter.shape, device=parameter.device))
 
 
 @torch.no_grad()
@@ -229,6 +261,9 @@ def _perturb(adapters: dict[str, Adapter]) -> None:
 
 
 # Verdicts ------------------------------------------------------------------------------------------------------------
+
+
+_FROZEN = "frozen: none of its parameters requires a gradient"
 
 
 def _trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
@@ -257,7 +292,7 @@ def _verdict(adapter: Adapter, learning: dict[str, Tensor], acting: dict[str, Te
     """Of one adapter, from its gradients where it is now, and at a generic point, in one mode."""
     trainable = _trainable(adapter)
     if not trainable:
-        return "frozen: none of its parameters requires a gradient"
+        return _FROZEN
     absent = [name for name in trainable if name not in acting]
     if absent:
         return (
@@ -282,6 +317,12 @@ def _judged(
 
     Args: copy_of: name of an attribute that holds a copy of the weight of a site, if there is one.
     """
+    if in_eval.error is not None and in_training.error is not None:
+        idle = "unused: not called with this input"
+        acting = {s.path: "ok" if s.path in in_eval.acted else idle for s in sites if _trainable(s.adapter)}
+        verdicts = {s.path: acting.get(s.path, _FROZEN) for s in sites}
+        note = f"no gradient was checked, the backward fails on this input, for the base too: {_said(in_eval.error)}"
+        return Verification(verdicts, (note,), differentiated=False)
     verdicts, by_training = {}, []
     for site in sites:
         path, adapter = site.path, site.adapter
@@ -306,11 +347,10 @@ def _judged(
 @torch.no_grad()
 def _copy_of_weight(root: nn.Module, site: Site) -> str | None:
     """Name of a tensor of the layer or of a module around it, beside the weight itself, that holds its numbers."""
-    weight = site.base
+    weight, modules = site.base, {name: module for module, names in names_of(root).items() for name in names}
     parts = site.layer_path.split(".") if site.layer_path else []
-    for depth in range(len(parts), -1, -1):
-        path = ".".join(parts[:depth])
-        module = root.get_submodule(path)
+    for path in (".".join(parts[:depth]) for depth in range(len(parts), -1, -1)):
+        module = modules[path]
         for name, value in (*module.__dict__.items(), *module._buffers.items(), *module._parameters.items()):
             if name.startswith("_") and isinstance(value, dict):  # of nn.Module itself
                 continue
@@ -321,7 +361,7 @@ def _copy_of_weight(root: nn.Module, site: Site) -> str | None:
 
 
 def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether one is about a multiple of the other or of its transpose: a copy, a merged weight, integer codes of it."""
+    """Whether one is about a multiple of the other or its transpose: a copy, a merged weight, integer codes of it."""
     if tensor.is_meta or tensor.layout != torch.strided or weight.is_meta:
         return False
     same = [weight] if tensor.shape == weight.shape else []
@@ -332,7 +372,7 @@ def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
 def _notes_on_modes(by_training: list[str], in_eval: _Seen, in_training: _Seen) -> Iterable[str]:
     for seen, what in ((in_training, "train mode was not checked"), (in_eval, "eval mode was not differentiated")):
         if seen.error is not None:
-            yield f"{what}, it fails on this input: {type(seen.error).__name__}: {seen.error}"
+            yield f"{what}, it fails on this input: {_said(seen.error)}"
     quiet = [path for path in by_training if path in in_eval.acted]
     if quiet:
         yield f"judged by train mode, since eval mode gives no gradient that tells: {_named(quiet)}"
@@ -350,6 +390,10 @@ def _named(names: Collection[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _with_notes(result: Verification, *notes: str) -> Verification:
     return dataclasses.replace(result, notes=(*result.notes, *notes))
 
@@ -357,7 +401,7 @@ def _with_notes(result: Verification, *notes: str) -> Verification:
 # What trains beside the adapters -------------------------------------------------------------------------------------
 
 
-def _others(model: nn.Module, root: nn.Module, trial: Trial) -> list[str]:
+def _others(model: nn.Module, trial: Trial, differentiated: bool) -> list[str]:
     """Notes on the trainable parameters that no adapter owns."""
     if not trial.others:
         return []
@@ -365,12 +409,11 @@ def _others(model: nn.Module, root: nn.Module, trial: Trial) -> list[str]:
     tensors = "1 other parameter trains" if len(trial.others) == 1 else f"{len(trial.others)} other parameters train"
     notes = [f"{tensors} ({count:,} numbers): {_named(trial.others)}"]
     unreached = [name for name in trial.others if name not in trial.reached]
-    if unreached:
+    if unreached and differentiated:
         notes.append(f"no gradient reaches {_named(unreached)}")
-    inside = {id(p) for p in root.parameters()}
-    outside = [name for name, p in trial.others.items() if id(p) not in inside]
-    if outside:
-        notes.append(f"outside of the part that was patched, and neither frozen nor saved with it: {_named(outside)}")
+    beyond = outside(model, find_patched(model)[0])
+    if beyond:
+        notes.append(f"outside of the part that was patched, so that `patch` froze nothing there: {_named(beyond)}")
     return notes
 
 
@@ -412,7 +455,7 @@ def _in_optimiser(
         if left_out and verdicts[path] == "ok":
             verdicts[path] = f"not in the optimiser: {', '.join(left_out)} (was it made before `patch`?)"
     frozen = {id(p) for p in optimised.values() if not p.requires_grad}
-    names = [name for name, p in model.named_parameters() if id(p) in frozen]
+    names = [name for name, p in first_names(parameters_of(model)).items() if id(p) in frozen]
     names += [f"{len(frozen) - len(names)} that are not in this model"] if len(frozen) > len(names) else []
     notes = [f"frozen, though the optimiser holds them: {_named(names)}"] if names else []
     result = _with_notes(dataclasses.replace(result, verdicts=verdicts), *notes)
@@ -444,7 +487,7 @@ def _check_ways(
         bypassed = _bypassed(trial, acted[EVAL])
         if bypassed:
             raise _bypass(bypassed, result)
-        notes += _compare(trial, outputs, bool(acted[EVAL]), result)
+        notes += _compare(trial, outputs, acted[EVAL], result)
     elif TRAINING in outputs:
         idle = acted[TRAINING] - acted.get(INFERENCE, set())
         notes += [f"not used in inference: {_named(sorted(idle))}"] if idle and INFERENCE in outputs else []
@@ -457,7 +500,7 @@ def _as_the_base(trial: Trial, mode: Mode, error: Exception) -> str:
     try:
         trial.run_base(mode)
     except Exception as own:
-        return f"inference was not checked, it fails on this input, for the base too: {type(own).__name__}: {own}"
+        return f"inference was not checked, it fails on this input, for the base too: {_said(own)}"
     raise error
 
 
@@ -477,8 +520,8 @@ def _bypassed(trial: Trial, acted: set[str]) -> set[str]:
     if gone:
         trial.run(EVAL)
         lost = gone - trial.acted  # now they do not act here either: something was kept
-        for error, seed in _roundings(trial):
-            with trial.inexact(error, seed):
+        for size, seed in _roundings(trial):
+            with trial.inexact(size, seed):
                 trial.run(EVAL)
             gone &= trial.acted | lost
     return gone
@@ -499,25 +542,53 @@ def _roundings(trial: Trial) -> Iterable[tuple[float, int]]:
 
 
 @torch.no_grad()
-def _compare(trial: Trial, outputs: dict[Mode, list[Tensor]], acts: bool, result: Verification) -> list[str]:
-    """Notes on what could not be compared.
+def _compare(trial: Trial, outputs: dict[Mode, list[Tensor]], acted: set[str], result: Verification) -> list[str]:
+    """Notes on what could not be compared in numbers.
 
     Raises:
         VerificationError: inference gives other numbers than eval mode, or the same as the base.
     """
+    expected, found = outputs[EVAL], outputs[INFERENCE]
     try:
         plain = {mode: _detached(trial.run_base(mode)) for mode in (EVAL, INFERENCE)}
-    except (
-        Exception
-    ) as error:  # torch's fast path of nn.TransformerEncoder under autocast, which the adapted one avoids
-        kind = type(error).__name__
-        return [f"inference was compared by which adapters act alone, the base fails on this input: {kind}: {error}"]
-    expected, found = outputs[EVAL], outputs[INFERENCE]
-    if acts and _distances(expected, plain[EVAL]) == [0.0] * len(expected):
+    except Exception as failure:  # as torch's fast path of nn.TransformerEncoder does under autocast
+        _check_each(trial, acted, found, result)
+        return [f"inference was compared adapter by adapter, since the base fails there: {_said(failure)}"]
+    if acted and _distances(expected, plain[EVAL]) == [0.0] * len(expected):
         raise VerificationError("the adapted output equals the base's: the adapters do not act on it", result)
     rows = [_agreeing(a, b) for a, b in zip(plain[EVAL], plain[INFERENCE], strict=False)]
-    if not len(expected) == len(found) == len(rows):
-        return ["inference gives another number of outputs than eval mode: compared by which adapters act alone"]
+    if len(expected) == len(found) == len(rows):
+        _check_numbers(trial, expected, found, plain, rows, result)
+        if all(agree is None or agree.any() for agree in rows):
+            return []
+    _check_each(trial, acted, found, result)
+    return ["the base's own inference differs from its eval mode with autograd: compared adapter by adapter"]
+
+
+def _check_each(trial: Trial, acted: set[str], found: list[Tensor], result: Verification) -> None:
+    """Raises VerificationError if the output of inference is the same without one of the adapters."""
+    idle = set()
+    for path in acted:
+        adapter = trial.adapters[path]
+        adapter.enabled = False
+        try:
+            if _distances(found, _detached(trial.run(INFERENCE))) == [0.0] * len(found):
+                idle.add(path)
+        finally:
+            adapter.enabled = True
+    if idle:
+        raise _bypass(idle, result)
+
+
+def _check_numbers(
+    trial: Trial,
+    expected: list[Tensor],
+    found: list[Tensor],
+    plain: dict[Mode, list[Tensor]],
+    rows: list[Tensor | None],
+    result: Verification,
+) -> None:
+    """Raises VerificationError if outputs differ, in these rows, by more than the arithmetic that ran explains."""
     errors = _distances(expected, found, rows)
     effects = _distances(expected, plain[EVAL], rows)
     plain_errors = _distances(plain[EVAL], plain[INFERENCE], rows)
@@ -532,13 +603,6 @@ def _compare(trial: Trial, outputs: dict[Mode, list[Tensor]], acts: bool, result
                 f"effect on output {i}: a fast path does not go through all of them",
                 result,
             )
-    left_out = [str(i) for i, agree in enumerate(rows) if agree is not None and not agree.any()]
-    if not left_out:
-        return []
-    return [
-        f"the base's own inference differs from its eval mode with autograd, in all of output {_named(left_out)}: "
-        "compared by which adapters act alone"
-    ]
 
 
 def _sensitivity(trial: Trial, expected: list[Tensor], rows: list[Tensor | None], i: int, error: float) -> float:
@@ -559,8 +623,8 @@ def _agreeing(a: Tensor, b: Tensor) -> Tensor | None:
     """(rows,) whether each row of the last dimension is about the same in two outputs of the base; None: no shape."""
     if a.shape != b.shape:
         return None
-    difference, a = _difference(a, b), _as_rows(a)
-    size = torch.where(a.isfinite(), a, 0).double().norm(dim=1)
+    difference, a = _difference(a, b), _as_rows(a.double())
+    size = torch.where(a.isfinite(), a, 0).norm(dim=1)
     return _as_rows(difference).norm(dim=1) <= 0.1 * size
 
 
@@ -570,8 +634,8 @@ def _as_rows(t: Tensor) -> Tensor:
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
     """In float64; entries that are the same infinity (masks) or NaN in both count as equal."""
-    same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0, a.double() - b.double())
+    a, b = a.double(), b.double()
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0, a - b)
 
 
 def _distances(a: list[Tensor], b: list[Tensor], rows: list[Tensor | None] | None = None) -> list[float]:
@@ -585,8 +649,8 @@ def _distances(a: list[Tensor], b: list[Tensor], rows: list[Tensor | None] | Non
 
 
 def _size(t: Tensor, rows: Tensor | None = None) -> float:
-    parts = _as_rows(t) if rows is None else _as_rows(t)[rows]
-    return torch.where(parts.isinf(), 0, parts.double()).norm().item()
+    parts = _as_rows(t.double()) if rows is None else _as_rows(t.double())[rows]
+    return torch.where(parts.isinf(), 0, parts).norm().item()
 
 
 def _own_weights(model: nn.Module, root: nn.Module) -> tuple[dict[Adapter, nn.Parameter], list[str]]:
