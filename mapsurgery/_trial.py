@@ -299,7 +299,9 @@ class Trial:
         memo: dict[int, Any] = dict(self._kept_inputs)
         for leaf in tree_leaves(self._inputs):
             if isinstance(leaf, Tensor):
-                memo[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+                fresh = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+                with torch.enable_grad():
+                    memo[id(leaf)] = fresh if leaf.is_leaf else fresh.clone()
             elif _is_generator(leaf):
                 leaf.manual_seed(0)
         return copy.deepcopy(self._inputs, memo)

@@ -193,12 +193,12 @@ class _Seen:
 
 
 def _better(grad: Tensor | None, other: Tensor) -> Tensor:
-    """The first of two gradients under different projections that is finite and not 0; else the first."""
-    return other if grad is None or (other.isfinite().all() and other.any() and not _tells(grad)) else grad
+    """Of two gradients under different projections the one that says more: finite, and not 0; else the first."""
+    return other if grad is None or _worth(other) > _worth(grad) else grad
 
 
-def _tells(grad: Tensor) -> bool:
-    return bool(grad.isfinite().all() and grad.any())
+def _worth(grad: Tensor) -> tuple[bool, bool]:
+    return bool(grad.isfinite().all()), bool(grad.any())
 
 
 def _finite(grads: Mapping[str, Tensor]) -> bool:
@@ -373,10 +373,10 @@ def _notes_on_modes(by_training: list[str], in_eval: _Seen, in_training: _Seen) 
     for seen, what in ((in_training, "train mode was not checked"), (in_eval, "eval mode was not differentiated")):
         if seen.error is not None:
             yield f"{what}, it fails on this input: {_said(seen.error)}"
-    quiet = [path for path in by_training if path in in_eval.acted]
+    quiet = [path for path in by_training if path in in_eval.acted or in_eval.error is not None]
     if quiet:
         yield f"judged by train mode, since eval mode gives no gradient that tells: {_named(quiet)}"
-    absent = [path for path in by_training if path not in in_eval.acted and in_eval.error is None]
+    absent = [path for path in by_training if path not in quiet]
     if absent:
         yield f"used in train mode alone, the output of eval mode is made without them: {_named(absent)}"
     rescaled = [path for path in in_eval.generic if path in in_eval.rescaled | in_training.rescaled]

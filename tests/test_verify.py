@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mapsurgery
+from mapsurgery.methods import Adapter
 
 
 class TwoPaths(nn.Module):
@@ -292,3 +295,435 @@ def test_a_large_scaling_saturates_nothing() -> None:
     model = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.Tanh())])
     mapsurgery.patch(model, "*", rank=2, method=mapsurgery.Lora(alpha=256.0))
     assert not mapsurgery.verify(model, torch.randn(1, 8)).failures
+
+
+# Who reads W, and what inference computes with ---------------------------------------------------------------------
+
+
+class _Second(TwoPaths):
+    """What becomes of `second` is what the subclasses are about."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.through_second(torch.tanh(self.first(x)))
+
+
+class ReadsParameters(_Second):
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) + F.linear(x, self.second._parameters["weight"])
+
+
+class ReadsByName(_Second):
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) + F.linear(x, self.get_parameter("second.weight"))
+
+
+class ReadsInTraining(_Second):
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(x)
+        return y + F.linear(x, self.second._parameters["weight"]) if self.training else y
+
+
+class ReadsInEval(_Second):
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) if self.training else F.linear(x, self.second._parameters["weight"], self.second.bias)
+
+
+CONTEXTS = {
+    "float32": (torch.float32, nullcontext),
+    "bfloat16": (torch.bfloat16, nullcontext),
+    "autocast": (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
+}
+in_contexts = pytest.mark.parametrize("context", CONTEXTS)
+
+
+def _verified(cls: type[nn.Module], context: str = "float32") -> mapsurgery.Verification:
+    """The result on a model of this class, which is left as it was to the bit, whatever comes out."""
+    dtype, entered = CONTEXTS[context]
+    torch.manual_seed(0)
+    model = mapsurgery.patch(cls().to(dtype), "*", rank=2)
+    snapshot = Snapshot(model)
+    try:
+        with entered():
+            return mapsurgery.verify(model, torch.randn(5, 4, dtype=dtype))
+    finally:
+        snapshot.assert_holds(model)
+        assert all(type(m).__name__ != "Adapter" or type(m) is Adapter for m in model.modules())
+
+
+@in_contexts
+@pytest.mark.parametrize("cls", [ReadsParameters, ReadsByName, ReadsInTraining, ReadsInEval], ids=lambda c: c.__name__)
+def test_who_reads_the_frozen_weight_is_found_in_any_precision(cls: type[nn.Module], context: str) -> None:
+    with pytest.raises(mapsurgery.VerificationError, match="weight of second behind its back"):
+        _verified(cls, context)
+
+
+@in_contexts
+def test_a_right_model_passes_in_any_precision_without_a_note(context: str) -> None:
+    result = _verified(TwoPaths, context)
+    assert not result.failures and result.notes == ()
+
+
+class _Inference(_Second):
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) if torch.is_grad_enabled() else self.fast(x)
+
+
+class FastOnW(_Inference):
+    def fast(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.second._parameters["weight"], self.second.bias)
+
+
+class FastOnACopy(_Inference):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = self.second.weight.detach().clone()
+
+    def fast(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.kept.to(x.dtype), self.second.bias)
+
+
+class FastOnCodes(_Inference):
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = (self.second.weight.detach() * 127).round().to(torch.int8)
+
+    def fast(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.codes.to(x.dtype) / 127, self.second.bias)
+
+
+class FastOnWhatItFirstRead(_Inference):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = None
+
+    def fast(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is None:
+            self.kept = self.second.weight.detach().clone()
+        return F.linear(x, self.kept.to(x.dtype), self.second.bias)
+
+
+class FastDiscards(_Inference):
+    def fast(self, x: torch.Tensor) -> torch.Tensor:
+        self.second(x)
+        return x
+
+
+@in_contexts
+@pytest.mark.parametrize("cls", [FastOnW, FastOnACopy, FastOnCodes, FastDiscards], ids=lambda c: c.__name__)
+def test_a_fast_path_around_a_layer_is_found_in_any_precision(cls: type[nn.Module], context: str) -> None:
+    with pytest.raises(mapsurgery.VerificationError, match="inference differs.*bypasses second") as error:
+        _verified(cls, context)
+    assert list(error.value.verification.failures) == ["second"]
+
+
+class MergedInEval(_Second):
+    """Keeps W' from its first forward in eval mode."""
+
+    lets_go = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = None
+
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.kept = None if self.lets_go else self.kept
+            return self.second(x)
+        if self.kept is None:
+            self.kept = self.second.weight.detach().clone()
+        return F.linear(x, self.kept, self.second.bias)
+
+
+class MergedUntilTraining(MergedInEval):
+    lets_go = True
+
+
+class MergedBefore(MergedInEval):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = self.second.weight.detach().clone()
+
+
+class Transposed(MergedBefore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept, self.all = None, {"second": [self.second.weight.detach().t().half()]}
+
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) if self.training else x @ self.all["second"][0].to(x.dtype) + self.second.bias
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (FastOnWhatItFirstRead, "inference differs.*bypasses second"),
+        (MergedInEval, "inference differs.*bypasses second"),
+        (MergedUntilTraining, "inference differs.*bypasses second"),
+        (MergedBefore, "second: bypassed in eval mode.*`kept`"),
+        (Transposed, "second: bypassed in eval mode.*`all`"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_a_merged_copy_that_is_kept_is_found(cls: type[nn.Module], message: str) -> None:
+    with pytest.raises(mapsurgery.VerificationError, match=message):
+        _verified(cls)
+
+
+class MergedByEval(MergedInEval):
+    """Merges when it is put into eval mode, and lets go when it trains: right."""
+
+    def train(self, mode: bool = True) -> MergedByEval:
+        super().train(mode)
+        self.kept = None if mode else self.second.weight.detach().clone()
+        return self
+
+
+def test_a_copy_that_eval_and_train_renew_is_no_alarm() -> None:
+    assert not _verified(MergedByEval).failures
+
+
+def test_an_interrupt_leaves_every_bit() -> None:
+    class Interrupted(TwoPaths):
+        runs = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs += 1
+            if self.runs == self.stop:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = mapsurgery.patch(Interrupted(), "*", rank=2)
+    model.stop = 0
+    mapsurgery.verify(model, torch.randn(3, 4))
+    snapshot, runs = Snapshot(model), model.runs
+    for stop in range(1, runs + 1):
+        model.runs, model.stop = 0, stop
+        with pytest.raises(KeyboardInterrupt):
+            mapsurgery.verify(model, torch.randn(3, 4))
+        snapshot.assert_holds(model)
+        assert all(type(m.adapter) is Adapter for m in (model.first, model.second))
+
+
+# Models that eval mode does not differentiate -----------------------------------------------------------------------
+
+
+class DetachedInEval(_Second):
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(x)
+        return y if self.training else y.detach()
+
+
+class NoGradInEval(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no backward in eval mode")
+
+
+class RaisesInEvalBackward(_Second):
+    def through_second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) if self.training else _NoBackward.apply(self.second(x))
+
+
+class RefusesAutogradInEval(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and torch.is_grad_enabled():
+            raise RuntimeError("eval mode needs no_grad")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "cls", [DetachedInEval, NoGradInEval, RaisesInEvalBackward, RefusesAutogradInEval], ids=lambda c: c.__name__
+)
+def test_a_model_that_eval_mode_does_not_differentiate_is_judged_by_train_mode(cls: type[nn.Module]) -> None:
+    result = _verified(cls)
+    assert not result.failures and any("judged by train mode" in note for note in result.notes)
+
+
+def test_what_train_mode_alone_uses_is_said() -> None:
+    assert "used in train mode alone" in _verified(OnlyInTraining).notes[0]
+
+
+class Faint(TwoPaths):
+    """In float16 the gradient of `second` is too small to show."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + 1e-9 * self.second(x)
+
+
+class Loud(TwoPaths):
+    """And here it is too large, though the output is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x * 1e-3) * 3e3 * 1e2
+
+
+@pytest.mark.parametrize("cls", [Faint, Loud], ids=lambda c: c.__name__)
+def test_a_gradient_that_underflows_or_overflows_is_taken_of_another_loss(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = mapsurgery.patch(cls().half(), "*", rank=2)
+    result = mapsurgery.verify(model, torch.randn(5, 4).half())
+    assert not result.failures and "another size of the loss" in result.notes[0] and "second" in result.notes[0]
+
+
+def test_a_scale_of_zero_is_no_underflow() -> None:
+    model = mapsurgery.patch(Multiplied().half(), "*", rank=2)
+    with pytest.raises(mapsurgery.VerificationError, match="second: dead"):
+        mapsurgery.verify(model, torch.randn(3, 4).half())
+
+
+class Stored(nn.Module):
+    """Parameters and buffers in 8 bits beside an adapted layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.stored = nn.Parameter(torch.randn(4, 4).to(torch.float8_e4m3fn))
+        self.scale = nn.Parameter(torch.zeros(4).to(torch.float8_e4m3fn))
+        self.register_buffer("bias", torch.randn(4).to(torch.float8_e5m2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.layer(x), self.stored.float(), self.bias.float()) * (1 + self.scale.float())
+
+
+@pytest.mark.parametrize("train", [(), "scale"])
+def test_parameters_and_buffers_in_8_bits_are_no_obstacle(train: str | tuple[str, ...]) -> None:
+    model = mapsurgery.patch(Stored(), "layer", rank=2, train=train)
+    before = [t.float().clone() for t in (*model.parameters(), *model.buffers())]
+    assert not mapsurgery.verify(model, torch.randn(3, 4)).failures
+    assert all(torch.equal(t.float(), b) for t, b in zip((*model.parameters(), *model.buffers()), before, strict=True))
+
+
+class _HalfDifferentiable(nn.Module):
+    """Can be differentiated by nothing, with adapters or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _NoBackward.apply(self.layer(x))
+
+
+def test_a_model_that_cannot_be_differentiated_is_judged_by_what_acts() -> None:
+    result = mapsurgery.verify(mapsurgery.patch(_HalfDifferentiable(), "layer", rank=2), torch.randn(3, 4))
+    assert "whether they learn was not checked" in str(result) and "for the base too" in result.notes[0]
+    with pytest.raises(mapsurgery.VerificationError, match="idle: unused"):
+        mapsurgery.verify(mapsurgery.patch(_HalfDifferentiable(), "*", rank=2), torch.randn(3, 4))
+
+
+# What trains beside the adapters, and what the optimiser holds ------------------------------------------------------
+
+
+def _classifier() -> nn.Module:
+    model = nn.Module()
+    model.backbone, model.head, model.spare = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2), nn.Linear(4, 2)
+    model.forward = lambda x: model.head(model.backbone(x))
+    mapsurgery.patch(model.backbone, "*", rank=2)
+    return model
+
+
+def test_what_trains_beside_the_adapters_is_named() -> None:
+    notes = mapsurgery.verify(_classifier(), torch.randn(3, 4)).notes
+    assert "4 other parameters train (20 numbers): head.weight, head.bias, spare.weight, spare.bias" in notes
+    assert "no gradient reaches spare.weight, spare.bias" in notes
+    assert "outside of the part that was patched" in notes[2] and "head.weight" in notes[2]
+    model = mapsurgery.patch(TwoPaths(), "first", rank=2, train="second")
+    notes = mapsurgery.verify(model, torch.randn(3, 4)).notes
+    assert notes == ("2 other parameters train (20 numbers): second.weight, second.bias",)
+
+
+class _Wrapper:
+    """As accelerate's, without param_groups of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, _Wrapper, lambda o: [o]], ids=["itself", "wrapped", "list"])
+def test_an_optimiser_from_before_patch_is_refused(wrap: Callable[[torch.optim.Optimizer], object]) -> None:
+    model = TwoPaths()
+    before = torch.optim.AdamW(model.parameters())
+    mapsurgery.patch(model, "first", rank=2, train="second")
+    with pytest.raises(mapsurgery.VerificationError, match="first: not in the optimiser: A, B, alpha, beta") as error:
+        mapsurgery.verify(model, torch.randn(3, 4), optimizer=wrap(before))
+    assert "frozen, though the optimiser holds them: first.weight, first.bias" in error.value.verification.notes
+    after = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    notes = mapsurgery.verify(model, torch.randn(3, 4), optimizer=wrap(after)).notes
+    assert not [note for note in notes if "optimiser" in note]
+
+
+def test_an_optimiser_has_to_hold_what_else_trains() -> None:
+    model = mapsurgery.patch(TwoPaths(), "first", rank=2, train="second")
+    optimizer = torch.optim.SGD(model.first.adapter.parameters(), lr=1.0)
+    with pytest.raises(mapsurgery.VerificationError, match="not in the optimiser: second.weight, second.bias"):
+        mapsurgery.verify(model, torch.randn(3, 4), optimizer=optimizer)
+    with pytest.raises(TypeError, match="param_groups, got int"):
+        mapsurgery.verify(model, torch.randn(3, 4), optimizer=1)
+
+
+# Examples -----------------------------------------------------------------------------------------------------------
+
+
+class TakesTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * scale
+
+
+class TakesOneDict(TakesTwo):
+    def forward(self, batch):  # noqa: ANN001, ANN201  # as many models are written
+        return super().forward(batch["x"], batch["scale"])
+
+
+class TakesOneTuple(TakesTwo):
+    def forward(self, pair: tuple[torch.Tensor, ...], training: bool = False) -> torch.Tensor:
+        return super().forward(*pair)
+
+
+@pytest.mark.parametrize("example", [dict, tuple])
+@pytest.mark.parametrize("cls", [TakesTwo, TakesOneDict, TakesOneTuple], ids=lambda c: c.__name__)
+def test_an_example_is_spread_where_the_forward_takes_it_so(cls: type[nn.Module], example: type) -> None:
+    values = {"x": torch.randn(3, 4), "scale": torch.randn(4)}
+    given = values if example is dict else tuple(values.values())
+    if (cls, example) in ((TakesOneDict, tuple), (TakesOneTuple, dict)):
+        pytest.skip("no input of this model")
+    assert not mapsurgery.verify(mapsurgery.patch(cls(), "*", rank=2), given).failures
+
+
+def test_inputs_are_fresh_in_each_run() -> None:
+    class Appends(TakesTwo):
+        def forward(self, x: torch.Tensor, seen: list, generator: torch.Generator) -> torch.Tensor:
+            seen.append(1)
+            x.mul_(2)
+            return self.layer(x + torch.randn(x.shape, generator=generator)) * len(seen)
+
+    x, seen, generator = nn.Linear(4, 4)(torch.randn(3, 4)), [], torch.Generator()
+    value, state = x.detach().clone(), generator.get_state()
+    assert not mapsurgery.verify(mapsurgery.patch(Appends(), "layer", rank=2), x, seen, generator=generator).failures
+    assert seen == [] and torch.equal(x, value) and torch.equal(generator.get_state(), state)
+
+
+def test_nothing_of_a_trial_stays_in_the_cache_of_autocast() -> None:
+    model = mapsurgery.patch(TwoPaths(), "first", rank=2, train="second")
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        mapsurgery.verify(model, x)
+        assert torch.equal(model(x), before)
