@@ -220,6 +220,10 @@ class Adapter(nn.Module):
         other.__dict__.update(tensors)
         return other
 
+    def beside(self, weight: Tensor) -> Adapter:
+        """The adapter with its tensors where a copy of the weight is, which torch's DataParallel has made."""
+        return self._holding({name: p.to(weight.device) for name, p in self._parameters.items() if p is not None})
+
     @torch.no_grad()
     def merge_into(self, weight: Tensor, norm: Tensor) -> None:
         """weight, holding W in the layer's layout, becomes W' in place. Args: norm: ||W||_F."""

@@ -9,6 +9,7 @@ cannot pickle a graph that holds a string for a type.
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, ClassVar
@@ -22,8 +23,18 @@ from ..methods import Adapter
 from ..methods.sharded import is_shard
 from .paths import CHILD, child_name
 
-_MEMO = "_mapsurgery_memo"
-"""Plain attribute of an `AdaptedRaw` layer while its forward runs: what W' was when it was first read there."""
+
+class _Running(threading.local):
+    """The `AdaptedRaw` layers whose forward runs in this thread, by id: what W' was when it was first read there.
+
+    A thread has its own: two that trained on one W' would run backward through one graph twice.
+    """
+
+    def __init__(self) -> None:
+        self.read: dict[int, dict[tuple[str, bool], Tensor]] = {}
+
+
+_RUNNING = _Running()
 
 _READERS = {
     ("torch.nn.modules.module", "get_parameter"): "parameter",
@@ -82,13 +93,13 @@ class Effective:
                 adapter.forget()
             if wanted is not None or module in _MOVERS or is_shard(weight):
                 return weight
-        memo = layer.__dict__.get(_MEMO)
-        if memo is None:
-            return adapter("effective_weight", weight)
-        key = (self.parameter, torch.is_grad_enabled())
-        if key not in memo:
-            memo[key] = adapter("effective_weight", weight)
-        return memo[key]
+            read = _RUNNING.read.get(id(layer))
+            if read is not None:
+                key = (self.parameter, torch.is_grad_enabled())
+                if key not in read:
+                    read[key] = adapter("effective_weight", weight)
+                return read[key]
+        return adapter("effective_weight", weight)
 
     # nn.Module registers a Parameter past this. A plain tensor is what a hook computes anew, or a wrapper puts in the
     # Parameter's place for a while.
@@ -114,7 +125,10 @@ class AdaptedLayer(nn.Module):
     def adapter_of(self, parameter: str) -> Adapter:
         """The adapter of one of the adapted parameters; a plain attribute where another layer's is shared."""
         name = child_name(parameter)
-        return self._modules[name] if name in self._modules else self.__dict__[name]  # type: ignore[return-value]
+        if name in self._modules:
+            return self._modules[name]  # type: ignore[return-value]
+        shared: Adapter = self.__dict__[name]
+        return shared.beside(self.base_of(parameter)) if "_is_replica" in self.__dict__ else shared
 
     def base_of(self, parameter: str) -> Tensor:
         """The frozen W: the layer's Parameter, or what its parametrisation or hook computes."""
@@ -239,13 +253,13 @@ class AdaptedRaw(AdaptedLayer):
     """For modules of any type with raw parameters: a mixture reads its stack for each expert, but W' is built once."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _MEMO in self.__dict__:
+        if torch.compiler.is_compiling() or id(self) in _RUNNING.read:
             return super().forward(*args, **kwargs)
-        self.__dict__[_MEMO] = {}
+        _RUNNING.read[id(self)] = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self.__dict__.pop(_MEMO, None)  # another thread may have been here too
+            del _RUNNING.read[id(self)]
 
 
 class FusedConv1D(FusedLinear):
@@ -274,6 +288,12 @@ class AdaptedRecurrent(AdaptedLayer):
 
     def _init_flat_weights(self) -> None:
         """Likewise, after the layer was moved."""
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """torch's own copies the list of a replica, which has no weights yet."""
+        replica = nn.Module._replicate_for_data_parallel(self)
+        replica._flat_weights_names = self._flat_weights_names[:]
+        return replica
 
     def flatten_parameters(self) -> None:
         """W' is made anew for each call: there is no memory to lay out."""
