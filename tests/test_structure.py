@@ -23,10 +23,10 @@ FLOORS = (
     ("methods",),
     (
         *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
-        *("surgery.offloaded", "surgery.other_adapters", "surgery.reducers", "surgery.trainers"),
+        *("surgery.offloaded", "surgery.other_adapters", "surgery.reducers", "surgery.trainers", "surgery.forwards"),
     ),
     (
-        *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing"),
+        *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing", "surgery.probe", "surgery.writes"),
         *("surgery.quantised", "surgery.quantised.kinds", "surgery.quantised.layer", "surgery.quantised.merged"),
     ),
     ("surgery.config", "surgery.planned", "surgery.plan", "surgery.plan_table", "surgery.ties"),

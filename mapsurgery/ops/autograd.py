@@ -132,12 +132,13 @@ class Product(torch.autograd.Function):
         except RuntimeError as error:
             raise in_torchs_type(error) from None
         ctx.save_for_backward(x, weight, bias, A, B, first, second, h, *(scales or ()))
-        ctx.numbers, ctx.settings = numbers, settings
+        ctx.numbers, ctx.settings, ctx.dtype = numbers, settings, weight.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         x, weight, bias, A, B, first, second, h, *scales = ctx.saved_tensors
+        weight = weight.to(ctx.dtype)  # a Parameter's data may be stored in another dtype between forwards
         needs = ctx.needs_input_grad[:7]
         if _recording():
             inputs = (x, weight, bias, A, B, first, second, ctx.numbers, ctx.settings)

@@ -175,7 +175,7 @@ class _Waiting(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], like: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.function = function
+        ctx.function, ctx.dtypes = function, [t.dtype for t in tensors]
         return _lazy(function, like, tensors)
 
     @staticmethod
@@ -185,7 +185,7 @@ class _Waiting(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [
                 t if create_graph else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, needs, strict=True)
+                for t, need in zip(map(Tensor.to, ctx.saved_tensors, ctx.dtypes), needs, strict=True)
             ]
             wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
             value = ctx.function(*inputs)

@@ -11,7 +11,6 @@ cannot pickle a graph that holds a string for a type.
 import sys
 import threading
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..methods import Adapter
 from ..methods.sharded import is_shard
+from .forwards import SLOTS, Unproved, described, forward_to_keep
 from .paths import CHILD, child_name
 
 
@@ -121,6 +121,10 @@ class AdaptedLayer(nn.Module):
     """Names of the adapted parameters."""
     rebuild: ClassVar[Callable[[type[nn.Module], tuple[str, ...]], nn.Module]]
     """Makes an empty object of the class again, from `original_class` and `adapted`; in each class of `attach`."""
+    judges_forwards: ClassVar[bool] = True
+    """Whether each forward reads an adapted parameter, so that one that does not has gone around the adapter."""
+    drops: ClassVar[bool] = False
+    """Whether a forward of ours applies the adapter's dropout."""
 
     def adapter_of(self, parameter: str) -> Adapter:
         """The adapter of one of the adapted parameters; a plain attribute where another layer's is shared."""
@@ -131,10 +135,13 @@ class AdaptedLayer(nn.Module):
         return shared.beside(self.base_of(parameter)) if "_is_replica" in self.__dict__ else shared
 
     def base_of(self, parameter: str) -> Tensor:
-        """The frozen W: the layer's Parameter, or what its parametrisation or hook computes."""
+        """The frozen W: the layer's Parameter, or what its parametrisation or hook computes.
+
+        One that diffusers stores in 8 bits between its forwards is a copy in float32.
+        """
         held = self._parameters.get(parameter)
         if held is not None:
-            return held
+            return held if held.itemsize > 1 else held.float()
         if parameter in self.__dict__:
             return self.__dict__[parameter]  # torch.nn.utils.weight_norm and spectral_norm leave their result there
         return self.parametrizations[parameter]()  # type: ignore[operator, index]
@@ -143,7 +150,21 @@ class AdaptedLayer(nn.Module):
         """Whether the frozen W was unfrozen."""
         return self.base_of(parameter).requires_grad
 
+    def reached_by(self, products: list[str]) -> bool:
+        """Whether a forward acted as the adapted layer's. Args: products that it asked the adapters for."""
+        return bool(products)
+
+    def unreached(self, forward: Unproved, output: Any, args: Any, kwargs: Any) -> Any:
+        """What becomes of the output of a forward, put on the object after `patch`, that did not reach the adapter."""
+        raise RuntimeError(
+            f"{self.adapter_of(self.adapted[0]).layer_name or type(self).__name__}: the forward that its object "
+            f"carries ({described(forward.inner)}) does not read its {' or '.join(self.adapted)}, so that the adapter "
+            "would do nothing; take it off, or let it read the attribute when it runs"
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in SLOTS:
+            value = forward_to_keep(self, value)
         new = name in self.adapted and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
         if new and not sys._getframe(1).f_globals.get("__name__", "").startswith(_MAY_ASSIGN):
             raise AttributeError(
@@ -194,9 +215,12 @@ class AdaptedLayer(nn.Module):
 class FusedLinear(AdaptedLayer):
     """For layers that compute x W^T + bias: nn.Linear, and transformers' Conv1D (whose weight is W^T)."""
 
+    drops = True
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, FusedLinear):  # a wrapper has kept this forward, and the layer is adapted no longer
+            return type(self).forward(self, input)
         adapter = self._modules.get(CHILD) or self.adapter_of("weight")  # the former spares calls
         # The operator knows no nested tensors, F.linear on W' does. `is True`: torch.fx's proxies have no truth.
         if not adapter.enabled or input.is_nested is True:
@@ -208,6 +232,7 @@ class FusedLinear(AdaptedLayer):
 class FusedConv(AdaptedLayer):
     """For layers that compute what nn.Conv1d, nn.Conv2d and nn.Conv3d compute."""
 
+    drops = True
     bias: Tensor | None
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
@@ -217,6 +242,8 @@ class FusedConv(AdaptedLayer):
     _reversed_padding_repeated_twice: list[int]
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, FusedConv):
+            return type(self).forward(self, input)
         adapter = self.adapter_of("weight")
         if not adapter.enabled:
             return super().forward(input)
@@ -243,6 +270,8 @@ class FusedEmbedding(AdaptedLayer):
     scale_grad_by_freq: bool
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, FusedEmbedding):
+            return type(self).forward(self, input)
         adapter = self.adapter_of("weight")
         if not adapter.enabled or self.scale_grad_by_freq:  # which scales the gradient of W' itself
             return super().forward(input)
@@ -252,7 +281,11 @@ class FusedEmbedding(AdaptedLayer):
 class AdaptedRaw(AdaptedLayer):
     """For modules of any type with raw parameters: a mixture reads its stack for each expert, but W' is built once."""
 
+    judges_forwards = False
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, AdaptedRaw):
+            return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() or id(self) in _RUNNING.read:
             return super().forward(*args, **kwargs)
         _RUNNING.read[id(self)] = {}
@@ -266,7 +299,7 @@ class FusedConv1D(FusedLinear):
     """For transformers' Conv1D, whose argument has another name."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+        return super().forward(x) if isinstance(self, FusedConv1D) else type(self).forward(self, x)
 
 
 class AdaptedRecurrent(AdaptedLayer):
@@ -297,14 +330,3 @@ class AdaptedRecurrent(AdaptedLayer):
 
     def flatten_parameters(self) -> None:
         """W' is made anew for each call: there is no memory to lay out."""
-
-
-def rebind_forward(layer: nn.Module, before: type[nn.Module]) -> None:
-    """A forward that the object itself keeps (accelerate's hooks keep the one they wrap) is that of its new class.
-
-    Args: before: the class that the layer had until now.
-    """
-    for name in ("forward", "_old_forward"):
-        kept = layer.__dict__.get(name)
-        if isinstance(kept, MethodType) and kept.__self__ is layer and kept.__func__ is before.forward:
-            layer.__dict__[name] = MethodType(type(layer).forward, layer)

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..methods import Adapter
-from .adapted import AdaptedLayer, Effective, rebind_forward
+from .adapted import AdaptedLayer, Effective
+from .forwards import Unproved, carried_forward, put_back, rebind_forward, slot_of
 from .layers import mixin_of
 from .paths import child_name
 from .quantised.kinds import kind_of
-from .quantised.layer import quantised_class
+from .quantised.layer import QuantisedLinear, quantised_class
 
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {}
 """Original class and adapted parameters -> class of its adapted objects; grows as classes are met."""
@@ -55,6 +56,7 @@ def attach(layer: nn.Module, adapters: Mapping[str, Adapter], shared: Collection
         shared: names of those whose adapter is a child of another layer: it is no child of this one, so that a
             state_dict holds it once.
     """
+    own, slot = carried_forward(layer), slot_of(layer)
     if parametrize.is_parametrized(layer):  # its class is its own, and must not be kept alive
         layer.__class__ = _made_class(type(layer), tuple(adapters))
     else:
@@ -70,6 +72,10 @@ def attach(layer: nn.Module, adapters: Mapping[str, Adapter], shared: Collection
         else:
             layer._modules[child_name(name)] = adapter
             adapter.train(layer.training)
+    if own is not None and isinstance(layer, QuantisedLinear):
+        layer.take_over(slot, own)
+    elif own is not None and layer.judges_forwards:
+        layer.__dict__[slot] = Unproved(own, layer)
     return layer
 
 
@@ -82,5 +88,6 @@ def detach(layer: AdaptedLayer) -> None:
     adapted = type(layer)
     layer.__class__ = layer.original_class  # type: ignore[assignment]
     rebind_forward(layer, adapted)
+    put_back(layer)
     if isinstance(layer, nn.RNNBase):
         layer._init_flat_weights()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,11 @@ from .adapted import (
     FusedLinear,
 )
 from .computed import find_hook
+from .forwards import carried_forward
 from .paths import child_name
+from .probe import NotTried, found_out
 from .quantised import kinds
+from .writes import written_in_source
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class LayerType:
         transposed: the weight is (in, out).
         parameters: names of the parameters that are adapted; a name that ends with "*" stands for all that begin so.
         always: mixin for classes whose forward is not the original one.
+        inputs: forms of input that its forward takes, the usual one first, of a layer, a dtype and a device.
     """
 
     qualified_name: str
@@ -48,6 +54,7 @@ class LayerType:
     transposed: bool = False
     parameters: tuple[str, ...] = ("weight",)
     always: type[AdaptedLayer] = AdaptedLayer
+    inputs: tuple[Callable[[Any, torch.dtype, torch.device], tuple[Tensor, ...]], ...] = ()
 
     def find_in(self, cls: type) -> type | None:
         """This class among the ancestors of `cls`."""
@@ -59,6 +66,12 @@ class LayerType:
         if own is None or self.fused is None:
             return False
         return all(getattr(cls, name) is getattr(own, name) for name in self.methods)
+
+    def is_known(self, cls: type) -> bool:
+        """Whether what `cls` runs is torch's code, or that of the package that the table names."""
+        home = self.qualified_name.rpartition(".")[0].rpartition(".")[0]
+        owners = [next(c for c in cls.__mro__ if name in vars(c)) for name in self.methods]
+        return all(owner.__module__.startswith(home) for owner in owners)
 
     def parameters_of(self, module: nn.Module) -> list[str]:
         """Names of the parameters of this module that are adapted, whether they can be or not."""
@@ -75,21 +88,54 @@ class LayerType:
 _CONV_METHODS = ("forward", "_conv_forward")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
+
+def _of_sizes(*sizes: str, lead: tuple[int, ...] = (2,)) -> Any:
+    """Inputs whose last dimensions are attributes of the layer."""
+    return lambda layer, dtype, device: tuple(
+        torch.ones(*lead, getattr(layer, size), dtype=dtype, device=device) for size in sizes
+    )
+
+
+def _rows(*lead: int, size: int) -> Any:
+    """Inputs whose last dimension is one of the weight's."""
+    return lambda layer, dtype, device: (
+        torch.ones(*lead, layer._parameters["weight"].shape[size], dtype=dtype, device=device),
+    )
+
+
+def _image(layer: Any, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    spatial = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return (torch.ones(2, layer.in_channels, *spatial, dtype=dtype, device=device),)
+
+
+def _ids(layer: Any, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return (torch.arange(6, device=device).reshape(2, 3) % len(layer._parameters["weight"]),)
+
+
+_LINEAR = (_rows(2, 3, size=1), _rows(2, size=1))
+_ATTENDED = (_of_sizes("embed_dim", "kdim", "vdim", lead=(2, 2)),)
+_RECURRENT, _CELL = (_of_sizes("input_size", lead=(2, 2)),), (_of_sizes("input_size"),)
+
 LAYER_TYPES: tuple[LayerType, ...] = (
-    LayerType("torch.nn.modules.linear.Linear", FusedLinear),
-    LayerType("torch.nn.modules.conv.Conv1d", FusedConv, _CONV_METHODS),
-    LayerType("torch.nn.modules.conv.Conv2d", FusedConv, _CONV_METHODS),
-    LayerType("torch.nn.modules.conv.Conv3d", FusedConv, _CONV_METHODS),
-    LayerType("transformers.pytorch_utils.Conv1D", FusedConv1D, transposed=True),
-    LayerType("torch.nn.modules.sparse.Embedding", FusedEmbedding),
-    LayerType("torch.nn.modules.sparse.EmbeddingBag"),
-    LayerType("torch.nn.modules.conv.ConvTranspose1d"),
-    LayerType("torch.nn.modules.conv.ConvTranspose2d"),
-    LayerType("torch.nn.modules.conv.ConvTranspose3d"),
-    LayerType("torch.nn.modules.linear.Bilinear"),
-    LayerType("torch.nn.modules.activation.MultiheadAttention", parameters=_ATTENTION),
-    LayerType("torch.nn.modules.rnn.RNNBase", parameters=("weight_*",), always=AdaptedRecurrent),
-    LayerType("torch.nn.modules.rnn.RNNCellBase", parameters=("weight_ih", "weight_hh")),
+    LayerType("torch.nn.modules.linear.Linear", FusedLinear, inputs=_LINEAR),
+    LayerType("torch.nn.modules.conv.Conv1d", FusedConv, _CONV_METHODS, inputs=(_image,)),
+    LayerType("torch.nn.modules.conv.Conv2d", FusedConv, _CONV_METHODS, inputs=(_image,)),
+    LayerType("torch.nn.modules.conv.Conv3d", FusedConv, _CONV_METHODS, inputs=(_image,)),
+    LayerType(
+        "transformers.pytorch_utils.Conv1D",
+        FusedConv1D,
+        transposed=True,
+        inputs=(_rows(2, 3, size=0), _rows(2, size=0)),
+    ),
+    LayerType("torch.nn.modules.sparse.Embedding", FusedEmbedding, inputs=(_ids,)),
+    LayerType("torch.nn.modules.sparse.EmbeddingBag", inputs=(_ids,)),
+    LayerType("torch.nn.modules.conv.ConvTranspose1d", inputs=(_image,)),
+    LayerType("torch.nn.modules.conv.ConvTranspose2d", inputs=(_image,)),
+    LayerType("torch.nn.modules.conv.ConvTranspose3d", inputs=(_image,)),
+    LayerType("torch.nn.modules.linear.Bilinear", inputs=(_of_sizes("in1_features", "in2_features"),)),
+    LayerType("torch.nn.modules.activation.MultiheadAttention", parameters=_ATTENTION, inputs=_ATTENDED),
+    LayerType("torch.nn.modules.rnn.RNNBase", parameters=("weight_*",), always=AdaptedRecurrent, inputs=_RECURRENT),
+    LayerType("torch.nn.modules.rnn.RNNCellBase", parameters=("weight_ih", "weight_hh"), inputs=_CELL),
 )
 
 
@@ -201,6 +247,22 @@ def _name_taken(module: nn.Module, name: str) -> str | None:
     return f"it has an attribute named `{child}` already" if hasattr(module, child) else None
 
 
+def _own_forward(module: nn.Module, name: str) -> str | None:
+    """What is wrong with a forward of the object's or its class's own."""
+    entry = find_type(type(module))
+    if entry is not None and carried_forward(module) is None and entry.is_known(type(module)):
+        return None
+    line = written_in_source(module, name)
+    if line is not None:
+        return f"its forward changes the {name} itself (`{line}`)"
+    if entry is None or name not in entry.parameters_of(module):
+        return None
+    try:
+        return found_out(module, name, entry.always, [partial(form, module) for form in entry.inputs])
+    except NotTried:  # the first call of an object's own forward shows whether it acts
+        return None
+
+
 _CHECKS: tuple[Callable[[nn.Module, str], str | None], ...] = (
     _adapted_already,
     _uninitialised,
@@ -209,6 +271,7 @@ _CHECKS: tuple[Callable[[nn.Module, str], str | None], ...] = (
     _renormalised,
     _is_container,
     _name_taken,
+    _own_forward,
 )
 
 

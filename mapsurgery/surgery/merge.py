@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..methods import Adapter
+from ..methods.adapter import DTYPES
 from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .computed import bake, can_bake
@@ -241,6 +242,12 @@ def _refuse_unmergeable(site: Site) -> None:
     adapter = site.adapter
     if adapter.weight_norm.is_meta or (not isinstance(site.layer, QuantisedLinear) and site.base.is_meta):
         raise ValueError(f"{site.path}: the weight is on meta; load the model's weights before merging")
+    held = site.layer._parameters.get(site.parameter)
+    if not isinstance(site.layer, QuantisedLinear) and held is not None and held.dtype not in DTYPES:
+        raise ValueError(
+            f"{site.path}: its {site.parameter} is stored as {str(held.dtype).removeprefix('torch.')}, which cannot "
+            "hold what is merged: merge before it is cast (enable_layerwise_casting), or cast the model back"
+        )
     for name, parameter in adapter.own_parameters().items():
         if not parameter.isfinite().all():
             raise ValueError(f"{site.path}: {name} holds NaN or infinite values; nothing was merged")

@@ -14,6 +14,7 @@ from ..methods import Adapter, Way
 from ..methods.adapter import frobenius_norms
 from ..updates import Matrix
 from .config import Config
+from .forwards import carried_forward
 from .layers import LayerType, find_type, mixin_of, weight_of
 from .quantised import kinds
 from .quantised.kinds import Quantisation
@@ -171,7 +172,7 @@ def _runs_own_forward(module: nn.Module, name: str, layer_type: LayerType | None
     """Whether a layer keeps its own forward while it is adapted."""
     if layer_type is None or (name == "weight" and kinds.kind_of(module) is not None):
         return True
-    own = mixin_of(type(module), (name,)) is not layer_type.fused
+    own = mixin_of(type(module), (name,)) is not layer_type.fused or carried_forward(module) is not None
     return own or bool(getattr(module, "scale_grad_by_freq", False))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...methods.adapter import DTYPES, Adapter
+from ..forwards import ASIDE, SLOTS
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def own_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The forward of the base, without hooks, of a layer that is adapted or not."""
+    """The forward of the base, without hooks of torch, of a layer that is adapted or not."""
     original = getattr(type(module), "original_class", None)  # of an adapted layer
-    return module.forward if original is None else partial(original.forward, module)
+    return module.forward if original is None else module.__dict__.get(ASIDE) or partial(original.forward, module)
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -140,7 +141,24 @@ def _plain_dtype(module: nn.Module) -> torch.dtype | None:
     if named in DTYPES:
         return named
     tensors = [t for t in (module._parameters.get("bias"), *_tensors(module)) if t is not None]
-    return next((t.dtype for t in tensors if t.dtype in DTYPES), None)
+    found = next((t.dtype for t in tensors if t.dtype in DTYPES), None)
+    return found or (runs_on(module, own_forward(module)) if module.__dict__.keys() & {ASIDE, *SLOTS} else None)
+
+
+@torch.no_grad()
+def runs_on(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> torch.dtype | None:
+    """The dtype of inputs that a forward of the object's own takes: it may cast what the layer stores in 8 bits."""
+    size = features(module)
+    assert size is not None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.zeros(1, size[1], dtype=dtype, device=device_of(module))
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                forward(x)
+        except Exception:  # of another dtype; where none will do, the plan says so
+            continue
+        return dtype
+    return None
 
 
 @torch.no_grad()

@@ -11,12 +11,14 @@ Annotations are no strings here, as in adapted.py.
 """
 
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..adapted import AdaptedLayer
-from .kinds import dequantised
+from ..forwards import ASIDE, SLOTS, Forward, Unproved, asked_for, forward_to_keep
+from .kinds import dequantised, runs_on
 
 
 class QuantisedLinear(AdaptedLayer):
@@ -42,15 +44,49 @@ class QuantisedLinear(AdaptedLayer):
         return any(p.requires_grad for name, p in self.named_parameters(recurse=False) if name != "bias")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        own = self.__dict__.get(ASIDE)
+        if own is None and not isinstance(self, QuantisedLinear):  # a wrapper kept this; the layer is adapted no longer
+            return type(self).forward(self, *args, **kwargs)
+        output = super().forward(*args, **kwargs) if own is None else own(*args, **kwargs)
+        return self._corrected(output, args, kwargs) if isinstance(self, QuantisedLinear) else output
+
+    def _corrected(self, output: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The adapted layer's output, of the base's."""
         adapter = self.adapter_of("weight")
-        output = super().forward(*args, **kwargs)
         if not adapter.enabled:
             return output
         x = args[0] if args else next(iter(kwargs.values()))
         return adapter("around", None, x, output, getattr(self, "bias", None), partial(dequantised, self))
 
+    def take_over(self, slot: str, forward: Forward) -> None:
+        """The forward that the object carries in `slot` is the base's: the class's runs it, and corrects its output.
+
+        Unless it leads to the class's: a wrapper that was put around it when the layer was adapted before.
+        """
+        with asked_for([self.adapter_of("weight")]) as products:
+            runs_on(self, forward)
+        if not self.reached_by(products):
+            self.__dict__[ASIDE] = forward
+            self.__dict__[slot] = MethodType(type(self).forward, self)
+
+    def reached_by(self, products: list[str]) -> bool:
+        return "around" in products
+
+    def unreached(self, forward: Unproved, output: Any, args: Any, kwargs: Any) -> Any:
+        """It is another forward of the base."""
+        self.__dict__[ASIDE] = forward.inner
+        forward.settle(MethodType(type(self).forward, self))
+        return self._corrected(output, args, kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in SLOTS:
+            value = forward_to_keep(self, value)
         nn.Module.__setattr__(self, name, value)  # the base's own code may replace its weight
+
+    def __delattr__(self, name: str) -> None:
+        if name in SLOTS and isinstance(self.__dict__.get(name), MethodType):
+            self.__dict__.pop(ASIDE, None)  # its own forward, which stood there, is taken off
+        super().__delattr__(name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of another base brings another ||W||_F."""

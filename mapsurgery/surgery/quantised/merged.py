@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapted import rebind_forward
+from ..forwards import ASIDE, described, rebind_forward
 from .kinds import Quantisation, dequantised, kind_of
 from .layer import QuantisedLinear
 
@@ -36,10 +36,16 @@ def replacement(layer: QuantisedLinear, path: str, choice: str, surroundings: to
     Args: choice: "dequantise" or "requantise"; surroundings: dtype of a plain weight where the layer has none.
 
     Raises:
-        ValueError: the layer cannot be quantised again.
+        ValueError: the layer cannot be quantised again, or carries a forward of its own.
     """
     kind = kind_of(layer)
     assert kind is not None
+    if ASIDE in layer.__dict__:
+        raise ValueError(
+            f"{path} ({kind.name}): its object carries a forward of its own ({described(layer.__dict__[ASIDE])}), "
+            "which would run on the weight that merging takes away; merge in a model without it (unpatch, take it off, "
+            "patch and load the adapter again), or keep the adapter beside the weight"
+        )
     if choice == "requantise" and kind.quantise is None:
         raise ValueError(_cannot(path, kind, "this library knows no way to pack its weight again"))
     merged = dequantised(layer)
