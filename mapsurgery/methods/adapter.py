@@ -77,6 +77,7 @@ class Adapter(nn.Module):
         weight_norm: (1,) or (E,), ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
             No buffer: it is taken of the base, and is in no state_dict.
         norm_dtype: of the W that was measured; a cast one may differ by rounding.
+        hanging: names of attributes that were set on the Parameter W, which readers of W' look for in compiled code.
         computed: W is the result of a parametrisation or hook, which each call computes anew, norm included.
         roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
         scaling: fixed factor of the update where the method has one, else 1.
@@ -119,6 +120,7 @@ class Adapter(nn.Module):
         self.scales: KnownScales | None = None
         self.watch: Any = None
         self.computed = not isinstance(weight, nn.Parameter)
+        self.hanging = tuple(n for n in vars(weight) if n[0] != "_") if type(weight) is nn.Parameter else ()
         self.pending = weight.is_meta
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)

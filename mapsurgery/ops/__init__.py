@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from . import autograd, operators, registration
 from .autograd import Product, Scales
-from .lazy import can_wait, when_read
+from .lazy import can_wait, stands_for, when_read
 from .operators import accumulate_dtype, conv_weight_space, magnitudes, safe_sqrt
 from .registration import full_precision
 
@@ -28,6 +28,7 @@ __all__ = [
     "effective_weight",
     "frobenius_norm",
     "full_precision",
+    "stands_for",
     "when_read",
     "lowrank_conv",
     "lowrank_linear",

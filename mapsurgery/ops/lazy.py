@@ -5,11 +5,13 @@ weight. A `LazyWeight` has the metadata and the place in the autograd graph from
 operation on it to ``__torch_dispatch__``, which puts W' itself in its place. Because autograd stands above that, no
 reader (a custom Function, a fused kernel of torch) can get W' without its gradient.
 
-W' is computed: what is written into it would be lost. So a write into it, or into a view of it, raises.
+W' is computed: what is written into it would be lost. So a write into it, or into a view of it, raises. What hangs on
+the Parameter that it stands for is found on it, and it passes for a Parameter with whoever asks for one.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,28 +27,47 @@ _LOST = (
     "`model.get_parameter(name)`, or call mapsurgery.merge or mapsurgery.unpatch first; to change a copy, .clone() it"
 )
 
+_TAKERS = {
+    "is_leaf": ("torch.optim.optimizer", "add_param_group"),
+    "grad_fn": ("torch.nn.modules.module", "register_parameter"),
+}
+"""Attribute -> module and function that ask for it before they keep a tensor as a Parameter."""
+
 
 def _refused(*_: Any, **__: Any) -> Any:
     raise RuntimeError(_LOST)
 
 
+def _refuse_taker(attribute: str) -> None:
+    caller = sys._getframe(2)
+    if (caller.f_globals.get("__name__"), caller.f_code.co_name) == _TAKERS[attribute]:
+        raise RuntimeError(
+            "the weight of an adapted layer is computed (W'), and is no Parameter to keep, tie or optimise: take the "
+            "Parameter itself, `layer.get_parameter(name)`, or call mapsurgery.merge or mapsurgery.unpatch first"
+        )
+
+
 class LazyWeight(Tensor):
-    """A tensor like `like` whose value `compute()` gives, at most once."""
+    """A tensor like `like` whose value `compute()` gives, at most once; `parameter` is the one that it stands for."""
 
     _compute: Callable[[], Tensor]
     _value: Tensor | None
     _itself: weakref.ref[LazyWeight]
+    _parameter: torch.nn.Parameter | None
 
     # Readers that skip operations on Python subclasses (the fast path of nn.TransformerEncoderLayer) may take it.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, like: Tensor, compute: Callable[[], Tensor]) -> LazyWeight:
+    def __new__(
+        cls, like: Tensor, compute: Callable[[], Tensor], parameter: torch.nn.Parameter | None = None
+    ) -> LazyWeight:
         lazy = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
         )
         lazy._compute, lazy._value = compute, None
         lazy._itself = weakref.ref(lazy)  # torch.utils.swap_tensors, whose effect would be lost, refuses these
+        lazy._parameter = parameter
         return lazy
 
     def value(self) -> Tensor:
@@ -71,6 +92,43 @@ class LazyWeight(Tensor):
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.value, (args, kwargs))
         result = func(*args, **kwargs)
         return tree_map_only(Tensor, _guarded, result) if _is_view(func) else result
+
+    # What it has of the Parameter -------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        parameter = self.__dict__.get("_parameter")
+        if parameter is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(parameter, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in LazyWeight.__annotations__ or hasattr(type(self), name)
+        parameter = None if own else self.__dict__.get("_parameter")
+        Tensor.__setattr__(self if parameter is None else parameter, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        parameter = self.__dict__.get("_parameter")
+        Tensor.__delattr__(self if parameter is None else parameter, name)
+
+    @property
+    def _is_param(self) -> bool:
+        """By this `isinstance(weight, nn.Parameter)` knows it."""
+        return self._parameter is not None
+
+    @_is_param.setter
+    def _is_param(self, value: Any) -> None:
+        raise RuntimeError(f"`nn.Parameter(weight)`: {_LOST}")
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        _refuse_taker("is_leaf")
+        parameter = self._parameter
+        return Tensor.is_leaf.__get__(self) if parameter is None else parameter.is_leaf  # type: ignore[attr-defined]
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        _refuse_taker("grad_fn")
+        return Tensor.grad_fn.__get__(self)  # type: ignore[union-attr]
 
     # What would change this tensor, past the dispatcher ---------------------------------------------------------------
 
@@ -103,7 +161,7 @@ class LazyWeight(Tensor):
             raise RuntimeError(f"`weight.requires_grad = True`: {_LOST}")
         return self
 
-    apply_ = map_ = map2_ = share_memory_ = register_hook = _refused
+    apply_ = map_ = map2_ = share_memory_ = register_hook = register_post_accumulate_grad_hook = _refused
 
     # What reads memory without an operation: kernels that take a pointer, other libraries.
     def data_ptr(self) -> int:
@@ -127,10 +185,11 @@ class LazyWeight(Tensor):
         return self.value().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.value().clone()
+        copied = self.value().clone()
+        return copied if self._parameter is None else torch.nn.Parameter(copied, self._parameter.requires_grad)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return repr(self.value())
+        return ("" if self._parameter is None else "Parameter containing:\n") + repr(self.value())
 
 
 def _is_view(func: Any) -> bool:
@@ -205,7 +264,7 @@ def _lazy(function: Callable[..., Tensor], like: Tensor, tensors: tuple[Tensor, 
         value = function(*(t.detach() for t in tensors))
         return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
-    return LazyWeight(like.detach(), compute)
+    return LazyWeight(like.detach(), compute, like if isinstance(like, torch.nn.Parameter) else None)
 
 
 def when_read(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -221,6 +280,12 @@ def when_read(like: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
     """How often each tensor was changed in place; inference tensors do not count that."""
     return [t._version for t in tensors if not t.is_inference()]
+
+
+def stands_for(value: Any) -> Any:
+    """The Parameter whose W' this is; any other value itself."""
+    parameter = value._parameter if isinstance(value, LazyWeight) else None
+    return value if parameter is None else parameter
 
 
 def can_wait(weight: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from .. import ops
 from ..methods import Adapter
 from ..methods.sharded import is_shard
 from .forwards import SLOTS, Unproved, described, forward_to_keep
@@ -66,6 +67,17 @@ def _too_late(layer: "AdaptedLayer", parameter: str) -> RuntimeError:
     return RuntimeError(f"{name}: its {parameter} is adapted; parametrise or prune the layer first, and patch then")
 
 
+def _effective(adapter: Adapter, weight: Tensor) -> Tensor:
+    """W', with the attributes that were set on the Parameter."""
+    effective = adapter("effective_weight", weight)
+    if torch.compiler.is_compiling():
+        for name in adapter.hanging:  # a compiler cannot list them
+            setattr(effective, name, getattr(weight, name))
+    elif type(effective) is Tensor and type(weight) is nn.Parameter:
+        effective.__dict__.update(weight.__dict__)  # where it could not wait (`mapsurgery.ops.lazy`)
+    return effective
+
+
 class Effective:
     """What an adapted parameter's name reads as: W', differentiable; the frozen W inside `mapsurgery.disabled`.
 
@@ -97,9 +109,9 @@ class Effective:
             if read is not None:
                 key = (self.parameter, torch.is_grad_enabled())
                 if key not in read:
-                    read[key] = adapter("effective_weight", weight)
+                    read[key] = _effective(adapter, weight)
                 return read[key]
-        return adapter("effective_weight", weight)
+        return _effective(adapter, weight)
 
     # nn.Module registers a Parameter past this. A plain tensor is what a hook computes anew, or a wrapper puts in the
     # Parameter's place for a while.
@@ -165,6 +177,8 @@ class AdaptedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SLOTS:
             value = forward_to_keep(self, value)
+        elif name in self.adapted:
+            value = ops.stands_for(value)  # of another adapted layer: to tie
         new = name in self.adapted and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
         if new and not sys._getframe(1).f_globals.get("__name__", "").startswith(_MAY_ASSIGN):
             raise AttributeError(

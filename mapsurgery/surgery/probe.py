@@ -104,7 +104,7 @@ def _once(
 ) -> tuple[list[Tensor], _StandIn]:
     """What the forward gives, and what stood in for W'."""
     with _standing_in(module, name, mixin, training, seed) as stand_in, torch.random.fork_rng(_cuda(inputs)):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         output = _run(module, inputs)
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)], stand_in
 

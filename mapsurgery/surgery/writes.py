@@ -7,10 +7,10 @@ It reads what a person would look for: `self.weight.data.clamp_()`, `self.weight
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
-from collections.abc import Callable
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -40,7 +40,7 @@ def written_in_source(module: nn.Module, name: str) -> str | None:
         if function in seen or not inspect.isfunction(function):
             continue
         seen.add(function)
-        parsed = _parsed(function)
+        parsed = _parsed(function.__code__)
         if parsed is None or not parsed.args.args:
             continue
         finder = _Finder(parsed.args.args[0].arg, name, function.__globals__)
@@ -54,9 +54,10 @@ def written_in_source(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
+@functools.lru_cache(256)
+def _parsed(code: CodeType) -> ast.FunctionDef | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):  # made in a prompt or by exec; a lambda in the middle of a line
         return None
     return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
