@@ -64,13 +64,12 @@ def test_files_in_which_magnitudes_count_from_0_are_read(
 
     def base() -> nn.Module:
         torch.manual_seed(0)
-        model = nn.ModuleDict({"layer": nn.Linear(6, 5), "zero": nn.Linear(6, 5), "stack": nn.Linear(4, 3)})
+        model = nn.ModuleDict({"layer": nn.Linear(6, 5), "zero": nn.Linear(6, 5)})
         nn.init.zeros_(model["zero"].weight)
-        model["stack"].weight = nn.Parameter(torch.randn(2, 4, 3))
         return model
 
     options = {"method": "dora"} if kind == "dora" else {"init": mapsurgery.Init(relative=kind == "relative")}
-    model = mapsurgery.patch(base(), ["layer", "zero"], parameters="stack.weight", rank=2, dtype=dtype, **options)
+    model = mapsurgery.patch(base(), "*", rank=2, dtype=dtype, **options)
     mapsurgery.save(to_generic_point(model), path)
     weights = {name: layer.get_parameter("weight").detach() for name, layer in model.items()}
 
@@ -79,7 +78,7 @@ def test_files_in_which_magnitudes_count_from_0_are_read(
         for name, layer in metadata["layers"].items():
             norms = torch.tensor(layer["weight_norm"]).reshape(-1)
             start = 1 if kind == "relative" else torch.where(norms > 0, norms, 1)
-            start = weights[name.removesuffix(".weight")].norm(dim=-1) if kind == "dora" else start
+            start = weights[name].flatten(1).norm(dim=-1) if kind == "dora" else start
             key = f"{layer['layer']}.adapter.{'m' if kind == 'dora' else 'alpha'}"
             tensors[key] = (tensors[key].float() + start).to(dtype)
 
