@@ -102,7 +102,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
     Raises:
         VerificationError: listing the adapters that are frozen, unused, dead, not finite or not in the optimiser, or
             saying that inference or a reader of the weights bypasses the adapters.
-        ValueError: the model is not patched, or its output holds no floating tensor.
+        ValueError: the model is not patched, its output holds no floating tensor, or adapters are cast to 8 bits.
         TypeError: `optimizer` has no param_groups.
     """
     root, record = find_trained(model)
@@ -113,6 +113,9 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
         raise ValueError("the model is on meta: load its weights before verifying it")
     if not all(adapter.enabled for adapter in adapters.values()):
         raise ValueError("adapters are disabled: verify the model outside of mapsurgery.disabled")
+    coded = [path for path, a in adapters.items() if any(p.itemsize == 1 for p in a.own_parameters().values())]
+    if coded:
+        raise ValueError(f"adapters are stored in 8 bits, in which they cannot learn: {_named(coded)}; cast them back")
     optimised = None if optimizer is None else _optimised(optimizer)
     args, kwargs = arguments(model, inputs[0]) if len(inputs) == 1 and not kwargs else (inputs, kwargs)
     with Trial(model, adapters, args, kwargs).open() as trial:
