@@ -7,6 +7,7 @@ Environment:
     MAX_JOBS                   parallel compilations
 """
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -31,12 +33,18 @@ def find_tool(*names):
     return next((found for name in names if (found := shutil.which(name, path=places))), None)
 
 
+class Package(build_py):
+    """setuptools uses its build folder again: no module or library of an earlier build must not be in it."""
+
+    def run(self):
+        shutil.rmtree(Path(self.build_lib) / "mapsurgery", ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs into the package; CMake and ninja redo only what has changed."""
 
     def run(self):
-        if not self._in_place:
-            self._remove_earlier_build()
         native = os.environ.get("MAPSURGERY_NATIVE", "1")
         if native == "0":
             return
@@ -48,32 +56,24 @@ class CMakeBuild(build_ext):
         else:
             self.warn(f"mapsurgery: {missing}: no native code is built, the library will run in pure torch")
 
-    @property
-    def _in_place(self):
-        return self.editable_mode or self.inplace
-
-    def _remove_earlier_build(self):
-        """setuptools uses its build folder again: what this build does not make must not be in it."""
-        package = Path(self.build_lib) / "mapsurgery"
-        for library in package.glob("*.so"):
-            library.unlink()
-        if (package / "share").exists():
-            shutil.rmtree(package / "share")
-
     def _missing_tool(self):
         if find_tool("cmake") is None:
             return "CMake was not found"
         if os.environ.get("CXX") is None and find_tool("c++", "g++", "clang++") is None:
             return "no C++ compiler was found"
+        if find_tool("ninja", "make") is None:
+            return "neither ninja nor make was found"
         return None
 
     def _build(self):
-        target = ROOT if self._in_place else Path(self.build_lib).resolve()
+        target = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
-        # One build folder per Python and generator: what is cached in one does not fit another.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}"
         options = [f"-DPython_EXECUTABLE={sys.executable}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        # CMake keeps what it was told once: another kind of build, and a tree that was moved, get their own folder.
+        told = [ROOT, generator[1], *map(os.environ.get, ("CMAKE_ARGS", "CXX", "CXXFLAGS", "CUDACXX", "CUDAFLAGS"))]
+        kind = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{kind}"
         jobs = ["--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))]
         subprocess.run([cmake, "-S", ROOT, "-B", build, *generator, *options], check=True)
         subprocess.run([cmake, "--build", build, *jobs], check=True)
@@ -94,7 +94,8 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    license="Apache-2.0",  # here: the table in pyproject.toml ends in 2027, the string there needs setuptools 77
     # Stands for the libraries, so that setuptools runs build_ext and knows that the wheel belongs to a platform.
     ext_modules=[Extension("mapsurgery.native_libraries", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    cmdclass={"build_py": Package, "build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

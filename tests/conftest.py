@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +15,12 @@ torch.set_num_threads(1)  # tiny tensors: threads that wait for one another cost
 # cuDNN rounds the inputs of float32 convolutions to TF32 unless told not to: no float32 comparison would hold on a GPU.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules are millions of objects: one collection of garbage among them takes most of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +33,25 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: a folder that the first of the processes that run the tests fills; the others wait."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        folder.mkdir(exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / ".made").exists():
+                make(folder)
+                (folder / ".made").touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture

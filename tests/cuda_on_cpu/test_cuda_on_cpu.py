@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import emulated
@@ -44,32 +42,14 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
-def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by the first of the processes that run the tests; the others wait for it."""
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            make(folder)
-            (folder / "made").touch()
-    return folder
-
-
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A temporary folder of all processes that run the tests."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-@pytest.fixture(scope="session")
-def built(shared_folder: Path) -> Path:
+def built(made_once) -> Path:
     """The folder that has the package with the emulated library, and the emulator's objects."""
-    return once(shared_folder / "cuda_on_cpu", lambda folder: emulated.build("cublas", folder))
+    return made_once("cuda_on_cpu", lambda folder: emulated.build("cublas", folder))
 
 
 @pytest.fixture(scope="session")
-def faults(shared_folder: Path, built: Path) -> Path:
+def faults(made_once, built: Path) -> Path:
     """The library of faults.cu."""
 
     def make(folder: Path) -> None:
@@ -77,7 +57,7 @@ def faults(shared_folder: Path, built: Path) -> Path:
         objects += emulated.compile_all([emulated.HERE / "faults.cu"], folder, ())
         emulated.link(objects, folder / "faults.so", ())
 
-    return once(shared_folder / "faults_on_cpu", make) / "faults.so"
+    return made_once("faults_on_cpu", make) / "faults.so"
 
 
 def run(built: Path, *arguments: str, order: str = "forward") -> str:
