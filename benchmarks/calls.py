@@ -11,6 +11,7 @@ the library that the forward reaches. Counts do not depend on the machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -28,6 +29,13 @@ LIBRARY = Path(mapsurgery.__file__).resolve().parent
 OPERATORS = ("torch._ops.mapsurgery", "mapsurgery.")
 """Starts of the modules that C++ functions of the library say they are of."""
 LAYERS = 100
+
+
+@functools.cache
+def _named(file: str) -> str:
+    """A file of the library by its place there, another as Python names it."""
+    path = Path(file)
+    return path.relative_to(LIBRARY.parent).as_posix() if path.is_relative_to(LIBRARY) else file
 
 
 class Calls:
@@ -56,10 +64,8 @@ class Calls:
         if event == "c_call" and str(getattr(called, "__module__", None)).startswith(OPERATORS):
             self.before_operator = len(self.found)
         elif event == "call" and code is not Calls.__exit__.__code__ and self._is_new(frame):
-            path = Path(code.co_filename)
-            inside = path.is_relative_to(LIBRARY)
-            name = path.relative_to(LIBRARY.parent).as_posix() if inside else code.co_filename
-            self.found.append((name, code.co_qualname if sys.version_info >= (3, 11) else code.co_name))
+            function = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
+            self.found.append((_named(code.co_filename), function))
 
     def _is_new(self, frame: FrameType) -> bool:
         if frame.f_code.co_name in ("<listcomp>", "<dictcomp>", "<setcomp>") or frame in self._generators:

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -415,30 +417,35 @@ def test_peak_memory():
 AB_CASES = ("linear:2x16/r2/fp32/train/map", "linear:2x16/r2/autocast-bf16/no_grad/lora", "vit_test/r2/fp32/train/map")
 
 
-def test_ab(tmp_path):
-    """The same checkout twice, in processes of their own."""
+def test_ab(tmp_path, capsys):
+    """The same checkout twice, in processes of their own; a case that fails is told, and the others count."""
     pytest.importorskip("timm")
     pytest.importorskip("peft")
     import ab
 
-    options = ["--extra", *AB_CASES, "--rounds", "2", "--processes", "1", "--threads", "1", "--device", "cpu"]
+    failing = "linear:2x16/r2/fp32/train/nothing"
+    cases = [failing, *AB_CASES]
+    options = ["--extra", *cases, "--rounds", "2", "--processes", "1", "--threads", "1", "--device", "cpu"]
     root = str(BENCHMARKS.parent)
-    assert ab.main([root, root, *options, "--out", str(tmp_path)]) == 0
+    assert ab.main([root, root, *options, "--out", str(tmp_path)]) == 1
     rows = results(tmp_path)
-    assert [str(ab.Case(*(row[key] for key in vars(ab.Case.parse(AB_CASES[0]))))) for row in rows] == list(AB_CASES)
-    assert all(row["b_to_a"] > 0 and row["rounds"] == 2 and row["error"] is None for row in rows)
-    assert rows[0]["a_to_peft"] > 0
+    assert [str(ab.Case(*(row[key] for key in vars(ab.Case.parse(failing))))) for row in rows] == cases
+    assert "nothing" in rows[0]["error"] and failing in capsys.readouterr().err
+    assert all(row["b_to_a"] > 0 and row["rounds"] == 2 and row["error"] is None for row in rows[1:])
+    assert rows[1]["a_to_peft"] > 0
     assert root not in next(tmp_path.glob("*.json")).read_text()
 
 
-def test_ab_reports_a_failing_case(tmp_path, capsys):
+def test_ab_exits_with_0_where_no_case_fails(tmp_path, monkeypatch):
     import ab
 
-    case = "linear:2x16/r2/fp32/train/nothing"
+    worker = SimpleNamespace(ask=lambda *_: {"ms": 1.0, "processor_ms": 1.0}, hello={"threads": 1})
+    worker.hello |= {"kernels": "native", "native": {}}
+    monkeypatch.setattr(ab, "running", lambda checkouts, *_: nullcontext(dict.fromkeys(checkouts, worker)))
     root = str(BENCHMARKS.parent)
-    options = ["--extra", case, "--no-peft", "--rounds", "1", "--processes", "1", "--device", "cpu"]
-    assert ab.main([root, root, *options, "--out", str(tmp_path)]) == 1
-    assert "nothing" in results(tmp_path)[0]["error"] and case in capsys.readouterr().err
+    options = ["--extra", AB_CASES[0], "--rounds", "2", "--processes", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert ab.main([root, root, *options]) == 0
+    assert results(tmp_path)[0]["b_to_a"] == 1
 
 
 def test_ab_refuses_what_it_cannot_measure(tmp_path, capsys):

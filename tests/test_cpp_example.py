@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,28 +47,32 @@ def _find_cmake() -> str:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The program, built against a copy of the package in another place; `library` is the one that it loads."""
-    cmake, folder = _find_cmake(), tmp_path_factory.mktemp("cpp")
-    installed, moved = Path(mapsurgery.cmake_prefix_path()).parents[1], folder / "moved" / "mapsurgery"
-    shutil.copytree(installed, moved, ignore=lambda _, names: [n for n in names if n.endswith((".py", "__pycache__"))])
-    # --as-needed drops a library that no symbol is used of, unless the imported target prevents it.
-    options = (f"-DTORCH_ROOT={TORCH}", f"-DCMAKE_PREFIX_PATH={folder / 'moved'}", "-DCMAKE_BUILD_TYPE=None")
-    _checked(cmake, "-S", EXAMPLE, "-B", folder / "build", *options, "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed")
-    _checked(cmake, "--build", folder / "build")
-    return SimpleNamespace(path=folder / "build" / "vit", library=moved / "libmapsurgery.so")
+def program(made_once: Callable[..., Path]) -> Path:
+    """The program, built against a copy of the package in another place."""
+    cmake = _find_cmake()
+
+    def make(folder: Path) -> None:
+        installed, moved = Path(mapsurgery.cmake_prefix_path()).parents[1], folder / "moved" / "mapsurgery"
+        python = shutil.ignore_patterns("*.py", "__pycache__")
+        shutil.copytree(installed, moved, ignore=python)
+        # --as-needed drops a library that no symbol is used of, unless the imported target prevents it.
+        options = (f"-DTORCH_ROOT={TORCH}", f"-DCMAKE_PREFIX_PATH={folder / 'moved'}", "-DCMAKE_BUILD_TYPE=None")
+        _checked(cmake, "-S", EXAMPLE, "-B", folder / "build", *options, "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed")
+        _checked(cmake, "--build", folder / "build")
+
+    return made_once("cpp_example", make) / "build" / "vit"
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def exported(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> SimpleNamespace:
     """What export_vit.py wrote for a small ViT; `options` are the program's for this package."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     if request.param == "cuda" and not mapsurgery.native_info().cuda:
         pytest.skip("no native CUDA library is loaded")
-    folder = tmp_path_factory.mktemp(request.param)
-    size = ("--depth", 1, "--img-size", 32)
-    _checked(sys.executable, EXAMPLE / "export_vit.py", folder, *size, "--device", request.param)
+    options = ("--depth", 1, "--img-size", 32, "--device", request.param)
+    script = EXAMPLE / "export_vit.py"
+    folder = made_once(f"cpp_{request.param}", lambda folder: _checked(sys.executable, script, folder, *options))
     options = (folder / "model.pt2", folder / "input.pt", "--device", request.param)
     return SimpleNamespace(folder=folder, device=request.param, options=options)
 
@@ -77,23 +82,23 @@ def _logits(printed: str) -> Tensor:
 
 
 def test_the_program_computes_what_python_does_and_takes_another_adapter(
-    program: SimpleNamespace, exported: SimpleNamespace
+    program: Path, exported: SimpleNamespace
 ) -> None:
     first, second = (torch.load(exported.folder / f"{name}.pt") for name in ("logits", "adapter_logits"))
     assert (first - second).abs().max() > 0.1  # one could not pass for the other
     for expected, options in ((first, ()), (second, ("--adapter", exported.folder / "adapter.pt"))):
-        done = _run(program.path, *exported.options, *options)
+        done = _run(program, *exported.options, *options)
         assert done.returncode == 0, done.stderr
         torch.testing.assert_close(_logits(done.stdout), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_tensor_of_the_adapter_is_replaced(program: SimpleNamespace, exported: SimpleNamespace, tmp_path) -> None:
+def test_every_tensor_of_the_adapter_is_replaced(program: Path, exported: SimpleNamespace, tmp_path) -> None:
     """alpha and beta are the ones that Inductor would write into the code: their effect alone has to be seen."""
     adapter = torch.load(exported.folder / "adapter.pt")
     expected = torch.load(exported.folder / "adapter_logits.pt")
     for role in ("adapter.A", "adapter.B", "adapter.alpha", "adapter.beta", "head.weight", "head.bias"):
         torch.save({n: t * 1.5 if n.endswith(role) else t for n, t in adapter.items()}, tmp_path / "adapter.pt")
-        done = _run(program.path, *exported.options, "--adapter", tmp_path / "adapter.pt")
+        done = _run(program, *exported.options, "--adapter", tmp_path / "adapter.pt")
         assert done.returncode == 0, done.stderr
         assert (_logits(done.stdout) - expected).abs().max() > 1e-3, role
 
@@ -115,38 +120,37 @@ A, FORM, NORM = (f"blocks.0.mlp.fc1.adapter.{name}" for name in ("A", "form", "w
     ids=["missing", "unknown", "shape", "dtype", "tau", "other base", "no dictionary"],
 )
 def test_an_adapter_that_does_not_fit_is_refused(
-    program: SimpleNamespace, exported: SimpleNamespace, tmp_path, change, message: str
+    program: Path, exported: SimpleNamespace, tmp_path, change, message: str
 ) -> None:
     torch.save(change(torch.load(exported.folder / "adapter.pt")), tmp_path / "bad.pt")
-    done = _run(program.path, *exported.options, "--adapter", tmp_path / "bad.pt")
+    done = _run(program, *exported.options, "--adapter", tmp_path / "bad.pt")
     assert done.returncode == 1 and done.stdout == ""
     assert f"{tmp_path / 'bad.pt'}: " in done.stderr and message in done.stderr
 
 
 def test_without_the_operator_library_the_program_says_what_is_missing(
-    program: SimpleNamespace, exported: SimpleNamespace
+    program: Path, exported: SimpleNamespace, tmp_path: Path
 ) -> None:
-    hidden = program.library.rename(program.library.with_suffix(".hidden"))
-    try:
-        done = _run(program.path, *exported.options)
-    finally:
-        hidden.rename(program.library)
+    # The program itself, but for the place where it looks.
+    code = program.read_bytes()
+    assert b"/moved/mapsurgery" in code
+    shutil.copy(program, tmp_path / "vit")
+    (tmp_path / "vit").write_bytes(code.replace(b"/moved/mapsurgery", b"/empty/mapsurgery"))
+    done = _run(tmp_path / "vit", *exported.options)
     assert done.returncode != 0 and "libmapsurgery.so: cannot open shared object file" in done.stderr
 
 
 def test_a_program_that_does_not_link_the_operators_says_which_one_it_lacks(
-    program: SimpleNamespace, exported: SimpleNamespace, tmp_path
+    program: Path, exported: SimpleNamespace, tmp_path
 ) -> None:
-    objects = sorted((program.path.parent / "CMakeFiles" / "vit.dir").glob("*.o"))
+    objects = sorted((program.parent / "CMakeFiles" / "vit.dir").glob("*.o"))
     libraries = [TORCH / "lib" / f"lib{name}.so" for name in ("torch", "torch_cpu", "c10")]
     _checked("c++", *objects, "-o", tmp_path / "bare", f"-Wl,-rpath,{TORCH / 'lib'}", *libraries)
     done = _run(tmp_path / "bare", *exported.options)
     assert done.returncode == 1 and "Could not find schema for mapsurgery::" in done.stderr
 
 
-def test_another_device_a_missing_file_and_a_wrong_option_are_named(
-    program: SimpleNamespace, exported: SimpleNamespace
-) -> None:
+def test_another_device_a_missing_file_and_a_wrong_option_are_named(program: Path, exported: SimpleNamespace) -> None:
     model, inputs, *_ = exported.options
     other = "cuda" if exported.device == "cpu" else "cpu"
     for arguments, code, message in (
@@ -155,5 +159,5 @@ def test_another_device_a_missing_file_and_a_wrong_option_are_named(
         ((model, inputs, "--adaptor", "x.pt"), 2, "unknown option --adaptor"),
         ((model,), 2, "usage: vit"),
     ):
-        done = _run(program.path, *arguments)
+        done = _run(program, *arguments)
         assert done.returncode == code and message in done.stderr
