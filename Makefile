@@ -27,9 +27,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 DONE := $(VENV)/.done
 # Folders are listed too: their time changes when a file is added or removed.
-NATIVE := $(shell find csrc cmake 2>/dev/null)
-BUILD_FILES := $(wildcard setup.py pyproject.toml CMakeLists.txt)
+NATIVE := $(shell find csrc)
+BUILD_FILES := setup.py pyproject.toml CMakeLists.txt
 CPP = $(shell git ls-files $(foreach folder,csrc examples tests,$(foreach type,cpp h hpp cu cuh,'$(folder)/*.$(type)')))
+
+# Each of many processes would compile the library's own modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 ##@ Use
 
@@ -134,7 +137,9 @@ $(DONE)/venv:
 $(DONE)/environment: requirements-dev.txt constraints.txt | $(DONE)/venv
 	@echo "installing the development environment into $(VENV) (several GB once, PyTorch for the most part) ..."
 	$(PIP) install pip -c constraints.txt
-	$(PIP) install -r requirements-dev.txt -c constraints.txt
+	$(PIP) install --no-compile -r requirements-dev.txt -c constraints.txt
+	@# pip would compile on one core. Files that are no Python of this version, which some packages hold, are no error.
+	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 $(DONE)/packaged: requirements-packaged.txt constraints.txt $(DONE)/environment
