@@ -1,4 +1,4 @@
-"""`verify` in the contexts and on the models that people train: an alarm where something is wrong, and none elsewhere."""
+"""`verify` in the contexts and on the models that people train: an alarm where something is wrong, and nowhere else."""
 
 from __future__ import annotations
 
