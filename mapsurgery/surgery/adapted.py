@@ -10,7 +10,8 @@ cannot pickle a graph that holds a string for a type.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.utils import parametrize
 from .. import ops
 from ..methods import Adapter
 from ..methods.sharded import is_shard
+from .computed import computed_now
 from .forwards import SLOTS, Unproved, described, forward_to_keep
 from .paths import CHILD, child_name
 
@@ -36,6 +38,9 @@ class _Running(threading.local):
 
 
 _RUNNING = _Running()
+
+_PLAIN = "_mapsurgery_plain"
+"""Plain attribute of a layer while its state_dict is made or loaded: the thread in which its names read plainly."""
 
 _READERS = {
     ("torch.nn.modules.module", "get_parameter"): "parameter",
@@ -103,7 +108,8 @@ class Effective:
                 raise _too_late(layer, self.parameter)
             if module in _MOVERS:
                 adapter.forget()
-            if wanted is not None or module in _MOVERS or is_shard(weight):
+            plain = wanted is not None or module in _MOVERS or layer.__dict__.get(_PLAIN) == threading.get_ident()
+            if plain or is_shard(weight):
                 return weight
             read = _RUNNING.read.get(id(layer))
             if read is not None:
@@ -158,6 +164,11 @@ class AdaptedLayer(nn.Module):
             return self.__dict__[parameter]  # torch.nn.utils.weight_norm and spectral_norm leave their result there
         return self.parametrizations[parameter]()  # type: ignore[operator, index]
 
+    def base_now(self, parameter: str) -> Tensor:
+        """`base_of` outside of a forward: a hook's result is as old as the last one, and is computed anew."""
+        fresh = None if parameter in self._parameters else computed_now(self, parameter)
+        return self.base_of(parameter) if fresh is None else fresh
+
     def base_learns(self, parameter: str) -> bool:
         """Whether the frozen W was unfrozen."""
         return self.base_of(parameter).requires_grad
@@ -209,9 +220,31 @@ class AdaptedLayer(nn.Module):
         start = f", init={adapter.init.kind}" if adapter.method.name == "map" else ""  # others have one start
         return f"{super().extra_repr()}, {what}{how}rank={adapter.rank}{start}".removeprefix(", ")
 
+    @contextmanager
+    def _read_plainly(self) -> Iterator[None]:
+        """A block of this thread in which the adapted parameters read as what is saved and loaded."""
+        outer = self.__dict__.get(_PLAIN)
+        self.__dict__[_PLAIN] = threading.get_ident()
+        try:
+            yield
+        finally:
+            self.__dict__[_PLAIN] = outer
+            if outer is None:
+                del self.__dict__[_PLAIN]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Hooks, and classes that save themselves, read `weight` for what it holds."""
+        with self._read_plainly():
+            return super().state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        with self._read_plainly():
+            super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint brings another W, and another ||W||_F."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._read_plainly():
+            super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.adapted:
             if prefix + name in state_dict:
                 adapter = self.adapter_of(name)

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 _HOOKS = (WeightNorm, SpectralNorm)
+
+
+@torch.no_grad()
+def computed_now(layer: nn.Module, name: str) -> Tensor | None:
+    """A weight that torch's parametrisation, pruning or old hook computes, of what there is now; None of any other.
+
+    The attribute that a hook leaves is as old as the last forward. Nothing is done on the side (spectral norm's power
+    iteration).
+    """
+    if parametrize.is_parametrized(layer, name):
+        parametrizations: nn.Module = layer.parametrizations[name]  # type: ignore[index, assignment]
+        modes = {part: part.training for part in parametrizations.modules()}
+        try:
+            return parametrizations.eval()().detach()
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+    hooks = layer._forward_pre_hooks.values()
+    pruned = next((h for h in hooks if isinstance(h, BasePruningMethod) and h._tensor_name == name), None)
+    hook = find_hook(layer, name)
+    if hook is None:
+        return None if pruned is None else pruned.apply_mask(layer).detach()
+    quietly = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+    return hook.compute_weight(layer, **quietly).detach()
 
 
 def can_bake(layer: nn.Module, name: str) -> bool:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..methods.adapter import DTYPES
@@ -25,7 +23,7 @@ from .adapted import (
     FusedEmbedding,
     FusedLinear,
 )
-from .computed import find_hook
+from .computed import computed_now
 from .forwards import carried_forward
 from .paths import child_name
 from .probe import NotTried, found_out
@@ -169,27 +167,9 @@ def weight_of(module: nn.Module, name: str) -> Tensor | None:
     held = module._parameters.get(name)
     if held is not None:
         return held
-    if parametrize.is_parametrized(module, name):
-        with torch.no_grad():
-            return _computed_quietly(module, name)
-    computed = module.__dict__.get(name)
-    hook = find_hook(module, name)
-    if hook is not None:  # the attribute is as old as the last forward: it may have another dtype
-        quietly = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
-        with torch.no_grad():
-            return hook.compute_weight(module, **quietly).detach()
-    return computed if isinstance(computed, Tensor) else None
-
-
-def _computed_quietly(module: nn.Module, name: str) -> Tensor:
-    """A parametrised weight, without what computing it does on the side (spectral norm's power iteration)."""
-    parametrizations: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
-    modes = {part: part.training for part in parametrizations.modules()}
-    try:
-        return parametrizations.eval()().detach()
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    fresh = computed_now(module, name)
+    left = module.__dict__.get(name) if fresh is None else fresh
+    return left if isinstance(left, Tensor) else None
 
 
 def _adapted_already(module: nn.Module, name: str) -> str | None:
@@ -280,6 +260,8 @@ def why_not(module: nn.Module, name: str = "weight", raw: bool = False) -> str |
 
     Args: raw: the parameter was named by itself, so that the module may be of any type.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript, so that its class cannot be changed: patch the module that it was made of"
     if name == "weight" and kinds.kind_of(module) is not None:
         return _adapted_already(module, name) or _name_taken(module, name) or kinds.why_not(module)
     checks = _CHECKS if raw else (_wrong_type, *_CHECKS)

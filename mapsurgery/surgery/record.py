@@ -84,7 +84,7 @@ class Site:
     @property
     def base(self) -> Tensor:
         """The frozen W, in the layer's layout."""
-        return self.layer.base_of(self.parameter)
+        return self.layer.base_now(self.parameter)
 
     def entry(self, name: str) -> str:
         """Name in the model of one of the adapter's parameters or buffers."""

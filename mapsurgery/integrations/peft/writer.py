@@ -238,7 +238,7 @@ def _of_site(site: Site) -> _Converted | str:
         return f"layer {site.path!r} {layout}"
     if not isinstance(adapter.update, FactoredUpdate):
         return f"layer {site.path!r} has update {adapter.update.name!r}, which is no product B A of low rank: merge it"
-    W = adapter.matrix.view(site.layer.base_of(site.parameter))
+    W = adapter.matrix.view(site.base)
     if dora and has_empty_row(W):
         return f"layer {site.path!r} has a weight with a row of zeros, by whose length PEFT's DoRA divides"
     A, B = adapter.update.factors(adapter)

@@ -40,6 +40,8 @@ class QuantisedLinear(AdaptedLayer):
         """W, dequantised: (out_features, in_features), float32 (float64 for a float64 kernel)."""
         return dequantised(self)
 
+    base_now = base_of
+
     def base_learns(self, parameter: str) -> bool:
         return any(p.requires_grad for name, p in self.named_parameters(recurse=False) if name != "bias")
 
