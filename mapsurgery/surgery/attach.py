@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -28,10 +29,33 @@ def adapted_class(original: type[nn.Module], parameters: tuple[str, ...] = ("wei
     return _CLASSES[key]
 
 
+def _copies_itself(original: type[nn.Module]) -> bool:
+    """Whether a class has a `__deepcopy__` of its own; torch's parametrised ones copy whatever is there."""
+    own = getattr(original, "__deepcopy__", None)
+    return own is not None and not own.__module__.startswith("torch.nn.")
+
+
+def _deepcopied(layer: AdaptedLayer, memo: dict[int, Any]) -> AdaptedLayer:
+    """A copy that the class itself makes, which knows nothing of adapters, with copies of these."""
+    adapters = {name: layer.adapter_of(name) for name in layer.adapted}
+    shared = tuple(name for name in adapters if child_name(name) not in layer._modules)
+    detach(layer)
+    try:
+        copied = copy.deepcopy(layer, memo)
+        kept = {name: value for name, value in layer.__dict__.items() if name.startswith("_mapsurgery")}
+    finally:
+        attach(layer, adapters, shared)
+    memo[id(layer)] = copied
+    copied.__dict__.update(copy.deepcopy(kept, memo))
+    return attach(copied, {name: copy.deepcopy(adapter, memo) for name, adapter in adapters.items()}, shared)
+
+
 def _made_class(original: type[nn.Module], parameters: tuple[str, ...]) -> type[AdaptedLayer]:
     body: dict[str, Any] = {"original_class": original, "adapted": parameters, "__module__": original.__module__}
     body["rebuild"] = staticmethod(_rebuild)
     body |= {name: Effective(name) for name in parameters}
+    if _copies_itself(original):
+        body["__deepcopy__"] = _deepcopied
     return type(f"Map{original.__name__}", (mixin_of(original, parameters), original), body)
 
 
@@ -42,7 +66,10 @@ def _rebuild(original: type[nn.Module], parameters: tuple[str, ...] = ("weight",
 
 def _class_for(layer: nn.Module, parameters: tuple[str, ...]) -> type[AdaptedLayer]:
     if parameters == ("weight",) and kind_of(layer) is not None:
-        return quantised_class(type(layer))
+        cls = quantised_class(type(layer))
+        if _copies_itself(type(layer)):
+            cls.__deepcopy__ = _deepcopied  # type: ignore[attr-defined]
+        return cls
     return adapted_class(type(layer), parameters)
 
 

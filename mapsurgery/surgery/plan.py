@@ -213,7 +213,8 @@ def _reason_to_skip(
         return claimed
     named = first_match(parameter_paths(paths, name), config.parameters) is not None
     reason = why_not(module, name, raw=named)
-    if reason is not None and find_type(type(module)) is None and not named:
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if reason is not None and find_type(type(module)) is None and not named and not scripted:
         raw = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and _is_raw(p)]
         return f"{reason}; name its raw parameters in `parameters`: {', '.join(raw)}" if raw else reason
     return reason
@@ -227,8 +228,8 @@ def _parts(module: nn.Module, name: str) -> list[nn.Parameter]:
     """The Parameters that a weight is, or is computed from."""
     if parametrize.is_parametrized(module, name):
         return list(module.parametrizations[name].parameters())  # type: ignore[index, union-attr]
-    own = [module._parameters.get(n) for n in (name, f"{name}_g", f"{name}_v", f"{name}_orig")]
-    return [parameter for parameter in own if parameter is not None]
+    names = (name, f"{name}_g", f"{name}_v", f"{name}_orig")
+    return [parameter for n, parameter in module._parameters.items() if n in names and parameter is not None]
 
 
 def _planned(module: nn.Module, name: str, sites: tuple[str, ...], pattern: str, config: Config) -> PlannedLayer:
