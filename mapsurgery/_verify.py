@@ -218,14 +218,24 @@ def _look(trial: Trial) -> tuple[_Seen, _Seen, set[str]]:
     _fill_zeros(trial)
     in_eval.start = in_eval.look(trial, _starts)
     bypassed = set() if in_eval.error else _bypassed(trial, set(in_eval.acted))
-    if not all(_starts(adapter, in_eval.start[path]) for path, adapter in trial.adapters.items()):
-        in_training.start = in_training.look(trial, _starts)
+    hiding = {path: adapter for path, adapter in trial.adapters.items() if not adapter.weight_norm.any()}
+    if hiding and _unsettled(trial, in_eval):
+        _perturb(hiding)  # as a new head of zeros does
+        again = in_eval.look(trial, _starts)
+        in_eval.start |= {path: again[path] for path in _unsettled(trial, in_eval) if path not in hiding}
+    if _unsettled(trial, in_eval):
+        found = in_training.look(trial, _starts)
+        in_training.start = {path: grads for path, grads in found.items() if path not in hiding}
     _perturb(trial.adapters)
     in_eval.generic = in_eval.look(trial, _moves)
     in_training.generic = in_training.look(trial, _moves)
     if in_eval.error and in_training.error and not _backward_fails(trial):
         raise in_eval.error
     return in_eval, in_training, bypassed
+
+
+def _unsettled(trial: Trial, seen: _Seen) -> list[str]:
+    return [path for path, adapter in trial.adapters.items() if not _starts(adapter, seen.start[path])]
 
 
 def _backward_fails(trial: Trial) -> bool:

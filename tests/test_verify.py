@@ -220,6 +220,16 @@ def test_a_new_head_of_zeros_is_no_alarm() -> None:
     assert not model[1].weight.any()
 
 
+def test_an_adapted_head_of_zeros_is_no_alarm() -> None:
+    """It hides what is below it for one step, as a trained one does."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    nn.init.zeros_(model[1].weight)
+    assert not mapsurgery.verify(mapsurgery.patch(model, "*", rank=2), torch.randn(2, 4)).failures
+    model[1].adapter.beta.data.zero_()
+    with pytest.raises(mapsurgery.VerificationError, match="1 of 2 adapters fail: 1: dead: from where it is now"):
+        mapsurgery.verify(model, torch.randn(2, 4))
+
+
 class _Noisy(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input + torch.randn_like(input))
