@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import pickle
 import threading
 import warnings
@@ -455,24 +454,50 @@ def test_a_cut_that_cannot_be_mended_is_said() -> None:
         def forward(ctx, ids: Tensor, block: nn.Module) -> Tensor:
             return _Reversible.forward(ctx, ids.float(), block)
 
-    bound = inspect.getattr_static(torch.autograd.Function, "apply").__get__(None, _Reversible)  # as before `patch`
-
     class Looked(Checkpointed):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(_Looked.apply(x, self.blocks))
 
+    model, x = Looked(False), torch.ones(2, 6, dtype=torch.long)
+    model.blocks = nn.Sequential(*model.blocks)
+    mapsurgery.patch(model, "blocks", rank=2, train="head").train()
+    with pytest.warns(UserWarning, match="adapter of blocks.0.0 will not learn: .*Make an input"):
+        model(x)
+    with pytest.raises(mapsurgery.VerificationError, match="no gradient reaches"):
+        mapsurgery.verify(model, x)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_function_that_has_another_name_for_its_apply() -> None:
+    """What a name was bound to before `patch` is not ours. It compiles as before."""
+
+    class _Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor):
+            return grad
+
+    class _Bound(torch.autograd.Function):
+        forward, backward = _Reversible.forward, _Reversible.backward
+
+    sine, bound = _Sine.apply, _Bound.apply
+
     class Bound(Checkpointed):
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(bound(x, self.blocks))
+            return self.head(bound(sine(x), self.blocks))
 
-    for cls, x in ((Looked, torch.ones(2, 6, dtype=torch.long)), (Bound, torch.randn(2, 6))):
-        model = cls(False)
-        model.blocks = nn.Sequential(*model.blocks)
-        mapsurgery.patch(model, "blocks", rank=2, train="head").train()
-        with pytest.warns(UserWarning, match="adapter of blocks.0.0 will not learn: .*Make an input"):
-            model(x)
-        with pytest.raises(mapsurgery.VerificationError, match="no gradient reaches"):
-            mapsurgery.verify(model, x)
+    model, x = Bound(False), _input(False)
+    model.blocks = nn.Sequential(*model.blocks)
+    mapsurgery.patch(model, "blocks", rank=2, train="head").train()
+    assert not any("apply" in vars(function) for function in (_Sine, _Bound))
+    torch.compile(sine, backend="eager", fullgraph=True)(x.clone().requires_grad_())
+    with pytest.warns(UserWarning, match="will not learn in this step"):
+        model(x)
+    with pytest.warns(UserWarning, match="will not learn: .*Make an input"):
+        model(x)
 
 
 def test_a_copied_layer_does_not_drag_the_model_along() -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ from ..methods import Adapter
 
 _OWN_CODE = ("torch", "mapsurgery")
 """Packages whose Functions, torch's checkpointing apart, run no layers of a model."""
+
+_SAID = "_mapsurgery_said"
+"""Mark on the ctx of a call that the user was told of."""
 
 
 class Watch:
@@ -59,8 +62,10 @@ class Watch:
         if _runs and self._runs_in(adapter):
             return
         if adapter.training and not self.warned:
-            function = _cut_by()
-            if function is not None and _learns(adapter):
+            call = _cut_by()
+            if call is not None and _learns(adapter) and not hasattr(call, _SAID):
+                setattr(call, _SAID, True)
+                function = type(call)._forward_cls
                 self._warn(adapter, function, late=function not in _ours)
 
     def _runs_in(self, adapter: Adapter) -> bool:
@@ -81,18 +86,19 @@ class Watch:
         elif self.warned:
             return
         self.warned = self.warned or not late
+        name = function.__qualname__
+        hint = f"Further calls of {name}.apply will give one" if late else "Make an input of it require a gradient"
         warnings.warn(
-            f"the adapter of {adapter.layer_name} will not learn{' in this step' if late else ''}: "
-            f"{function.__qualname__} runs it without autograd (reentrant checkpointing, reversible blocks), and none "
-            "of its inputs requires a gradient. "
-            + ("In further steps one will" if late else "Make an input of that part require a gradient"),
+            f"the adapter of {adapter.layer_name} will not learn{' in this step' if late else ''}: {name} runs it "
+            "without autograd (reentrant checkpointing, reversible blocks), and none of its inputs requires a gradient."
+            f" {hint}",
             stacklevel=4,
         )
 
 
 def install(model: nn.Module, adapters: Iterable[Adapter]) -> None:
     """Watch a model that was just patched."""
-    functions = dict.fromkeys(_functions_of(model))
+    functions = _functions_of(model)
     watch = Watch(f"{function.__module__}:{function.__qualname__}" for function in functions)
     for function in functions:  # also those that have no name, being defined in a function
         _intercept(function)
@@ -164,22 +170,30 @@ def _named(name: str) -> FunctionMeta | None:
     return found if issubclass(type(found), FunctionMeta) else None
 
 
-def _functions_of(model: nn.Module) -> Iterator[FunctionMeta]:
+def _functions_of(model: nn.Module) -> list[FunctionMeta]:
     """Functions that the code of the model can name: of the files that define its modules, of those that these import
-    from, and what methods close over."""
+    from, and what methods close over.
+
+    Those that have their `apply` kept under another name are left out: it is not ours, and compilers compare the two.
+    """
     spaces: dict[int, dict[str, Any]] = {}
+    values: list[Any] = []
     for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
         if _is_own(cls.__module__) or cls.__module__ not in sys.modules:
             continue
         space = vars(sys.modules[cls.__module__])
         spaces[id(space)] = space
         for value in [*space.values()]:
-            for imported in _imported(value):
-                spaces.setdefault(id(imported), imported)
+            spaces.update((id(imported), imported) for imported in _imported(value))
         for method in vars(cls).values():
-            yield from filter(_runs_layers, _closed_over(method))
+            values += _closed_over(method)
     for space in spaces.values():
-        yield from filter(_runs_layers, [*space.values()])
+        values += space.values()
+    # Asked by type, since lazy objects do their work when they are asked for their class.
+    bound = [x for x in values if type(x) in (MethodType, BuiltinMethodType) and x.__name__ == "apply"]
+    aliased = {id(x.__self__) for x in bound}
+    functions = dict.fromkeys(x for x in values if issubclass(type(x), FunctionMeta) and not _is_own(x.__module__))
+    return [function for function in functions if id(function) not in aliased]
 
 
 def _imported(value: Any) -> Iterator[dict[str, Any]]:
@@ -196,11 +210,6 @@ def _closed_over(function: Any) -> list[Any]:
         with suppress(ValueError):  # an empty cell
             found.append(cell.cell_contents)
     return found
-
-
-def _runs_layers(value: Any) -> bool:
-    # By the type, since lazy objects do their work when they are asked for their class.
-    return issubclass(type(value), FunctionMeta) and not _is_own(value.__module__)
 
 
 def _is_own(module: str) -> bool:
@@ -351,8 +360,9 @@ def _holds_adapters(given: list[Any]) -> bool:
     return False
 
 
-def _cut_by() -> FunctionMeta | None:
-    """The outermost custom Function whose forward is running, if no input requires a gradient and `apply` was not ours.
+def _cut_by() -> Any:
+    """ctx of the outermost custom Function whose forward is running, if no input requires a gradient and `apply` was
+    not ours.
 
     The outermost, since within it autograd is off and says nothing of what the backward will do.
     """
@@ -367,4 +377,4 @@ def _cut_by() -> FunctionMeta | None:
                 outermost, seen = ctx, False
         seen = seen or code is _applied.__code__
         frame = frame.f_back
-    return None if outermost is None or seen or any(outermost.needs_input_grad) else type(outermost)._forward_cls
+    return None if outermost is None or seen or any(outermost.needs_input_grad) else outermost
