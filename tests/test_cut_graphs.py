@@ -440,8 +440,10 @@ def test_a_function_that_is_met_late_is_said_and_mended_from_then_on() -> None:
 
     model = _patched(Late(False), "blocks", train="head")
     x = _input(False)
-    with pytest.warns(UserWarning, match=r"adapter of blocks.0.0 will not learn in this step: .*Hidden"):
+    model.blocks = nn.ModuleList([nn.Sequential(*model.blocks)])
+    with pytest.warns(UserWarning, match=r"adapter of blocks.0.0 will not learn in this step: .*Hidden") as said:
         model(x)
+    assert len(said) == 1
     expected = _expected(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -72,9 +72,9 @@ class Watch:
         """Whether Functions that are known of run the adapter; they are told."""
         runs = [run for run in tuple(_runs) if run.thread == threading.get_ident()]
         if runs and _learns(adapter):
+            lost = next((run for run in runs if not run.given and not run.reached), None)
             for run in runs:
                 run.reached = True
-            lost = next((run for run in runs if not run.given), None)
             if lost is not None:
                 self._warn(adapter, lost.function, lost.late)
         return bool(runs)

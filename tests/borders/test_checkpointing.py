@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import transformers
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -227,3 +229,18 @@ def test_checkpointing_of_diffusers(reentrant: bool) -> None:
     expected = _step(model, inputs)
     model.enable_gradient_checkpointing(lambda f, *args: checkpoint(f, *args, use_reentrant=reentrant))
     _assert_same(_step(model, inputs), expected)
+
+
+def test_the_reducer_of_ddp_sees_each_adapter_once(tmp_path: Path) -> None:
+    model, inputs, targets = MODELS["Bert"]()
+    model = _patched(model, targets)
+    expected = _step(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            _step(parallel, inputs)
+            _assert_same(_grads(model), expected)
+    finally:
+        dist.destroy_process_group()
