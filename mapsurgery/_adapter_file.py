@@ -90,6 +90,7 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
         "trained": json.dumps(list(trained_names(root, record))),
         "moved": json.dumps(list(moved_names(root, record))),
         "buffers": json.dumps(buffers),
+        "cut": json.dumps(list(record.cut(root, {path for site in holders for path in site.paths})[1])),
         "form": json.dumps(record.config.update.form()),
     }
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
@@ -147,6 +148,7 @@ class _File:
     trained: tuple[str, ...]
     moved: tuple[str, ...]
     buffers: tuple[str, ...]
+    cut: tuple[str, ...]
     tensors: dict[str, Tensor]
 
 
@@ -258,6 +260,7 @@ def _read(path: str) -> _File:
         trained=_names(path, metadata, "trained"),
         moved=_names(path, {"moved": "[]", **metadata}, "moved"),  # files of 0.1 have none
         buffers=_names(path, metadata, "buffers"),
+        cut=_names(path, metadata, "cut") if "cut" in metadata else (),
         tensors=tensors,
     )
     if metadata["format_version"] == "1":
@@ -395,6 +398,13 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
         else:
             problems.append(f"layer {name!r} {found}")
     problems += _problems_with_extras(model, file)
+    places = {*modules, *parameters_of(model)}
+    problems += [
+        f"layer {name!r} is none of the file's, which a stage of a pipeline wrote; docs/training.md has how to put the "
+        "stages together"
+        for name in file.cut
+        if name in places
+    ]
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError(f"{file.path} does not fit this model: " + "; ".join(problems[:8]) + more)

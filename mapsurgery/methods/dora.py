@@ -62,8 +62,11 @@ class Dora(Lora):
         return {**super().form(init, rank), "m_start": 0.0}  # it was the rows' lengths
 
     def coefficients(self, p: Parameters, W: Callable[[], Tensor], norm: Tensor) -> Coefficients:
-        with torch.set_grad_enabled(self.exact and torch.is_grad_enabled()):
+        # In a graph no region without gradients: torch.distributed.pipelining cuts through it.
+        learn = torch.is_grad_enabled() and (self.exact or torch.compiler.is_compiling())
+        with torch.set_grad_enabled(learn):
             lengths, own = self._row_lengths(p, W())
+        lengths = lengths if self.exact else lengths.detach()
         m = p.m.to(lengths.dtype)
         rows = (own + m) / torch.where(lengths == 0, 1, lengths)
         return Coefficients(None, p.scaling, torch.where(own == 0, 1 + m, rows))

@@ -45,6 +45,7 @@ _PLAIN = "_mapsurgery_plain"
 _READERS = {
     ("torch.nn.modules.module", "get_parameter"): "parameter",
     ("torch.fx.graph_module", "_copy_attr"): "parameter",
+    ("torch.distributed.pipelining._IR", "_recursive_getattr_with_parent"): "parameter",
     ("torch.distributed.fsdp._fully_shard._fsdp_param", "reset_sharded_param"): "parameter",
     ("torch.nn.utils.parametrize", "register_parametrization"): "refuse",
     ("torch.nn.utils.parametrize", "remove_parametrizations"): "refuse",

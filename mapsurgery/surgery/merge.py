@@ -289,7 +289,7 @@ def _refuse_incomplete(root: nn.Module, record: Record) -> None:
         for name in module.__dict__[MERGED].adapters
         for path in site_paths(paths, name)
     }
-    gone = [path for path in record.layers if path not in there]
+    gone, _ = record.cut(root, there)
     if gone:
         raise ValueError(
             f"merged layers were patched again or replaced since: {', '.join(gone[:5])}; they must be undone"

@@ -26,6 +26,7 @@ from .plan import Plan, make_plan
 from .planned import PlannedLayer, norm_of
 from .quantised import kinds
 from .record import (
+    ModuleNames,
     Record,
     adapters_of,
     all_sites,
@@ -178,7 +179,7 @@ def _remember(model: nn.Module, plan: Plan) -> Record:
             {name: None if _has_no_values(t) else t.detach().clone() for name, t in changing.items()},
             {name: Mark.of(p) for name, p in first_names(still).items() if name not in plan.trained},
         ),
-        modules=list(paths.items()),
+        modules=ModuleNames(paths.items()),
     )
 
 
@@ -195,7 +196,8 @@ def freeze(model: nn.Module, adapters: Iterable[Adapter], trained: Iterable[str]
             parameter.requires_grad_(True)
     parameters = parameters_of(model)
     for name in trained:
-        parameters[name].requires_grad_(True)
+        if name in parameters:  # another stage of a pipeline may hold it
+            parameters[name].requires_grad_(True)
 
 
 def become_patched(model: nn.Module, adapters: Iterable[Adapter], record: Record) -> None:

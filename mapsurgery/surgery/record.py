@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +17,35 @@ from .originals import Originals
 from .paths import child_name, entry, first_names, module_paths, named_parameters, site_paths, unwrapped
 
 _ATTRIBUTE = "_mapsurgery"
+
+
+class ModuleNames:
+    """Modules with the names that they had in a model. They are not kept alive: a stage of a pipeline drops most."""
+
+    def __init__(
+        self, named: Iterable[tuple[nn.Module, tuple[str, ...]]] = (), of_gone: Iterable[tuple[str, ...]] = ()
+    ) -> None:
+        self._named = [(weakref.ref(module), names) for module, names in named]
+        self._of_gone = list(of_gone)
+
+    def alive(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        return [(module, names) for ref, names in self._named if (module := ref()) is not None]
+
+    def all_names(self) -> set[str]:
+        """Of modules that are gone, too."""
+        return {name for names in (*self._of_gone, *(names for _, names in self._named)) for name in names}
+
+    def below(self, path: str) -> ModuleNames:
+        def put(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(f"{path}.{name}".rstrip(".") for name in names)
+
+        return ModuleNames([(m, put(names)) for m, names in self.alive()], map(put, self._gone()))
+
+    def _gone(self) -> list[tuple[str, ...]]:
+        return [*self._of_gone, *(names for ref, names in self._named if ref() is None)]
+
+    def __reduce__(self) -> Any:
+        return ModuleNames, (self.alive(), self._gone())
 
 
 @dataclass
@@ -34,12 +66,12 @@ class Record:
     trained: tuple[str, ...]
     requires_grad: dict[str, bool]
     originals: Originals = field(default_factory=Originals)
-    modules: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
+    modules: ModuleNames = field(default_factory=ModuleNames)
 
     def names(self, root: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
         """The modules of the patched model with their names: those from `patch`, and of later ones their paths."""
         paths = module_paths(root)
-        return paths | {module: names for module, names in self.modules if module in paths}
+        return paths | {module: names for module, names in self.modules.alive() if module in paths}
 
     def below(self, path: str) -> Record:
         """The same with the names that things have in a model that holds this one as `path`."""
@@ -49,8 +81,29 @@ class Record:
             trained=tuple(f"{path}.{name}" for name in self.trained),
             requires_grad={f"{path}.{name}": value for name, value in self.requires_grad.items()},
             originals=self.originals.below(path),
-            modules=[(module, tuple(f"{path}.{name}".rstrip(".") for name in names)) for module, names in self.modules],
+            modules=self.modules.below(path),
         )
+
+    def cut(self, root: nn.Module, there: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the adapted parameters that are no longer in the model.
+
+        Returns: those in whose place there is something else, and those in whose place there is nothing: a stage of a
+        pipeline, which has the model's other layers in other processes.
+
+        Args: there: the names of those that are there.
+        """
+        known, modules = {module for module, _ in self.modules.alive()}, self.modules.all_names()
+        names = self.names(root)
+        now = {name for of_module in names.values() for name in of_module}
+        strange = {name for module, of_module in names.items() if module not in known for name in of_module}
+        gone: tuple[list[str], list[str]] = [], []
+        for name in self.layers:
+            parts = name.split(".")
+            home = name if name in modules else name.rpartition(".")[0]
+            replaced = home in now or any(".".join(parts[: i + 1]) in strange for i in range(len(parts)))
+            if name not in there:
+                gone[not replaced].append(name)
+        return tuple(gone[0]), tuple(gone[1])
 
 
 @dataclass(frozen=True)
@@ -179,18 +232,16 @@ def outside(model: nn.Module, root: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def intact_sites(root: nn.Module, record: Record) -> list[Site]:
-    """One site for each adapter, all of those that `patch` made and with their base frozen.
+    """One site for each adapter, all of those that `patch` made, but for layers that the model was cut off from, and
+    with their base frozen.
 
     Raises:
         ValueError: one was replaced since (a new head over an adapted one), or its base weight was unfrozen.
     """
     sites = all_sites(root)
-    every = {path for site in sites for path in site.paths}
-    lost = tuple(path for path in record.layers if path not in every)
+    lost, _ = record.cut(root, {path for site in sites for path in site.paths})
     if lost:
-        raise ValueError(
-            f"adapted layers were replaced or removed after patch, their adapters are gone: {', '.join(lost)}"
-        )
+        raise ValueError(f"adapted layers were replaced after patch, their adapters are gone: {', '.join(lost)}")
     thawed = [site.path for site in sites if site.layer.base_learns(site.parameter)]
     if thawed:
         raise ValueError(
