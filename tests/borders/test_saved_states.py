@@ -9,7 +9,7 @@ import pytest
 import torch
 from homes import adapter_tensors, ids, trained
 from modules import Tied
-from small_models import gpt2, llama, logits
+from small_models import gpt2, llama, logits, t5
 from torch import Tensor, nn
 
 import mapsurgery
@@ -19,6 +19,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]]
     "tied": (Tied, lambda m: m(ids())),
     "gpt2_tied": (gpt2, logits),
     "llama": (llama, logits),
+    "llama_tied": (lambda: llama(tied=True), logits),
+    "t5_tied": (t5, logits),
 }
 every_model = pytest.mark.parametrize(("make", "run"), MODELS.values(), ids=MODELS)
 

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 from homes import adapter_tensors
-from small_models import gpt2, llama, logits, text_data
+from small_models import gpt2, llama, logits, t5, text_data
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import mapsurgery
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2_tied": gpt2}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "llama_tied": lambda: llama(tied=True),
+    "gpt2_tied": gpt2,
+    "t5_tied": t5,
+}
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
