@@ -98,9 +98,11 @@ class Effective:
         if layer is None:
             return self
         weight = layer.base_of(self.parameter)
+        held = layer._parameters.get(self.parameter)
+        held = weight if held is None else held
         adapter = layer.adapter_of(self.parameter)
         if not adapter.enabled or (weight.is_meta and not adapter.is_meta):
-            return weight
+            return held
         if not torch.compiler.is_compiling():
             reader = sys._getframe(1)
             module = reader.f_globals.get("__name__", "")
@@ -111,7 +113,7 @@ class Effective:
                 adapter.forget()
             plain = wanted is not None or module in _MOVERS or layer.__dict__.get(_PLAIN) == threading.get_ident()
             if plain or is_shard(weight):
-                return weight
+                return held
             read = _RUNNING.read.get(id(layer))
             if read is not None:
                 key = (self.parameter, torch.is_grad_enabled())

@@ -322,6 +322,10 @@ def test_a_base_that_diffusers_stores_in_eight_bits_is_adapted(order: str, tmp_p
     with pytest.raises(ValueError, match="stored as float8_e4m3fn" if order == "patch_then_store" else "of its own"):
         mapsurgery.merge(model, quantised="dequantise")
     mapsurgery.report(model)
+    layer = model.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert layer.get_parameter("weight") is layer._parameters["weight"]
+    with mapsurgery.disabled(model):
+        assert torch.equal(model(*noisy()).sample, plain)
     mapsurgery.unpatch(model)
     assert torch.equal(model(*noisy()).sample, plain)
     assert model.state_dict().keys() == state.keys()
