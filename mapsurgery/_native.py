@@ -20,6 +20,8 @@ _DIRECTORY = Path(__file__).parent
 _CPU_LIBRARY = _DIRECTORY / "libmapsurgery.so"
 _CUDA_LIBRARY = _DIRECTORY / "libmapsurgery_cuda.so"
 _CMAKE_PREFIX = _DIRECTORY / "share" / "cmake"
+# pip keeps the wheel of an sdist, native code or not, and installs it again.
+REBUILD = "'pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall' and the sdist or checkout"
 
 
 @dataclass
@@ -96,8 +98,8 @@ def _warn(info: NativeInfo) -> None:
     built = "; ".join(f"{name} {value}" for name, value in _build_info().items() if value)
     warnings.warn(
         f"mapsurgery runs {what} in pure torch: {info.error} "
-        f"(running torch: {info.torch}; built: {built or 'unknown'}). Rebuild with "
-        "'pip install --no-build-isolation .', or set MAPSURGERY_NATIVE=0 to choose pure torch.",
+        f"(running torch: {info.torch}; built: {built or 'unknown'}). Rebuild with {REBUILD}, "
+        "or set MAPSURGERY_NATIVE=0 to choose pure torch.",
         stacklevel=2,
     )
 
@@ -132,6 +134,6 @@ def cmake_prefix_path() -> str:
     if not (_CMAKE_PREFIX / "mapsurgery" / "mapsurgeryConfig.cmake").exists():
         raise FileNotFoundError(
             f"{_CMAKE_PREFIX} has no CMake package, because no native library was built: install mapsurgery with a C++ "
-            "compiler and CMake present, by 'pip install --no-build-isolation .'"
+            f"compiler and CMake present, by {REBUILD}"
         )
     return str(_CMAKE_PREFIX)

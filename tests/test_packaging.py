@@ -41,7 +41,11 @@ STALE = (
     f"{CONFIG}.cmake",
 )
 # What compiles fastest: these builds are for their files and a few numbers.
-QUICK = {"CMAKE_ARGS": "-DMAPSURGERY_CUDA=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O0"}
+QUICK = {
+    "CMAKE_ARGS": "-DMAPSURGERY_CUDA=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O0",
+    "MAPSURGERY_NATIVE": "require",
+}
+BUILT = "a folder of pip"  # with spaces, over which no build may stumble
 
 
 def run(*command: object, cwd: Path, fails: bool = False, **environment: str) -> str:
@@ -62,7 +66,7 @@ def files(*folders: str) -> set[str]:
 
 def copy_source(folder: Path) -> Path:
     """What a checkout has that may go into an archive or be in the way of one, without what was built in it."""
-    copy = folder / "a source"  # a space, which no build may stumble over
+    copy = folder / "a source"
     for name in (*TOP, *files("mapsurgery", "csrc"), "tests/conftest.py", "tests/test_packaging.py"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
@@ -74,20 +78,6 @@ def leave_stale(*names: Path) -> None:
     for path in names:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("stale")
-
-
-@pytest.fixture(scope="session")
-def archives(made_once: Callable[..., Path]) -> SimpleNamespace:
-    """An sdist, and a wheel that was built from it, as `python -m build` makes them of a tree with stale libraries."""
-
-    def make(folder: Path) -> None:
-        source = copy_source(folder)
-        leave_stale(*(source / name for name in (*STALE, "csrc/stale.so")))
-        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder, **QUICK)
-
-    folder = made_once("archives", make)
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    return SimpleNamespace(sdist=sdist, wheel=wheel)
 
 
 def make_environment(folder: Path) -> Path:
@@ -102,14 +92,43 @@ def make_environment(folder: Path) -> Path:
 
 def install(python: Path, archive: Path, tools: str, **environment: str) -> str:
     """What pip says; `tools` is the PATH."""
-    options = ("--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", "--verbose")
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--verbose")
     return run(python, "-m", "pip", "install", *options, archive, cwd=python.parent, PATH=tools, **environment)
+
+
+@pytest.fixture(scope="session")
+def archives(made_once: Callable[..., Path]) -> SimpleNamespace:
+    """The sdist that `python -m build` makes of a tree with stale libraries, and a pure wheel that it builds of it."""
+
+    def make(folder: Path) -> None:
+        source = copy_source(folder)
+        leave_stale(*(source / name for name in (*STALE, "csrc/stale.so")))
+        build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source)
+        run(*build, cwd=folder, MAPSURGERY_NATIVE="0")
+
+    folder = made_once("archives", make)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return SimpleNamespace(sdist=sdist, pure_wheel=wheel)
+
+
+@pytest.fixture(scope="session")
+def native(made_once: Callable[..., Path], archives: SimpleNamespace) -> SimpleNamespace:
+    """A fresh environment in which pip has installed the sdist with a compiler, and the wheel that it built for it."""
+
+    def make(folder: Path) -> None:
+        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        (folder / BUILT).mkdir()
+        places = {"PIP_CACHE_DIR": str(folder / "cache"), "TMPDIR": str(folder / BUILT)}
+        install(make_environment(folder / "fresh"), archives.sdist, tools, **places, **QUICK)
+
+    folder = made_once("native", make)
+    (wheel,) = (folder / "cache").rglob("*.whl")
+    return SimpleNamespace(python=folder / "fresh" / "bin" / "python", wheel=wheel)
 
 
 # ---- what they hold
 
 
-@needs_compiler
 def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(archives: SimpleNamespace) -> None:
     with tarfile.open(archives.sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
@@ -122,8 +141,8 @@ def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(archives: Simp
 
 
 @needs_compiler
-def test_the_wheel_holds_the_package_and_the_libraries_of_its_own_build(archives: SimpleNamespace) -> None:
-    wheel = zipfile.ZipFile(archives.wheel)
+def test_the_wheel_holds_the_package_and_the_libraries_of_its_own_build(native: SimpleNamespace) -> None:
+    wheel = zipfile.ZipFile(native.wheel)
     names = {re.sub(r"^mapsurgery-[^/]*\.dist-info", "dist-info", name) for name in wheel.namelist()}
     (build_info,) = (name for name in names if name.startswith("mapsurgery/_C."))
     libraries = {"mapsurgery/libmapsurgery.so", build_info}
@@ -133,7 +152,7 @@ def test_the_wheel_holds_the_package_and_the_libraries_of_its_own_build(archives
     for name in wheel.namelist():
         data = wheel.read(name)
         assert data != b"stale"
-        for place in (archives.wheel.parent, DEVELOPMENT, "build-via-sdist"):
+        for place in (BUILT, DEVELOPMENT):
             assert str(place).encode() not in data, f"{name} names {place}, which is no place of another machine"
 
 
@@ -155,9 +174,8 @@ def test_a_wheel_takes_nothing_that_another_build_left(tmp_path: Path) -> None:
     assert built() == files("mapsurgery")
 
 
-@needs_compiler
 def test_what_the_metadata_name_is_pinned_and_is_what_the_examples_import(archives: SimpleNamespace) -> None:
-    wheel = zipfile.ZipFile(archives.wheel)
+    wheel = zipfile.ZipFile(archives.pure_wheel)
     (metadata,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA"))
     required = re.findall(r"^Requires-Dist: ([\w-]+)\S*(?:; extra == \"(\w+)\")?$", metadata, re.MULTILINE)
     assert len(required) == metadata.count("\nRequires-Dist: ")
@@ -221,17 +239,14 @@ def assert_pure(python: Path, folder: Path) -> None:
 
 
 @needs_compiler
-def test_the_wheel_runs_where_no_compiler_is(archives: SimpleNamespace, tmp_path: Path) -> None:
-    python = make_environment(tmp_path / "fresh")
-    install(python, archives.wheel, tools="")
-    assert_native(python, tmp_path)
+def test_the_sdist_is_built_where_it_is_installed(native: SimpleNamespace, tmp_path: Path) -> None:
+    assert_native(native.python, tmp_path)
 
 
 @needs_compiler
-def test_the_sdist_is_built_where_it_is_installed(archives: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_wheel_runs_where_no_compiler_is(native: SimpleNamespace, tmp_path: Path) -> None:
     python = make_environment(tmp_path / "fresh")
-    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    install(python, archives.sdist, tools, MAPSURGERY_NATIVE="require", **QUICK)
+    install(python, native.wheel, tools="")
     assert_native(python, tmp_path)
 
 
@@ -256,5 +271,5 @@ def test_the_sdist_is_installed_in_pure_torch_where_a_tool_is_missing(
         said = run(*build, **place)
         assert f"mapsurgery: {missing}: no native code is built, the library will run in pure torch" in said
         (tools / tool).symlink_to(shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"))
-    assert "no native code is built" in install(python, archives.sdist, tools="")
+    assert "no native code is built" in install(python, archives.sdist, tools="", PIP_NO_CACHE_DIR="1")
     assert_pure(python, tmp_path)

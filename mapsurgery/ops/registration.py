@@ -66,7 +66,7 @@ def _registered(definition: Definition, decomposition: Callable[..., Any]) -> De
     elif not hasattr(torch.ops.mapsurgery, name):
         raise ImportError(
             f"the native library of mapsurgery has no operator {name!r}, it is of another version: rebuild it with "
-            "'pip install --no-build-isolation .', or set MAPSURGERY_NATIVE=0 to run in pure torch"
+            f"{_native.REBUILD}, or set MAPSURGERY_NATIVE=0 to run in pure torch"
         )
     _LIBRARY.impl(name, definition, "CompositeExplicitAutograd")
     # The definition is pure torch, so on fake tensors it gives the shapes, dtypes and strides.
