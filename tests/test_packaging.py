@@ -18,12 +18,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from build import ProjectBuilder
 from definition import defined_by
 from torch import nn
 from torch.nn import functional as F
 
 import mapsurgery
-from build import ProjectBuilder
 
 pytestmark = [
     pytest.mark.slow,
