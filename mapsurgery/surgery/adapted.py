@@ -372,6 +372,9 @@ class AdaptedRecurrent(AdaptedLayer):
     def _init_flat_weights(self) -> None:
         """Likewise, after the layer was moved."""
 
+    def _update_flat_weights(self) -> None:
+        """Likewise, before a forward. torch compares with what it kept of a list that is not there."""
+
     def _replicate_for_data_parallel(self) -> nn.Module:
         """torch's own copies the list of a replica, which has no weights yet."""
         replica = nn.Module._replicate_for_data_parallel(self)

@@ -273,8 +273,7 @@ class Outlier(nn.Linear):
             self.weight.mul_(1e-3)[3, 4] = 3.01
 
 
-# torch has no orthogonal weight in half types; a recurrent layer is adapted after it was cast.
-_LEFT_OUT = {"orthogonal", "lstm", "gru", "rnn"}
+_LEFT_OUT = {"orthogonal"}  # of which torch has none in half types
 FILE_CASES = [
     *[case for case in (*PLAIN, *COMPUTED) if case.name not in _LEFT_OUT],
     Case("same_size", Same, lambda: torch.randn(3, 16)),
