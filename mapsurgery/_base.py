@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .methods.adapter import frobenius_norms
 from .surgery.quantised.kinds import kind_of
 from .surgery.quantised.layer import QuantisedLinear
 from .surgery.record import Site
@@ -43,8 +44,14 @@ class Base:
             here = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta  # neither sharded nor put away
             norms = adapter.norm_of(weight) if here else norms
             dtype = weight.dtype if here and adapter.computed else adapter.norm_dtype
+        else:
+            here = not any(t.is_meta for t in (*site.layer.parameters(), *site.layer.buffers()))
+        if here and adapter.norm_given:
+            norms = _measured(site)
+        held = site.layer._parameters.get(site.parameter)
+        stored = f"stored as {held.dtype}" if held is not None and held.itemsize == 1 else ""
         elements = adapter.shape.numel() // adapter.matrices
-        return cls(norms.detach(), dtype, elements, kind.name if kind else "")
+        return cls(norms.detach(), dtype, elements, kind.name if kind else stored)
 
     def difference(self, trained_on: Base, weight: Callable[[], Tensor]) -> str | None:
         """What to say where this is not the base that an adapter was trained on, as far as ||W||_F tells; else None.
@@ -85,3 +92,13 @@ class Base:
         if self.dtype == other.dtype:
             return 1e-6
         return 1e-6 + 4 * max(torch.finfo(self.dtype).eps, torch.finfo(other.dtype).eps) / self.elements**0.5
+
+
+def _measured(site: Site) -> Tensor:
+    """||W||_F of the base that is here, which is not that of the adapter's file where one of them is quantised."""
+    adapter = site.adapter
+    known = adapter.__dict__.get("_base_norms")
+    if known is None or known[0] is not adapter.weight_norm:
+        norms = torch.tensor(frobenius_norms(site.base.detach(), adapter.stacked), dtype=torch.float64).reshape(-1)
+        adapter.__dict__["_base_norms"] = known = adapter.weight_norm, norms
+    return known[1]

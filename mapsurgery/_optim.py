@@ -122,7 +122,7 @@ def _refuse_thawed(site: Site) -> None:
 
 
 def _say_outside(model: nn.Module) -> None:
-    """Warn of what is trained beside the part of the model that was patched: `patch` has not frozen it."""
+    """Warn of what lies beside the patched part of a model: what trains there, and what shares an adapted weight."""
     root, _ = find_patched(model)
     names = [*outside(model, root)]
     if names:
@@ -130,6 +130,20 @@ def _say_outside(model: nn.Module) -> None:
         warnings.warn(
             f"only a part of the model was patched, a {type(root).__name__}; {len(names)} parameters outside of it are "
             f"trained as well: {', '.join(names[:5])}{more}. Freeze those that should not be (requires_grad_(False))",
+            stacklevel=3,
+        )
+    adapted = {id(site.layer._parameters.get(site.parameter)): site.path for site in all_sites(model)}
+    inner = set(root.modules())
+    tied = [
+        f"{paths[0]}.{name} with {adapted[id(parameter)]}"
+        for module, paths in names_of(model).items()
+        for name, parameter in module._parameters.items()
+        if module not in inner and parameter is not None and id(parameter) in adapted
+    ]
+    if tied:
+        warnings.warn(
+            f"only a part of the model was patched, a {type(root).__name__}; what shares adapted weights outside of it "
+            f"computes with the base: {', '.join(tied[:5])}. Patch the whole model",
             stacklevel=3,
         )
 

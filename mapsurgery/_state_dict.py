@@ -123,7 +123,7 @@ def put(model: nn.Module, state: Mapping[str, Tensor], problems: Iterable[str] =
     found += [problem for name, (value, place) in known.items() if (problem := _misfit(name, value, place))]
     buffers = persistent_buffers(root)
     if not found:
-        found += [p for name, pair in known.items() if name not in buffers and (p := _not_finite(name, *pair))]
+        found += [p for name, pair in known.items() if (p := _not_finite(name, *pair, mask=name in buffers))]
     if found:
         raise ValueError("the adapter does not fit the model: " + "; ".join(found[:10]))
     before: list[tuple[Tensor, Tensor]] = []
@@ -138,11 +138,15 @@ def put(model: nn.Module, state: Mapping[str, Tensor], problems: Iterable[str] =
             raise
 
 
-def _not_finite(name: str, value: Tensor, place: Tensor) -> str | None:
-    """Why a parameter cannot hold these numbers, or None."""
-    if not value.isfinite().all():
+def _not_finite(name: str, value: Tensor, place: Tensor, mask: bool) -> str | None:
+    """Why a tensor cannot hold these numbers, or None. Args: mask: it may be one, which holds -inf."""
+    if not value.is_floating_point():
+        return None
+    wide = value.double()  # float8 cannot say what is finite
+    finite = wide.isfinite()
+    if not mask and not finite.all():
         return f"{name} holds NaN or infinite values"
-    if not value.to(place.dtype).isfinite().all():
+    if (finite & ~wide.to(place.dtype).double().isfinite()).any():
         return f"{name} holds values that are infinite in {place.dtype}, as the model's is"
     return None
 

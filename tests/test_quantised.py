@@ -582,6 +582,23 @@ def test_an_adapter_is_refused_by_another_base_and_taken_by_the_unquantised_one(
         mapsurgery.load(other, tmp_path / "a.safetensors")
 
 
+def test_an_adapter_goes_from_base_to_base_and_stays_loadable(case: Case, tmp_path: Path) -> None:
+    """A file says the norm of the base that it was saved on, also where the adapter came from the other one."""
+
+    def plain() -> nn.Module:
+        return nn.Sequential(case.built()[0], source(case.built()[1].bias is not None))
+
+    mapsurgery.save(to_generic_point(case.patched()), tmp_path / "quantised.safetensors")
+    mapsurgery.save(to_generic_point(mapsurgery.patch(plain(), "1", rank=4)), tmp_path / "plain.safetensors")
+    for file, make in (("plain", case.built), ("quantised", plain)):
+        model = mapsurgery.load(make(), tmp_path / f"{file}.safetensors")
+        mapsurgery.save(model, tmp_path / "again.safetensors")
+        mapsurgery.load(make(), tmp_path / "again.safetensors")
+        other = mapsurgery.load(make(), tmp_path / f"{file}.safetensors")
+        mapsurgery.load_adapter_state_dict(other, mapsurgery.adapter_state_dict(model))
+        assert torch.equal(other(data()), model(data()))
+
+
 def test_loading_other_codes_takes_their_norm() -> None:
     model = mapsurgery.patch(nn.Sequential(nn.Identity(), Packed4(source())), "1", rank=4)
     doubled = nn.Sequential(nn.Identity(), Packed4(source()))

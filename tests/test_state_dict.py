@@ -259,3 +259,18 @@ def test_a_checkpoint_that_lacks_some_adapters_says_so() -> None:
     assert not _patched().body.load_state_dict(part).missing_keys
     del state["body.0.adapter.B"]
     assert "body.0.adapter.B" in _patched().load_state_dict(state, strict=False).missing_keys
+
+
+def test_statistics_that_overflow_are_refused() -> None:
+    """A mask may hold -inf; a number that becomes infinite in the dtype of its place may not."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return mapsurgery.patch(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "0", rank=2)
+
+    state = mapsurgery.adapter_state_dict(make())
+    state["1.running_var"] = torch.full((4,), 1e6)
+    with pytest.raises(ValueError, match=r"1\.running_var holds values that are infinite in torch.float16"):
+        mapsurgery.load_adapter_state_dict(make().half(), dict(state))
+    state["1.running_var"] = torch.full((4,), float("inf"))
+    mapsurgery.load_adapter_state_dict(make(), state)

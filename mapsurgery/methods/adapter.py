@@ -77,6 +77,7 @@ class Adapter(nn.Module):
         weight_norm: (1,) or (E,), ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
             No buffer: it is taken of the base, and is in no state_dict.
         norm_dtype: of the W that was measured; a cast one may differ by rounding.
+        norm_given: ||W||_F came from a file, whose base may be this one quantised, or cast.
         hanging: names of attributes that were set on the Parameter W, which readers of W' look for in compiled code.
         computed: W is the result of a parametrisation or hook, which each call computes anew, norm included.
         roles: own trained parameters -> "down", "up", "magnitude" (of the update) or "base" (magnitude of the base).
@@ -125,7 +126,7 @@ class Adapter(nn.Module):
         norm_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
         self._measured: tuple[Tensor, Tensor | None, _Mark] | None = None
-        self.norm_dtype = weight.dtype
+        self.norm_dtype, self.norm_given = weight.dtype, False
         self._numbers: list[float] | None = None
         self._siblings = {} if siblings is None else siblings
         self._dtype = dtype
@@ -354,6 +355,7 @@ class Adapter(nn.Module):
         self.forget()
         if isinstance(weight, FakeTensor) or weight.is_meta:
             return
+        self.norm_given = norm is not None
         if norm is None:
             norm = frobenius_norms(weight.detach(), self.stacked)
         norms = torch.tensor(norm, dtype=torch.float64).reshape(-1)

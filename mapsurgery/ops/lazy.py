@@ -47,6 +47,13 @@ def _refuse_taker(attribute: str) -> None:
         )
 
 
+def _no_hook(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "the weight of an adapted layer is computed (W') anew for each reader, so that a hook on it would be lost; the "
+        "frozen weight, `model.get_parameter(name)`, gets no gradient: hook the adapter's parameters"
+    )
+
+
 class LazyWeight(Tensor):
     """A tensor like `like` whose value `compute()` gives, at most once; `parameter` is the one that it stands for."""
 
@@ -161,7 +168,8 @@ class LazyWeight(Tensor):
             raise RuntimeError(f"`weight.requires_grad = True`: {_LOST}")
         return self
 
-    apply_ = map_ = map2_ = share_memory_ = register_hook = register_post_accumulate_grad_hook = _refused
+    apply_ = map_ = map2_ = share_memory_ = _refused
+    register_hook = register_post_accumulate_grad_hook = _no_hook
 
     # What reads memory without an operation: kernels that take a pointer, other libraries.
     def data_ptr(self) -> int:

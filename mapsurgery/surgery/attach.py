@@ -46,6 +46,10 @@ def _deepcopied(layer: AdaptedLayer, memo: dict[int, Any]) -> AdaptedLayer:
     finally:
         attach(layer, adapters, shared)
     memo[id(layer)] = copied
+    for name, parameter in copied._parameters.items():  # a fresh one requires a gradient
+        own = layer._parameters.get(name)
+        if parameter is not None and own is not None:
+            parameter.requires_grad = own.requires_grad
     copied.__dict__.update(copy.deepcopy(kept, memo))
     return attach(copied, {name: copy.deepcopy(adapter, memo) for name, adapter in adapters.items()}, shared)
 

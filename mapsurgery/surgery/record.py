@@ -212,13 +212,16 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
 def find_trained(model: nn.Module) -> tuple[nn.Module, Record]:
     """What training a model changes: the module that `patch` was called on, and its record.
 
-    Where something is trained outside of that module, the model that was given, with the record in its names.
+    Where something is trained outside of that module, or keeps statistics, the model that was given, with the record in
+    its names.
 
     Raises:
         ValueError: see `find_patched`.
     """
     root, record = find_patched(model)
-    if not outside(model, root):
+    inner = set(root.modules())
+    statistics = any("running_mean" in module._buffers for module in model.modules() if module not in inner)
+    if not statistics and not outside(model, root):
         return root, record
     whole = unwrapped(model)
     return whole, record.below(module_paths(whole)[root][0])

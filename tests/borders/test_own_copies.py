@@ -32,6 +32,15 @@ class Emptied(nn.Linear):
         return copied
 
 
+class Fresh(nn.Linear):
+    """Its copy is a new layer, whose parameters require a gradient."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fresh:
+        copied = Fresh(self.in_features, self.out_features)
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+
 class PackedCopy(Packed):
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedCopy:
         copied = PackedCopy()
@@ -39,7 +48,12 @@ class PackedCopy(Packed):
         return copied
 
 
-LAYERS = {"built": lambda: Built(64, 32), "emptied": lambda: Emptied(64, 32), "packed": PackedCopy}
+LAYERS = {
+    "built": lambda: Built(64, 32),
+    "emptied": lambda: Emptied(64, 32),
+    "fresh": lambda: Fresh(64, 32),
+    "packed": PackedCopy,
+}
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)

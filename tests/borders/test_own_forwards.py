@@ -326,6 +326,9 @@ def test_a_base_that_diffusers_stores_in_eight_bits_is_adapted(order: str, tmp_p
     assert layer.get_parameter("weight") is layer._parameters["weight"]
     with mapsurgery.disabled(model):
         assert torch.equal(model(*noisy()).sample, plain)
+    mapsurgery.save(model, file)
+    for fresh in (stored(unet()), unet()):
+        mapsurgery.load(fresh, file)
     mapsurgery.unpatch(model)
     assert torch.equal(model(*noisy()).sample, plain)
     assert model.state_dict().keys() == state.keys()

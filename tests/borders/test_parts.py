@@ -75,7 +75,7 @@ def test_a_whole_whose_rest_is_frozen_has_the_names_of_the_part(tmp_path: Path) 
     """A module that only holds the patched one (a trainer's own) writes what the patched one would."""
     model = Classifier()
     model.head.requires_grad_(False)
-    model.norm.requires_grad_(False)
+    model.norm = nn.Identity()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mapsurgery.param_groups(model, 1e-3)
@@ -118,3 +118,22 @@ def test_a_load_that_fails_leaves_the_model_inside_its_wrapper(wrap, tmp_path: P
     with pytest.raises(ValueError, match="another base.*head has"):
         mapsurgery.load(wrap(other), tmp_path / "a.safetensors")
     assert type(other.head) is nn.Linear
+
+
+def test_statistics_outside_of_the_part_are_in_the_file(tmp_path: Path) -> None:
+    """Though nothing trains there."""
+    model = Classifier()
+    model.head.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    model.train()(data())
+    mapsurgery.save(model.eval(), tmp_path / "a.safetensors")
+    fresh = mapsurgery.load(Classifier(patched=False).eval(), tmp_path / "a.safetensors")
+    assert torch.equal(fresh(data()), model(data()))
+
+
+def test_a_weight_that_the_rest_shares_is_said() -> None:
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "out": nn.Linear(4, 4, bias=False)})
+    model["out"].weight = model["body"][0].weight
+    mapsurgery.patch(model["body"], "*", rank=2)
+    with pytest.warns(UserWarning, match="computes with the base: out.weight with body.0. Patch the whole"):
+        mapsurgery.param_groups(model, 1e-3)
