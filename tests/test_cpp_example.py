@@ -59,6 +59,7 @@ def program(made_once: Callable[..., Path]) -> Path:
         options = (f"-DTORCH_ROOT={TORCH}", f"-DCMAKE_PREFIX_PATH={folder / 'moved'}", "-DCMAKE_BUILD_TYPE=None")
         _checked(cmake, "-S", EXAMPLE, "-B", folder / "build", *options, "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed")
         _checked(cmake, "--build", folder / "build")
+        shutil.copytree(moved, folder / "lacks" / "mapsurgery", ignore=shutil.ignore_patterns("libmapsurgery.so"))
 
     return made_once("cpp_example", make) / "build" / "vit"
 
@@ -131,11 +132,11 @@ def test_an_adapter_that_does_not_fit_is_refused(
 def test_without_the_operator_library_the_program_says_what_is_missing(
     program: Path, exported: SimpleNamespace, tmp_path: Path
 ) -> None:
-    # The program itself, but for the place where it looks.
+    # The program itself, but for the place where it looks: a folder with all else.
     code = program.read_bytes()
     assert b"/moved/mapsurgery" in code
     shutil.copy(program, tmp_path / "vit")
-    (tmp_path / "vit").write_bytes(code.replace(b"/moved/mapsurgery", b"/empty/mapsurgery"))
+    (tmp_path / "vit").write_bytes(code.replace(b"/moved/mapsurgery", b"/lacks/mapsurgery"))
     done = _run(tmp_path / "vit", *exported.options)
     assert done.returncode != 0 and "libmapsurgery.so: cannot open shared object file" in done.stderr
 
