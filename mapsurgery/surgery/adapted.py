@@ -98,8 +98,8 @@ class Effective:
         if layer is None:
             return self
         weight = layer.base_of(self.parameter)
-        held = layer._parameters.get(self.parameter)
-        held = weight if held is None else held
+        own = layer._parameters.get(self.parameter)
+        held = weight if own is None else own
         adapter = layer.adapter_of(self.parameter)
         if not adapter.enabled or (weight.is_meta and not adapter.is_meta):
             return held
