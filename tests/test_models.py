@@ -27,9 +27,9 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def _bit() -> nn.Module:
-    """A BiT ResNet: weight-standardised convolutions."""
+    """A BiT ResNet: weight-standardised convolutions. A fourth stage would be norms of single numbers, and dead."""
     norm = partial(GroupNormAct, num_groups=8)
-    return ResNetV2((1, 1, 1, 1), (32, 32, 32, 32), num_classes=5, stem_chs=16, conv_layer=StdConv2d, norm_layer=norm)
+    return ResNetV2((1, 1, 1), (32, 32, 32), num_classes=5, stem_chs=16, conv_layer=StdConv2d, norm_layer=norm)
 
 
 def _llama() -> nn.Module:
