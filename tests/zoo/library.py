@@ -71,6 +71,12 @@ def to_generic_point(adapters: Iterable[Adapter]) -> None:
 
 
 def defined(site: Site, weight: Tensor, adapter: Adapter, own: dict[str, Tensor] | None = None) -> Tensor:
+    whole = _defined(site, weight, adapter, own)
+    row = adapter.kept_row
+    return whole if row is None else torch.select_scatter(whole, weight.select(0, row).to(whole), 0, row)
+
+
+def _defined(site: Site, weight: Tensor, adapter: Adapter, own: dict[str, Tensor] | None = None) -> Tensor:
     """W' of a weight in float64, straight from the definition, in the weight's layout; `own`: parameters to use."""
     own = own or {name: getattr(adapter, name).detach() for name in ("A", "B", "alpha", "beta")}
     init = adapter.init
