@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import mapsurgery
 
-
 AUTOCAST = [torch.bfloat16, torch.float16]
 
 
