@@ -8,7 +8,7 @@
 #
 # first:  install info kernels fuzz products launches train
 # second: install failed cuda_tests memcheck racecheck compiled ops
-# by name only: all_tests scaling reuse surgery ops_compiled train_checkpoint
+# by name only: slow_tests all_tests scaling reuse surgery ops_compiled train_checkpoint
 #
 # Each stage has a time limit, is interrupted there so that it prints what failed, and leaves what it had written. One
 # that fails or runs out of time does not stop the next, but makes the exit code 1; Ctrl-C stops it and all that would
@@ -118,11 +118,16 @@ cuda_tests() {
         run_tests load -m "not cuda" -k "single_dimensions" tests/test_native_kernels.py
         return
     fi
-    has_gpu || return
-    local code=0
-    run_tests load -m cuda "${others[@]}" || code=$?
-    run_tests loadfile -m cuda "${SLOW_TESTS[@]}" || code=$? # each builds or compiles once for the whole file
-    return "$code"
+    has_gpu && run_tests load -m cuda "${others[@]}"
+}
+
+# Each builds or compiles once for the whole file.
+slow_tests() {
+    if [[ $DEVICE == cpu ]]; then
+        run_tests load -m "not cuda" -k "single_dimensions" tests/test_native_kernels.py
+        return
+    fi
+    has_gpu && run_tests loadfile -m cuda "${SLOW_TESTS[@]}"
 }
 
 all_tests() { run_tests load tests; }
@@ -134,7 +139,8 @@ fuzz() { "$PYTHON" tests/cuda_on_cpu/fuzz.py --device "$DEVICE" --seconds 12 --s
 # The project's own kernels, on random shapes of every operator. An access out of bounds goes unseen inside the large
 # blocks of torch's allocator, so that is switched off.
 sanitize() {
-    local sanitizer
+    local sanitizer tool=$1
+    shift
     if [[ $DEVICE == cpu ]]; then
         echo "compute-sanitizer checks GPUs: nothing was checked"
         return
@@ -144,14 +150,15 @@ sanitize() {
         echo "compute-sanitizer was not found: nothing was checked"
         return 1
     fi
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --kernel-name kns=mapsurgery --error-exitcode 99 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --kernel-name kns=mapsurgery --error-exitcode 99 \
         --print-limit 20 "$PYTHON" tests/cuda_on_cpu/fuzz.py --device cuda --seconds 15 --seed 2 \
-        --kinds "${KINDS[@]}"
+        --kinds "${KINDS[@]}" "$@"
 }
 
 memcheck() { sanitize memcheck; }
 
-racecheck() { sanitize racecheck; }
+# On an H100 racecheck itself breaks down inside a convolution of cuDNN.
+racecheck() { sanitize racecheck --without-cudnn; }
 
 # Benchmarks: what runs on a GPU, and after -- what a CPU tries the script out with.
 bench() {
@@ -220,7 +227,7 @@ limit_of() {
         memcheck | racecheck) echo "${!name:-50}" ;;
         compiled) echo "${!name:-60}" ;;
         kernels) echo "${!name:-80}" ;;
-        cuda_tests) echo "${!name:-120}" ;;
+        cuda_tests | slow_tests) echo "${!name:-120}" ;;
         train) echo "${!name:-160}" ;;
         all_tests | scaling | reuse | surgery | ops_compiled | train_checkpoint) echo "${!name:-250}" ;;
         *) return 1 ;;

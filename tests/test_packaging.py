@@ -43,6 +43,7 @@ STALE = (
 # What compiles fastest: these builds are for their files and a few numbers.
 QUICK = {
     "CMAKE_ARGS": "-DMAPSURGERY_CUDA=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O0",
+    "LDFLAGS": "-static-libstdc++",  # as some machines' compilers do by themselves
     "MAPSURGERY_NATIVE": "require",
 }
 BUILT = "a folder of pip"  # with spaces, over which no build may stumble
@@ -241,6 +242,21 @@ def assert_pure(python: Path, folder: Path) -> None:
 @needs_compiler
 def test_the_sdist_is_built_where_it_is_installed(native: SimpleNamespace, tmp_path: Path) -> None:
     assert_native(native.python, tmp_path)
+
+
+@needs_compiler
+def test_a_library_that_holds_libstdcpp_itself_keeps_it_from_torch_s(native: SimpleNamespace, tmp_path: Path) -> None:
+    """Streams of two copies that mix lose the numbers of an error message, or crash."""
+    code = """
+import torch, mapsurgery
+x, W, A, B, one = (torch.ones(shape) for shape in ((3, 4), (6, 5), (2, 5), (6, 2), (1,)))
+try:
+    torch.ops.mapsurgery.lowrank_linear(x, W, None, A, B, one, one)
+except RuntimeError as error:
+    print(error)
+"""
+    said = run(native.python, "-c", code, cwd=tmp_path)
+    assert "mapsurgery: x has shape (3, 4), but its dimension -1 must be 5 (the weight's columns)" in said
 
 
 @needs_compiler

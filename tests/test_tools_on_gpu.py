@@ -278,7 +278,7 @@ def test_a_quantised_base_trains_verifies_saves_and_merges(kind: str, device: to
     loaded = mapsurgery.load(base(), tmp_path / "adapter.safetensors")
     assert torch.equal(out(loaded, inputs), wanted)
     torch.testing.assert_close(
-        out(mapsurgery.merge(loaded, quantised="dequantize"), inputs), wanted, rtol=5e-2, atol=5e-2
+        out(mapsurgery.merge(loaded, quantised="dequantise"), inputs), wanted, rtol=5e-2, atol=5e-2
     )
 
 

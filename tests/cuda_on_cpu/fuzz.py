@@ -365,6 +365,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="run so many, however long it takes, and print a hash of the results")
     parser.add_argument("--case", type=int, help="run the case of this number alone")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="default: all; large ones on a GPU alone")
+    parser.add_argument("--without-cudnn", action="store_true", help="torch's own convolutions")
     options = parser.parse_args()
     kinds = options.kinds or [kind for kind in KINDS if kind != "large" or options.device == "cuda"]
     info = mapsurgery.native_info()
@@ -377,6 +378,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cudnn.enabled = not options.without_cudnn
     torch.backends.cudnn.deterministic = True  # two calls are compared bit for bit
 
     first = options.case or 0
