@@ -74,6 +74,10 @@ test: export HF_HUB_OFFLINE := 1
 test: setup  ## Run all tests (TEST_ARGS="-m 'not slow'" leaves the slow ones out)
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
+.PHONY: test-long
+test-long:  ## Run the tests that `make test` leaves out: a minute each, or one more of a kind
+	$(MAKE) test TEST_ARGS="-m long $(TEST_ARGS)"
+
 .PHONY: zoo
 # Every model is built with random weights: a hub that is asked for anything is a mistake.
 zoo: export HF_HUB_OFFLINE := 1

@@ -417,6 +417,7 @@ def test_peak_memory():
 AB_CASES = ("linear:2x16/r2/fp32/train/map", "linear:2x16/r2/autocast-bf16/no_grad/lora", "vit_test/r2/fp32/train/map")
 
 
+@pytest.mark.long
 def test_ab(tmp_path, capsys):
     """The same checkout twice, in processes of their own; a case that fails is told, and the others count."""
     pytest.importorskip("timm")

@@ -341,12 +341,12 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]
 }
 
 
-_LARGER = ("timm_efficientnet", "qwen_moe", "diffusers_unet")
+_LARGER = ("timm_swin", "timm_efficientnet", "qwen_moe")
 _UNUSED = {"bert": "pooler."}
 """BERT's first output, the hidden states, does not depend on its pooler, which computes the second."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _LARGER else n for n in _MODELS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in _LARGER else n for n in _MODELS])
 def test_real_models_compile_to_one_graph_with_the_eager_numbers(name: str) -> None:
     make, inputs = _MODELS[name]
     torch.manual_seed(0)

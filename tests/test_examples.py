@@ -297,6 +297,7 @@ def load_packaged(function, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_map_beats_the_linear_probe_on_a_real_vit(example, tmp_path, capsys):
     packaged = example("packaged")
     load_packaged(packaged.mnist)
@@ -331,6 +332,7 @@ def test_packaged_sentence_encoder_knows_paraphrases(example):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_packaged_language_model_knows_a_capital(example):
     pytest.importorskip("transformers")
     model, tokenizer = load_packaged(example("packaged").smollm2)

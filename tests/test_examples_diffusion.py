@@ -565,7 +565,10 @@ def skip_without(function, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "size"), [("vit_small_patch14_dinov2", 70), ("tf_efficientnet_lite0", 64)])
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [pytest.param("vit_small_patch14_dinov2", 70, marks=pytest.mark.long), ("tf_efficientnet_lite0", 64)],
+)
 def test_real_images_of_the_subject_score_above_those_of_any_other_class(example, network, size):
     module = example("image_features")
     digits = skip_without(example("packaged").mnist)
@@ -584,6 +587,7 @@ def test_real_images_of_the_subject_score_above_those_of_any_other_class(example
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_script_moves_the_tiny_model_towards_its_subject(example, tmp_path, capsys):
     skip_without(example("packaged").mnist)
     skip_without(example("packaged").efficientnet_lite0)

@@ -26,7 +26,7 @@ from transformers import (
 import mapsurgery
 
 AUTO = torch.export.Dim.DYNAMIC
-SLOW = pytest.mark.slow
+SLOW, LONG = (pytest.mark.slow,), (pytest.mark.slow, pytest.mark.long)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -102,7 +102,7 @@ class Model:
 
     Attributes:
         example, other: arguments of `inputs` for the export, and for what must run in the exported program too.
-        quick: not among the slow tests.
+        pace: marks of its tests.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Model:
     targets: tuple[str, ...] = ("*",)
     options: dict[str, Any] = field(default_factory=dict)
     package: str = "torch"
-    quick: bool = False
+    pace: tuple[pytest.MarkDecorator, ...] = SLOW
 
     def __str__(self) -> str:
         return self.name
@@ -143,11 +143,20 @@ MODELS = [
         (2,),
         (5,),
         ("patch_embed*", "*attn*"),
-        quick=True,
+        pace=(),
     ),
     Model("convnext", _timm("convnext_atto", **_CONVNEXT), _images, _PIXELS, (2, 64), (3, 96), ("stem*", "stages.1*")),
-    Model("swin", _timm("swin_tiny_patch4_window7_224", **_SWIN), _images, _BATCH, (2,), (5,)),
-    Model("efficientnet", _timm("test_efficientnet"), _images, _PIXELS, (2, 64), (3, 96), ("*conv_pw", "*conv_dw")),
+    Model("swin", _timm("swin_tiny_patch4_window7_224", **_SWIN), _images, _BATCH, (2,), (5,), pace=LONG),
+    Model(
+        "efficientnet",
+        _timm("test_efficientnet"),
+        _images,
+        _PIXELS,
+        (2, 64),
+        (3, 96),
+        ("*conv_pw", "*conv_dw"),
+        pace=LONG,
+    ),
     Model("llama", _llama, _tokens, _SEQUENCE, (2,), (3, 9), ("*embed*", "*proj")),
     Model("bert", _bert, _tokens, _SEQUENCE, (2,), (3, 9), ("*attention*",)),
     Model(
@@ -159,6 +168,7 @@ MODELS = [
         (3, 9),
         ("*gate", "*q_proj", "*down_proj"),
         {"parameters": ["*experts*"]},
+        pace=LONG,
     ),
     Model(
         "unet",
@@ -190,9 +200,9 @@ def _assert_same(exported: nn.Module, model: nn.Module, inputs: dict[str, Any]) 
 _STRICTLY = ("convnext", "llama")
 """Slow ones are exported one way only: these strictly."""
 _BOTH_WAYS = [
-    pytest.param(m, strict, id=f"{m.name}-{'strict' if strict else 'non_strict'}", marks=() if m.quick else SLOW)
+    pytest.param(m, strict, id=f"{m.name}-{'strict' if strict else 'non_strict'}", marks=m.pace)
     for m in MODELS
-    for strict in ((False, True) if m.quick else (m.name in _STRICTLY,))
+    for strict in ((False, True) if m.pace == () else (m.name in _STRICTLY,))
 ]
 
 
@@ -216,7 +226,7 @@ def test_exported_with_dynamic_shapes_and_decomposed_to_core_aten(spec: Model, s
         )
 
 
-_AS_ONNX = [("vit", False), ("vit", True), ("convnext", False), ("llama", False)]
+_AS_ONNX = [("vit", False), ("vit", True), pytest.param("convnext", False, marks=pytest.mark.long), ("llama", False)]
 
 
 @pytest.mark.slow
