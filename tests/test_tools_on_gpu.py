@@ -20,6 +20,14 @@ from torch import Tensor, nn
 
 import mapsurgery
 
+
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.long), pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    return torch.device(request.param)
+
+
 AUTOCAST = [torch.bfloat16, torch.float16]
 
 
