@@ -17,13 +17,21 @@ import mapsurgery
 ROOT = Path(mapsurgery.__file__).parent
 
 FLOORS = (
-    ("_native", "tables", "named", "_atomic_write"),
+    ("_native", "tables", "named", "progress", "_atomic_write"),
     ("ops",),
     ("updates",),
     ("methods",),
     (
         *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
-        *("surgery.offloaded", "surgery.other_adapters", "surgery.reducers", "surgery.trainers", "surgery.forwards"),
+        *(
+            "surgery.offloaded",
+            "surgery.heads",
+            "surgery.fresh",
+            "surgery.other_adapters",
+            "surgery.reducers",
+            "surgery.trainers",
+            "surgery.forwards",
+        ),
     ),
     (
         *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing", "surgery.probe", "surgery.writes"),

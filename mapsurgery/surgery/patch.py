@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter
+from ..progress import progress
 from . import cut_graphs, originals, resizing, trainers
 from .adapted import AdaptedLayer
 from .attach import attach, detach
@@ -104,7 +105,7 @@ def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
     """
     adapters: dict[str, Adapter] = {}
     siblings: dict[Any, Any] = {}
-    for layer in plan.layers:
+    for layer in progress(plan.layers, "making adapters"):
         own = adapters[layer.shares] if layer.shares else build(layer, siblings, start)
         adapters[layer.path] = own
     record = _remember(model, plan)
