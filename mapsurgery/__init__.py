@@ -8,7 +8,7 @@ Free functions on an ordinary model: `plan`, `patch`, `verify`, `param_groups`, 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import plots
+from . import contrib, integrations, methods, ops, plots, updates
 from ._adapter_file import load, save
 from ._export import Exported, export
 from ._history import History
@@ -53,12 +53,16 @@ __all__ = [
     "VerificationError",
     "adapter_state_dict",
     "cmake_prefix_path",
+    "contrib",
     "disabled",
     "export",
+    "integrations",
     "load",
     "load_adapter_state_dict",
     "merge",
+    "methods",
     "native_info",
+    "ops",
     "orthogonality_loss",
     "param_groups",
     "patch",
@@ -72,5 +76,11 @@ __all__ = [
     "track",
     "unmerge",
     "unpatch",
+    "updates",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """What is meant to be used, which completion shows; helpers are found where they are."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

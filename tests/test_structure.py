@@ -38,7 +38,7 @@ FLOORS = (
         *("surgery.quantised", "surgery.quantised.kinds", "surgery.quantised.layer", "surgery.quantised.merged"),
     ),
     ("surgery.config", "surgery.planned", "surgery.plan", "surgery.plan_table", "surgery.ties"),
-    ("surgery.originals", "surgery.record", "surgery.undo", "surgery.patch", "surgery.merge"),
+    ("surgery.originals", "surgery.record", "surgery.stand_ins", "surgery.undo", "surgery.patch", "surgery.merge"),
     (
         *(
             "_adapter_file",

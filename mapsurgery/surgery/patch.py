@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ from .record import (
     put_record,
 )
 from .reducers import refuse_reduced
+from .stand_ins import base_tensors
 from .undo import MERGED
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -264,22 +265,31 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def disabled(model: Model) -> Iterator[Model]:
+def disabled(model: Model, *, trained: bool = False) -> Iterator[Model]:
     """Within the block the model computes with its frozen weights, as if no layer were adapted.
 
-    What `train` names keeps its trained values. Blocks may be nested. It is a switch of the model, not of the thread:
-    other threads that run the model meanwhile compute with the base as well. The output is bitwise the base's, as long
-    as the same parameters of the base require a gradient.
+    Blocks may be nested. It is a switch of the model, not of the thread: other threads that run the model meanwhile
+    compute with the base as well. The output is bitwise the base's, as long as the same parameters of the base require
+    a gradient.
+
+    Args:
+        trained: also what `train` names (heads, norms) and persistent buffers (BatchNorm statistics) are in the block
+            what they were at `patch` or `load`: the model as it was, which trains nothing. The trained tensors are left
+            alone and come back after it, the very same Parameters; copies of the base's stand in for them. What the
+            block writes to these is lost, statistics without a word; saving, merging and the like raise there. False:
+            they keep their trained values.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched; with `trained` also where that cannot be the base: another parameter was
+            unfrozen or moved since, or one is sharded, or was on meta at `patch`.
     """
     adapters = list(adapters_of(model).values())
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
-        yield model
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+    with base_tensors(model) if trained else nullcontext():
+        before = [adapter.enabled for adapter in adapters]
+        for adapter in adapters:
+            adapter.enabled = False
+        try:
+            yield model
+        finally:
+            for adapter, enabled in zip(adapters, before, strict=True):
+                adapter.enabled = enabled
