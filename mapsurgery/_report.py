@@ -48,10 +48,8 @@ class Report:
     def __repr__(self) -> str:
         """In a line; ``print`` shows the table."""
         changes = [values["change"] for values in self.layers.values()]
-        return (
-            f"Report({len(changes)} layers, change {min(changes):.4g} to {max(changes):.4g}, mean "
-            f"{sum(changes) / len(changes):.4g}; print it for the table)"
-        )
+        said = f", change {min(changes):.4g} to {max(changes):.4g} of ||W||" if changes else ""
+        return f"Report({len(changes)} layers{said}; print it for the table)"
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

@@ -61,7 +61,7 @@ def base_tensors(model: nn.Module) -> Iterator[None]:
         warnings.warn(
             f"{', '.join(written[:5])}: what was written in the block of mapsurgery.disabled(trained=True) is lost, as "
             "it went into the base's tensors, which stood in for the trained ones",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
