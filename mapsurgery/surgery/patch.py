@@ -59,7 +59,8 @@ def patch(model: Model, config: Config) -> Model:
             GRU and their cells, and subclasses, parametrised ones included; linear layers with a quantised weight
             (bitsandbytes, torchao, any module that acts like nn.Linear), whose own kernel runs and whose
             ``weight`` keeps reading as the quantised one; `plan` shows the others with the reason.
-        targets: globs of layers to adapt.
+        targets: globs of layers to adapt. "all-linear" stands for every linear layer (nn.Linear, Conv1D, the packed
+            projections of MultiheadAttention, quantised ones) but heads, and may be one of several: docs/layers.md.
         exclude: globs of layers to leave.
         rank: of the update. More than min(out, in) of a layer is reduced to that there, as the plan says.
         rank_pattern: {glob: rank} for some of the layers; the first that matches counts.
