@@ -22,6 +22,10 @@ import torchvision
 from definition import image, net, train_steps
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -262,6 +266,10 @@ def test_a_new_linear_layer_in_place_of_the_head_is_noted(dtype: torch.dtype) ->
         model.fc(torch.randn(4, 512, dtype=dtype)).logsumexp(-1).sum().backward()
         optimiser.step()
     assert not forgotten(model, "layer1")
+    bound = 512**-0.5
+    nn.init.trunc_normal_(model.fc.weight, std=bound / 2, a=-bound, b=bound)  # within the bounds, but not even
+    nn.init.zeros_(model.fc.bias)
+    assert not forgotten(model, "layer1")
 
 
 # The base again ------------------------------------------------------------------------------------------------------
@@ -383,6 +391,20 @@ def test_what_cannot_be_the_base_is_refused_and_what_the_block_loses_is_said(tmp
     whole = nn.Sequential(mapsurgery.patch(net(), "body", rank=2), nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"1\.weight"), mapsurgery.disabled(whole, trained=True):
         pass
+
+
+def test_shards_are_refused(tmp_path: Path) -> None:
+    _, model, *_ = trained_mixed()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with mapsurgery.disabled(model):
+            pass
+        with pytest.raises(ValueError, match="is sharded"), mapsurgery.disabled(model, trained=True):
+            pass
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 # Reprs and tables ----------------------------------------------------------------------------------------------------
