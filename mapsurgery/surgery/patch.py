@@ -277,8 +277,8 @@ def disabled(model: Model, *, trained: bool = False) -> Iterator[Model]:
         trained: also what `train` names (heads, norms) and persistent buffers (BatchNorm statistics) are in the block
             what they were at `patch` or `load`: the model as it was, which trains nothing. The trained tensors are left
             alone and come back after it, the very same Parameters; copies of the base's stand in for them. What the
-            block writes to these is lost, statistics without a word; saving, merging and the like raise there. False:
-            they keep their trained values.
+            block writes to these is lost, statistics without a word; saving, merging and the like raise there, and
+            copies of the model keep the base's. False: they keep their trained values.
 
     Raises:
         ValueError: the model is not patched; with `trained` also where that cannot be the base: another parameter was
