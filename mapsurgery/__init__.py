@@ -6,9 +6,11 @@ Free functions on an ordinary model: `plan`, `patch`, `verify`, `param_groups`, 
 `merge`, `unpatch`.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from . import contrib, integrations, methods, ops, plots, updates
+from . import contrib, methods, ops, plots, updates
 from ._adapter_file import load, save
 from ._export import Exported, export
 from ._history import History
@@ -79,6 +81,12 @@ __all__ = [
     "updates",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
