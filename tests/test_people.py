@@ -270,6 +270,17 @@ def test_a_new_linear_layer_in_place_of_the_head_is_noted(dtype: torch.dtype) ->
     nn.init.trunc_normal_(model.fc.weight, std=bound / 2, a=-bound, b=bound)  # within the bounds, but not even
     nn.init.zeros_(model.fc.bias)
     assert not forgotten(model, "layer1")
+    model.fc = nn.utils.parametrizations.weight_norm(nn.Linear(512, 10).to(dtype))  # its numbers are computed
+    assert not forgotten(model, "layer1")
+
+
+def test_a_model_that_nobody_trained_raises_no_alarm() -> None:
+    model = nn.Sequential()
+    for name, layer in (("body", nn.Linear(32, 32)), ("small", nn.Linear(32, 1)), ("head", nn.Linear(1, 100))):
+        model.add_module(name, layer)
+    assert not forgotten(model, "body")
+    nn.init.normal_(model.body.weight)  # now something was
+    assert "head is freshly" in forgotten(model, "body")
 
 
 # The base again ------------------------------------------------------------------------------------------------------

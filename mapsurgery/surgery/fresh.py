@@ -71,16 +71,15 @@ def _untouched(module: nn.Module, parameter: nn.Parameter) -> bool:
 def _remade(paths: Paths, of_heads: Mapping[nn.Module, str]) -> tuple[list[nn.Module], str]:
     """Linear layers of heads that hold the numbers of a start, and by what that is seen."""
     layers = [m for m in paths if m in of_heads and isinstance(m, nn.Linear) and all(map(_is_plain, _own(m)))]
-    made: list[nn.Module]
     reset = [(m, n, own) for m in paths for n, own in _classes(m) if n != own]
     inside = {part: (n, own) for m, n, own in reset for part in m.modules()}
-    made = [m for m in layers if m in inside and (_starts_uniform(m) or _has_zero_bias(m))]
+    made: list[nn.Module] = [m for m in layers if m in inside and (_starts_uniform(m) or _has_zero_bias(m))]
     if made:
         n, own = inside[made[0]]
         return made, f"its weights come with {own} classes, and it has {n}"
     made = [m for m in layers if _starts_uniform(m)]
     others = (m for m in paths if isinstance(m, nn.Linear | nn.modules.conv._ConvNd) and m not in of_heads)
-    trained = made and any(all(map(_is_plain, _own(m))) and not _starts_uniform(m) for m in others)
+    trained = made and any(all(map(_is_plain, _own(m))) and _starts_uniform(m) is False for m in others)
     return (made if trained else []), "it holds numbers such as nn.Linear starts with"
 
 
@@ -112,16 +111,17 @@ def _has_zero_bias(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _starts_uniform(layer: nn.Module) -> bool:
-    """Whether weight and bias look drawn as `reset_parameters` draws them, evenly up to 1/sqrt(fan_in).
+def _starts_uniform(layer: nn.Module) -> bool | None:
+    """Whether weight and bias look drawn as `reset_parameters` draws them, evenly up to 1/sqrt(fan_in); None if few.
 
     Training widens them within a step or two. Of a large weight some rows are read.
     """
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    assert weight is not None
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or weight.numel() < _FEWEST:  # computed, by weight_norm say; or a few numbers
+        return None
     bound, most = 1 / math.sqrt(weight[0].numel()), 1 + 2 * torch.finfo(weight.dtype).eps  # half types round up
     numbers = weight.detach()[:: math.ceil(weight.numel() / _MOST)].float() / bound
-    if numbers.numel() < _FEWEST or (bias is not None and bias.float().abs().max().item() > most * bound):
+    if bias is not None and bias.float().abs().max().item() > most * bound:
         return False
     spread = numbers.square().mean().sqrt().item() * math.sqrt(3)
     return 0.9 <= numbers.abs().max().item() <= most and abs(spread - 1) <= 3 / math.sqrt(numbers.numel())
