@@ -6,9 +6,11 @@ Free functions on an ordinary model: `plan`, `patch`, `verify`, `param_groups`, 
 `merge`, `unpatch`.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from . import plots
+from . import contrib, methods, ops, plots, updates
 from ._adapter_file import load, save
 from ._export import Exported, export
 from ._history import History
@@ -53,12 +55,16 @@ __all__ = [
     "VerificationError",
     "adapter_state_dict",
     "cmake_prefix_path",
+    "contrib",
     "disabled",
     "export",
+    "integrations",
     "load",
     "load_adapter_state_dict",
     "merge",
+    "methods",
     "native_info",
+    "ops",
     "orthogonality_loss",
     "param_groups",
     "patch",
@@ -72,5 +78,17 @@ __all__ = [
     "track",
     "unmerge",
     "unpatch",
+    "updates",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is meant to be used, which completion shows; helpers are found where they are."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

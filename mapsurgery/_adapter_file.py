@@ -20,6 +20,7 @@ from ._atomic_write import write_whole
 from ._base import Base
 from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict, put
 from .methods.adapter import DTYPES, common_row
+from .progress import progress
 from .surgery import trainers
 from .surgery.config import Config
 from .surgery.layers import padding_of, weight_of, why_not
@@ -78,7 +79,7 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
         refuse_frozen(root, record, frozen, "they would be written without having learned since")
     _refuse_mixed(sites, record.config)
     holders = all_sites(root)
-    layers = {site.path: _describe(site, holders) for site in sites}
+    layers = {site.path: _describe(site, holders) for site in progress(sites, "reading norms")}
     tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(model).items()}
     buffers = changed_buffers(root, record)
     metadata = {
@@ -523,7 +524,7 @@ def _difference(layer: PlannedLayer, described: dict[str, Any]) -> str | None:
 def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
     """The weights are those that the adapter was trained on, as far as ||W||_F tells."""
     own = [layer for layer in layers if not layer.shares]
-    found = {layer.path: _difference(layer, file.layers[layer.path]) for layer in own}
+    found = {layer.path: _difference(layer, file.layers[layer.path]) for layer in progress(own, "comparing the base")}
     wrong = [f"{path}{difference}" for path, difference in found.items() if difference]
     if wrong:
         raise ValueError(

@@ -16,7 +16,7 @@ from ._atomic_write import write_whole
 FORMAT = "mapsurgery-history"
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one truth value
+@dataclass(frozen=True, eq=False, repr=False)  # tensors have no one truth value
 class History:
     """What was recorded.
 
@@ -29,6 +29,10 @@ class History:
     steps: Tensor
     layers: tuple[str, ...]
     values: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        steps = f"{len(self.steps)} steps" + (f", {self.steps[0]} to {self.steps[-1]}" if len(self.steps) else "")
+        return f"History({steps}; {len(self.layers)} layers; {', '.join(self.values)})"
 
     def at(self, index: int = -1) -> dict[str, float]:
         """{"<layer>/<measure>": value} of one recorded step, which TensorBoard's and W&B's loggers take.

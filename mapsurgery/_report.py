@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ._measures import MEASURES, measure
+from .progress import progress
 from .surgery.paths import unwrapped
 from .surgery.record import Site, all_sites, one_per_adapter, refuse_spread
-from .tables import render
+from .tables import Table
 
 _COLUMNS = {  # of the table: the measures that say most, under short heads
     "rank": "rank",
@@ -27,7 +28,7 @@ _COLUMNS = {  # of the table: the measures that say most, under short heads
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Numbers per layer. ``print(report)`` shows the table.
 
@@ -42,8 +43,21 @@ class Report:
     layers: dict[str, dict[str, float]]
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def __repr__(self) -> str:
+        """In a line; ``print`` shows the table."""
+        changes = [values["change"] for values in self.layers.values()]
+        said = f", change {min(changes):.4g} to {max(changes):.4g} of ||W||" if changes else ""
+        return f"Report({len(changes)} layers{said}; print it for the table)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self._table().html()
+
+    def _table(self) -> Table:
         rows = [[path, *(values[name] for name in _COLUMNS)] for path, values in self.layers.items()]
-        return render("adapters, in units of ||W||", ["layer", *_COLUMNS.values()], rows)
+        return Table("adapters, in units of ||W||", ["layer", *_COLUMNS.values()], rows)
 
     def to_dict(self) -> dict[str, float]:
         """{"<layer>/<number>": value}: what TensorBoard's and W&B's loggers take."""
@@ -90,7 +104,7 @@ def measured(sites: Sequence[Site], names: Sequence[str] = tuple(MEASURES)) -> T
     device = sites[0].adapter.weight_norm.device
     numbers = [
         number.to(device, non_blocking=True)
-        for site in sites
+        for site in progress(sites, "measuring")
         for base in (site.base,)
         for number in measure(site.adapter, base, site.adapter.norm_of(base), names)
     ]

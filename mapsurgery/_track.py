@@ -39,6 +39,9 @@ class Tracker:
             self._continue(history)
         self._next = self._steps[-1] + 1 if self._steps else 0
 
+    def __repr__(self) -> str:
+        return f"Tracker({len(self._steps)} records, every {self.every} steps, of {len(self.layers)} layers)"
+
     def _continue(self, history: History) -> None:
         if history.layers != self.layers:
             other = sorted(set(history.layers) ^ set(self.layers)) or history.layers

@@ -28,13 +28,13 @@ from .surgery.record import (
     parameters_of,
     refuse_spread,
 )
-from .tables import render
+from .tables import Table, paragraphs
 
 _UPDATE = ("down", "up")
 _MAGNITUDES = ("base", "magnitude")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """Result of `verify`: path -> verdict ("ok", or what is wrong), and what else is to be known. ``print`` shows it.
 
@@ -53,11 +53,29 @@ class Verification:
         return {path: verdict for path, verdict in self.verdicts.items() if verdict != "ok"}
 
     def __str__(self) -> str:
+        table = str(self._table()) if self.failures else self._verdict()
+        return "\n".join([table, *self._said()])
+
+    def __repr__(self) -> str:
+        """In a line; ``print`` says all."""
+        notes = f", notes: {len(self.notes)}" if self.notes else ""
+        return f"Verification({self._verdict()}{notes})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        table = self._table().html() if self.failures else paragraphs([self._verdict()])
+        return table + paragraphs(self._said())
+
+    def _verdict(self) -> str:
         good = len(self.verdicts) - len(self.failures)
         what = "act on the output and learn" if self.differentiated else "act; whether they learn was not checked"
-        title = f"{good} of {len(self.verdicts)} adapters {what}"
-        table = render(title, ["layer", "verdict"], list(self.failures.items())) if self.failures else title
-        return "\n".join([table, *(f"note: {note}" for note in self.notes)])
+        return f"{good} of {len(self.verdicts)} adapters {what}"
+
+    def _said(self) -> list[str]:
+        return [f"note: {note}" for note in self.notes]
+
+    def _table(self) -> Table:
+        return Table(self._verdict(), ["layer", "verdict"], list(self.failures.items()))
 
 
 class VerificationError(RuntimeError):

@@ -1,20 +1,75 @@
-"""Tables for people: rich where it is installed, padded plain text where it is not."""
+"""Tables for people: in a terminal as wide as it is, elsewhere whole, and in notebooks as HTML.
+
+The frame is rich's where it is installed, and plain text where it is not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.util import find_spec
 from io import StringIO
+
+_NARROWEST = 10
+"""Characters that a column of text keeps, if it has as many."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values under heads. Columns of numbers are aligned to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+    def __str__(self) -> str:
+        """As text. In a terminal, long cells are wrapped, and what is too wide even so comes in several parts."""
+        cells = [[_text(value) for value in row] for row in self.rows]
+        numeric = self._numeric()
+        draw, frame, gap = (_rich, 4, 3) if find_spec("rich") else (_plain, 0, 2)
+        parts: list[str] = []
+        for chosen, widths in _parts(self.columns, cells, numeric, _terminal_width(), frame, gap):
+            kept = [[row[i] for i in chosen] for row in cells]
+            title = "" if parts else self.title
+            parts.append(draw(title, [self.columns[i] for i in chosen], kept, [numeric[i] for i in chosen], widths))
+        return "\n".join(parts)
+
+    def html(self) -> str:
+        """As a piece of HTML that needs nothing else."""
+        numeric = self._numeric()
+
+        def line(cells: Iterable[str], tag: str) -> str:
+            sides = ("right" if right else "left" for right in numeric)
+            return "".join(
+                f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
+                for text, side in zip(cells, sides, strict=True)
+            )
+
+        rows = "".join(f"<tr>{line(map(_text, row), 'td')}</tr>" for row in self.rows)
+        head = f"<thead><tr>{line(self.columns, 'th')}</tr></thead>"
+        title = f'<caption style="text-align: left">{escape(self.title)}</caption>'
+        return f"<table>{title}{head}<tbody>{rows}</tbody></table>"
+
+    def _numeric(self) -> list[bool]:
+        return [
+            bool(self.rows) and all(isinstance(row[i], int | float) for row in self.rows)
+            for i in range(len(self.columns))
+        ]
 
 
 def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], footer: str = "") -> str:
     """A table as text. Numbers are aligned to the right."""
-    cells = [[_text(value) for value in row] for row in rows]
-    numeric = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
-    try:
-        body = _rich(title, columns, cells, numeric)
-    except ModuleNotFoundError:
-        body = _plain(title, columns, cells, numeric)
+    body = str(Table(title, columns, rows))
     return f"{body}\n{footer}" if footer else body
+
+
+def paragraphs(lines: Iterable[str]) -> str:
+    """Lines of text as HTML."""
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def _text(value: object) -> str:
@@ -23,32 +78,81 @@ def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _rich(title: str, columns: Sequence[str], cells: list[list[str]], numeric: list[bool]) -> str:
+def _terminal_width() -> int | None:
+    """Characters of a line of the terminal; None where the text goes elsewhere, and nothing has to fit."""
+    out = sys.stdout
+    return shutil.get_terminal_size().columns if out is not None and out.isatty() else None
+
+
+def _parts(
+    columns: Sequence[str], cells: list[list[str]], numeric: list[bool], room: int | None, frame: int, gap: int
+) -> list[tuple[list[int], list[int]]]:
+    """Which columns go beside each other, with their widths: all of them, or each part with the first as its head.
+
+    Args: frame, gap: characters around all columns, and between two of them.
+    """
+    widest = [max(map(len, [name, *(row[i] for row in cells)])) for i, name in enumerate(columns)]
+    if room is None:
+        return [(list(range(len(columns))), widest)]
+    longest = [max([*(len(row[i]) for row in cells), 1]) for i in range(len(columns))]  # a number is not broken
+    least = {i: longest[i] if numeric[i] else min(widest[i], _NARROWEST) for i in range(len(columns))}
+
+    def takes(chosen: list[int], widths: Mapping[int, int]) -> int:
+        return frame + sum(widths[i] for i in chosen) + gap * (len(chosen) - 1)
+
+    parts: list[list[int]] = [[0]]
+    for i in range(1, len(columns)):
+        fits = takes([*parts[-1], i], least) <= room or parts[-1] == [0]
+        parts[-1:] = [[*parts[-1], i]] if fits else [parts[-1], [0, i]]
+    found = []
+    for chosen in parts:
+        widths = {i: widest[i] for i in chosen}
+        while takes(chosen, widths) > room:
+            wide = max((i for i in chosen if widths[i] > least[i]), key=lambda i: widths[i], default=None)
+            if wide is None:
+                break
+            widths[wide] -= 1
+        found.append((chosen, [widths[i] for i in chosen]))
+    return found
+
+
+def _rich(
+    title: str, columns: Sequence[str], cells: list[list[str]], numeric: list[bool], widths: Sequence[int]
+) -> str:
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Grid
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name, right in zip(columns, numeric, strict=True):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    grid = Grid(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    for name, right, width in zip(columns, numeric, widths, strict=True):
+        grid.add_column(Text(name), justify="right" if right else "left", overflow="fold", width=width)
     for row in cells:
-        table.add_row(*map(Text, row))  # Text: a path such as "layers[0]" is no markup
+        grid.add_row(*map(Text, row))  # Text: a path such as "layers[0]" is no markup
     out = StringIO()
-    Console(file=out, width=160).print(table)
+    Console(file=out, width=max(len(title), sum(widths) + 4 * len(widths)) + 4).print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
-def _plain(title: str, columns: Sequence[str], cells: list[list[str]], numeric: list[bool]) -> str:
-    lines = [list(columns), *cells]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+def _plain(
+    title: str, columns: Sequence[str], cells: list[list[str]], numeric: list[bool], widths: Sequence[int]
+) -> str:
+    def lines(row: Sequence[str]) -> list[str]:
+        folded = [_folded(text, width) for text, width in zip(row, widths, strict=True)]
+        return [_line([part[i] if i < len(part) else "" for part in folded]) for i in range(max(map(len, folded)))]
 
-    def padded(line: list[str]) -> str:
+    def _line(texts: list[str]) -> str:
         parts = [
             text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numeric, strict=True)
+            for text, width, right in zip(texts, widths, numeric, strict=True)
         ]
         return "  ".join(parts).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([title, padded(lines[0]), rule, *map(padded, lines[1:])])
+    body = [line for row in cells for line in lines(row)]
+    return "\n".join([*([title] if title else []), *lines(columns), rule, *body])
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """Lines of at most this width: broken between words, or where a word is longer than a line."""
+    return textwrap.wrap(text, width, break_on_hyphens=False) or [""]

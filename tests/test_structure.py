@@ -17,20 +17,28 @@ import mapsurgery
 ROOT = Path(mapsurgery.__file__).parent
 
 FLOORS = (
-    ("_native", "tables", "named", "_atomic_write"),
+    ("_native", "tables", "named", "progress", "_atomic_write"),
     ("ops",),
     ("updates",),
     ("methods",),
     (
         *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
-        *("surgery.offloaded", "surgery.other_adapters", "surgery.reducers", "surgery.trainers", "surgery.forwards"),
+        *(
+            "surgery.offloaded",
+            "surgery.heads",
+            "surgery.fresh",
+            "surgery.other_adapters",
+            "surgery.reducers",
+            "surgery.trainers",
+            "surgery.forwards",
+        ),
     ),
     (
         *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing", "surgery.probe", "surgery.writes"),
         *("surgery.quantised", "surgery.quantised.kinds", "surgery.quantised.layer", "surgery.quantised.merged"),
     ),
     ("surgery.config", "surgery.planned", "surgery.plan", "surgery.plan_table", "surgery.ties"),
-    ("surgery.originals", "surgery.record", "surgery.undo", "surgery.patch", "surgery.merge"),
+    ("surgery.originals", "surgery.record", "surgery.stand_ins", "surgery.undo", "surgery.patch", "surgery.merge"),
     (
         *(
             "_adapter_file",

@@ -1,1 +1,25 @@
-"""Conversion to and from other libraries' formats. Nothing of the core imports anything here."""
+"""Other libraries' trainers, pipelines and formats. Nothing of the core imports anything here.
+
+Each module is imported when it is first asked for: ``mapsurgery.integrations.peft``.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+__all__ = [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in __all__:
+        raise AttributeError(f"{__name__} has no {name!r}; there are: {', '.join(__all__)}")
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:  # what looks for names, as completion does, expects an AttributeError
+        raise AttributeError(
+            f"{__name__}.{name} needs the package {error.name!r}, which is not installed: pip install {error.name}"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+ALL_LINEAR = "all-linear"
+"""In place of a glob of targets: every linear layer but heads."""
+
 
 def as_patterns(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
     """A tuple of patterns from one pattern or several.
@@ -38,6 +41,22 @@ def matches(path: str, pattern: str) -> bool:
 def first_match(paths: Sequence[str], patterns: Iterable[str]) -> str | None:
     """The first pattern that takes one of the names of a module."""
     return next((pattern for pattern in patterns if any(matches(path, pattern) for path in paths)), None)
+
+
+def nowhere(argument: str, pattern: str, paths: Iterable[str]) -> str:
+    """An error message: a pattern matches no path, and what to write in its place."""
+    paths = [path for path in paths if path]
+    wild = [path for path in paths if fnmatchcase(path, f"*{pattern}")]
+    close = nearest(pattern, paths)
+    if pattern.lower().replace("_", "-") == ALL_LINEAR:
+        hint = f"write {ALL_LINEAR!r} for every linear layer"
+    elif wild:
+        hint = f"names are whole paths, such as {wild[0]}: write '*{pattern}', which matches {len(wild)} of them"
+    elif close:
+        hint = f"the nearest that exist: {', '.join(close)}"
+    else:
+        hint = f"for example: {', '.join(paths[:6])}"
+    return f"{argument} pattern {pattern!r} matches no module of the model; {hint}"
 
 
 def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:

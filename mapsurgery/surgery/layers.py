@@ -43,6 +43,7 @@ class LayerType:
         transposed: the weight is (in, out).
         parameters: names of the parameters that are adapted; a name that ends with "*" stands for all that begin so.
         always: mixin for classes whose forward is not the original one.
+        linear: `targets="all-linear"` takes it.
         inputs: forms of input that its forward takes, the usual one first, of a layer, a dtype and a device.
     """
 
@@ -52,6 +53,7 @@ class LayerType:
     transposed: bool = False
     parameters: tuple[str, ...] = ("weight",)
     always: type[AdaptedLayer] = AdaptedLayer
+    linear: bool = False
     inputs: tuple[Callable[[Any, torch.dtype, torch.device], tuple[Tensor, ...]], ...] = ()
 
     def find_in(self, cls: type) -> type | None:
@@ -115,7 +117,7 @@ _ATTENDED = (_of_sizes("embed_dim", "kdim", "vdim", lead=(2, 2)),)
 _RECURRENT, _CELL = (_of_sizes("input_size", lead=(2, 2)),), (_of_sizes("input_size"),)
 
 LAYER_TYPES: tuple[LayerType, ...] = (
-    LayerType("torch.nn.modules.linear.Linear", FusedLinear, inputs=_LINEAR),
+    LayerType("torch.nn.modules.linear.Linear", FusedLinear, linear=True, inputs=_LINEAR),
     LayerType("torch.nn.modules.conv.Conv1d", FusedConv, _CONV_METHODS, inputs=(_image,)),
     LayerType("torch.nn.modules.conv.Conv2d", FusedConv, _CONV_METHODS, inputs=(_image,)),
     LayerType("torch.nn.modules.conv.Conv3d", FusedConv, _CONV_METHODS, inputs=(_image,)),
@@ -123,6 +125,7 @@ LAYER_TYPES: tuple[LayerType, ...] = (
         "transformers.pytorch_utils.Conv1D",
         FusedConv1D,
         transposed=True,
+        linear=True,
         inputs=(_rows(2, 3, size=0), _rows(2, size=0)),
     ),
     LayerType("torch.nn.modules.sparse.Embedding", FusedEmbedding, inputs=(_ids,)),
@@ -131,7 +134,7 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     LayerType("torch.nn.modules.conv.ConvTranspose2d", inputs=(_image,)),
     LayerType("torch.nn.modules.conv.ConvTranspose3d", inputs=(_image,)),
     LayerType("torch.nn.modules.linear.Bilinear", inputs=(_of_sizes("in1_features", "in2_features"),)),
-    LayerType("torch.nn.modules.activation.MultiheadAttention", parameters=_ATTENTION, inputs=_ATTENDED),
+    LayerType("torch.nn.modules.activation.MultiheadAttention", parameters=_ATTENTION, linear=True, inputs=_ATTENDED),
     LayerType("torch.nn.modules.rnn.RNNBase", parameters=("weight_*",), always=AdaptedRecurrent, inputs=_RECURRENT),
     LayerType("torch.nn.modules.rnn.RNNCellBase", parameters=("weight_ih", "weight_hh"), inputs=_CELL),
 )
@@ -140,6 +143,12 @@ LAYER_TYPES: tuple[LayerType, ...] = (
 def find_type(cls: type) -> LayerType | None:
     """The entry of the table that a class belongs to."""
     return next((entry for entry in LAYER_TYPES if entry.find_in(cls) is not None), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `targets="all-linear"` takes a layer: nn.Linear, Conv1D, packed projections, quantised linear layers."""
+    entry = find_type(type(module))
+    return kinds.kind_of(module) is not None or (entry is not None and entry.linear)
 
 
 def mixin_of(cls: type, parameters: tuple[str, ...]) -> type[AdaptedLayer]:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..methods import Adapter
 from ..methods.adapter import DTYPES
+from ..progress import progress
 from .adapted import AdaptedLayer
 from .attach import attach, detach
 from .computed import bake, can_bake
@@ -70,7 +71,7 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
     spans = storages_of(model)
     apart: dict[Adapter, nn.Parameter] = {}
     in_place: list[tuple[Adapter, Tensor, Tensor]] = []
-    for site in sites:
+    for site in progress(sites, "reading weights"):
         adapter = site.adapter
         if adapter in replacements:
             continue
@@ -103,11 +104,11 @@ def _in_place(targets: list[tuple[Adapter, Tensor, Tensor]], operation: _Operati
     Numbers in a weight's own dtype can be taken back only up to its rounding, and a second copy of all weights is too
     much to ask for. So the copies are made one by one, and thrown away.
     """
-    for adapter, weight, norm in targets:
+    for adapter, weight, norm in progress(targets, "rehearsing on copies"):
         operation(adapter, weight.clone(memory_format=torch.preserve_format), norm)
     done: list[tuple[Adapter, Tensor, Tensor]] = []
     try:
-        for target in targets:
+        for target in progress(targets, "writing weights"):
             operation(*target)
             done.append(target)
     except BaseException:  # the device itself failed
@@ -138,7 +139,10 @@ def _replacements(root: nn.Module, sites: list[Site], choice: str) -> dict[Adapt
             "error of that)"
         )
     dtype = _usual_dtype(root)
-    return {site.adapter: replacement(site.layer, site.path, choice, dtype) for site in sites}  # type: ignore[arg-type]
+    return {
+        site.adapter: replacement(site.layer, site.path, choice, dtype)  # type: ignore[arg-type]
+        for site in progress(sites, "making merged weights")
+    }
 
 
 def _usual_dtype(root: nn.Module) -> torch.dtype:

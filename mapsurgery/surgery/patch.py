@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..methods import Adapter
+from ..progress import progress
 from . import cut_graphs, originals, resizing, trainers
 from .adapted import AdaptedLayer
 from .attach import attach, detach
@@ -38,6 +39,7 @@ from .record import (
     put_record,
 )
 from .reducers import refuse_reduced
+from .stand_ins import base_tensors
 from .undo import MERGED
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,7 +59,8 @@ def patch(model: Model, config: Config) -> Model:
             GRU and their cells, and subclasses, parametrised ones included; linear layers with a quantised weight
             (bitsandbytes, torchao, any module that acts like nn.Linear), whose own kernel runs and whose
             ``weight`` keeps reading as the quantised one; `plan` shows the others with the reason.
-        targets: globs of layers to adapt.
+        targets: globs of layers to adapt. "all-linear" stands for every linear layer (nn.Linear, Conv1D, the packed
+            projections of MultiheadAttention, quantised ones) but heads, and may be one of several: docs/layers.md.
         exclude: globs of layers to leave.
         rank: of the update. More than min(out, in) of a layer is reduced to that there, as the plan says.
         rank_pattern: {glob: rank} for some of the layers; the first that matches counts.
@@ -104,7 +107,7 @@ def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
     """
     adapters: dict[str, Adapter] = {}
     siblings: dict[Any, Any] = {}
-    for layer in plan.layers:
+    for layer in progress(plan.layers, "making adapters"):
         own = adapters[layer.shares] if layer.shares else build(layer, siblings, start)
         adapters[layer.path] = own
     record = _remember(model, plan)
@@ -263,22 +266,31 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def disabled(model: Model) -> Iterator[Model]:
+def disabled(model: Model, *, trained: bool = False) -> Iterator[Model]:
     """Within the block the model computes with its frozen weights, as if no layer were adapted.
 
-    What `train` names keeps its trained values. Blocks may be nested. It is a switch of the model, not of the thread:
-    other threads that run the model meanwhile compute with the base as well. The output is bitwise the base's, as long
-    as the same parameters of the base require a gradient.
+    Blocks may be nested. It is a switch of the model, not of the thread: other threads that run the model meanwhile
+    compute with the base as well. The output is bitwise the base's, as long as the same parameters of the base require
+    a gradient.
+
+    Args:
+        trained: also what `train` names (heads, norms) and persistent buffers (BatchNorm statistics) are in the block
+            what they were at `patch` or `load`: the model as it was, which trains nothing. The trained tensors are left
+            alone and come back after it, the very same Parameters; copies of the base's stand in for them. What the
+            block writes to these is lost, statistics without a word; saving, merging and the like raise there, and
+            copies of the model keep the base's. False: they keep their trained values.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched; with `trained` also where that cannot be the base: another parameter was
+            unfrozen or moved since, or one is sharded, or was on meta at `patch`.
     """
     adapters = list(adapters_of(model).values())
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
-        yield model
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+    with base_tensors(model) if trained else nullcontext():
+        before = [adapter.enabled for adapter in adapters]
+        for adapter in adapters:
+            adapter.enabled = False
+        try:
+            yield model
+        finally:
+            for adapter, enabled in zip(adapters, before, strict=True):
+                adapter.enabled = enabled

@@ -10,22 +10,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from . import trainers
+from ..progress import progress
+from ..tables import Table, paragraphs
+from . import fresh, trainers
 from .adapted import AdaptedLayer
 from .config import Config, takes_options
-from .globs import first_match, matches, nearest
-from .layers import find_type, why_not
+from .globs import ALL_LINEAR, first_match, matches, nowhere
+from .heads import heads
+from .layers import find_type, is_linear, why_not
 from .offloaded import brought_in_whole
 from .other_adapters import OtherAdapters
 from .paths import first_names, module_paths, named_parameters, parameter_paths, site_paths, unwrapped
-from .plan_table import layers_table, shortened, skipped_table
+from .plan_table import layers_table, said, shortened, skipped_table
 from .planned import PlannedLayer, SkippedModule, planned_layer
 from .quantised import kinds
 from .reducers import refuse_reduced
 from .ties import resolve_ties
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `patch` would do. ``print(plan)`` shows it with similar layers in one row, `table(full=True)` one by one.
 
@@ -62,23 +65,36 @@ class Plan:
 
     def table(self, full: bool = False) -> str:
         """The plan as text; `full` gives every layer a row of its own."""
-        parts = [layers_table(self.layers, self.config, full)]
-        if self.skipped:
-            parts.append(skipped_table(self.skipped, full))
-        parts.append(self._totals())
-        return "\n".join(parts)
+        return "\n".join([*map(str, self._tables(full)), *self._totals()])
 
-    def _totals(self) -> str:
+    def __repr__(self) -> str:
+        """In a line; ``print`` shows the table."""
+        left = f", {len(self.skipped)} left out" if self.skipped else ""
+        return (
+            f"Plan({len(self.layers)} layers with {said(self.config)}{left}, {self._share()}; print it for the table)"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return "".join([*(table.html() for table in self._tables()), paragraphs(self._totals())])
+
+    def _tables(self, full: bool = False) -> list[Table]:
+        skipped = [skipped_table(self.skipped, full)] if self.skipped else []
+        return [layers_table(self.layers, self.config, full), *skipped]
+
+    def _share(self) -> str:
+        return (
+            f"trainable: {self.trainable_parameters:,} ({self.adapter_parameters:,} in adapters)"
+            f" = {self.trainable_share:.3%} of the model's {self.model_parameters:,} parameters"
+        )
+
+    def _totals(self) -> list[str]:
         counts = ", ".join(f"{pattern!r} {count}" for pattern, count in self.counts.items())
         lines = [f"layers per pattern: {counts}"]
         if self.trained:
             lines.append(f"trained in full: {shortened(self.trained)} ({self.trained_parameters:,} parameters)")
-        lines.append(
-            f"trainable: {self.trainable_parameters:,} ({self.adapter_parameters:,} in adapters)"
-            f" = {self.trainable_share:.3%} of the model's {self.model_parameters:,} parameters"
-        )
-        lines += [text for text in (self.warning, self.advice) if text]
-        return "\n".join(lines)
+        lines.append(self._share())
+        return lines + [text for text in (self.warning, self.advice) if text]
 
 
 @takes_options
@@ -105,22 +121,31 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
     parameters = named_parameters(modules)
     trained = _trained_parameters(parameters, config, all_paths)
     whole, others = brought_in_whole(model), OtherAdapters(model)
+    linear = _all_linear(model, modules, config)
     layers: list[PlannedLayer] = []
     skipped: list[SkippedModule] = []
-    for module, paths in modules.items():
-        for name, pattern in _asked_for(module, paths, config).items():
+    for module, paths in progress(modules.items(), "planning"):
+        for name, pattern in _asked_for(module, paths, config, linear).items():
             sites = site_paths(paths, name)
             reason = _reason_to_skip(module, name, paths, config, trained, others)
+            if reason is None and pattern == ALL_LINEAR:
+                reason = linear[module]
             if reason is None and module in whole:
                 reason = "accelerate offloads it with its parent (preload_module_classes): patch before offloading"
             if reason is None:
                 layers.append(_planned(module, name, sites, pattern, config))
             else:
-                skipped.append(SkippedModule(sites, type(module).__name__, reason))
+                skipped.append(SkippedModule(sites, type(module).__name__, reason, pattern))
     layers, tie_notes = resolve_ties(model, layers, config)
-    counts = {p: _count(layers, p) for p in (*config.targets, *config.parameters)}
+    adapted = {layer.path for layer in layers}
+    skipped = [skip for skip in skipped if skip.path not in adapted]  # a tie may bring in a head
+    counts = {p: _count(layers, p, linear) for p in (*config.targets, *config.parameters)}
     _refuse_unmatched(config, counts, layers, skipped, all_paths, [*all_paths, *parameters])
     layers = [replace(layer, notes=(*layer.notes, *tie_notes.get(layer.path, ()))) for layer in layers]
+    learning = {*trained.values(), *(p for layer in layers for p in _parts(layer.module, layer.parameter))}
+    forgotten, certain = fresh.advice(modules, model, learning)
+    warnings = [others.frozen_by_patch(set(trained.values())), forgotten if certain else None]
+    advice = [trainers.advice(model), None if certain else forgotten]
     return Plan(
         config=config,
         layers=tuple(layers),
@@ -129,12 +154,30 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         trained=tuple(trained),
         trained_parameters=sum(p.numel() for p in trained.values()),
         model_parameters=count_parameters(model),
-        warning=others.frozen_by_patch(set(trained.values())),
-        advice=trainers.advice(model),
+        warning="\n".join(filter(None, warnings)) or None,
+        advice="\n".join(filter(None, advice)) or None,
     )
 
 
-def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dict[str, str]:
+def _all_linear(
+    model: nn.Module, modules: dict[nn.Module, tuple[str, ...]], config: Config
+) -> dict[nn.Module, str | None]:
+    """What "all-linear" stands for, if it is asked for: each linear layer, with the reason to leave it out."""
+    if ALL_LINEAR not in config.targets:
+        return {}
+    left = heads(model)
+    return {
+        module: f"{left[module]}: {ALL_LINEAR!r} leaves heads out; `targets` may name it too"
+        if module in left
+        else None
+        for module in modules
+        if is_linear(module)
+    }
+
+
+def _asked_for(
+    module: nn.Module, paths: tuple[str, ...], config: Config, linear: dict[nn.Module, str | None]
+) -> dict[str, str]:
     """Parameters of a module that a pattern takes, each with the first pattern that does."""
     if any(".parametrizations." in f".{path}." for path in paths):
         return {}  # the originals of a parametrised weight, which is adapted as a whole
@@ -145,12 +188,16 @@ def _asked_for(module: nn.Module, paths: tuple[str, ...], config: Config) -> dic
         and (pattern := first_match(parameter_paths(paths, name), config.parameters)) is not None
     }
     pattern, kind = first_match(paths, config.targets), find_type(type(module))
+    if pattern is None and module in linear:
+        pattern = ALL_LINEAR
     if pattern is None or not _has_weights(module) or (named and kind is None):
         return named
     return named | dict.fromkeys(kind.parameters_of(module) if kind is not None else ["weight"], pattern)
 
 
-def _count(layers: list[PlannedLayer], pattern: str) -> int:
+def _count(layers: list[PlannedLayer], pattern: str, linear: dict[nn.Module, str | None]) -> int:
+    if pattern == ALL_LINEAR:
+        return sum(linear.get(layer.module, "none") is None for layer in layers)
     return sum(any(matches(path, pattern) for path in _names(layer.paths, layer.parameter)) for layer in layers)
 
 
@@ -187,7 +234,7 @@ def _trained_parameters(
     for pattern in config.train:
         taken = {name: p for name, p in parameters.items() if matches(name, pattern)}
         if not taken:
-            raise ValueError(_no_match("train", pattern, [*all_paths, *parameters]))
+            raise ValueError(nowhere("train", pattern, [*all_paths, *parameters]))
         found.update(taken)
     integers = [name for name, parameter in found.items() if not parameter.is_floating_point()]
     if integers:
@@ -264,16 +311,6 @@ def _is_zero(weight: torch.Tensor) -> bool:
     return weight[(0,) * weight.dim()].item() == 0 and not weight.any()
 
 
-def _no_match(argument: str, pattern: str, paths: list[str]) -> str:
-    close = nearest(pattern, paths)
-    hint = (
-        f"the nearest that exist: {', '.join(close)}"
-        if close
-        else f"for example: {', '.join(p for p in paths[:6] if p)}"
-    )
-    return f"{argument} pattern {pattern!r} matches no module of the model; {hint}"
-
-
 def _refuse_unmatched(
     config: Config,
     counts: dict[str, int],
@@ -285,20 +322,23 @@ def _refuse_unmatched(
     asked = (("targets", config.targets, paths), ("exclude", config.exclude, names))
     for argument, patterns, known in (*asked, ("parameters", config.parameters, names)):
         for pattern in patterns:
-            if not any(matches(path, pattern) for path in known):
-                raise ValueError(_no_match(argument, pattern, known))
+            stands_for_layers = pattern == ALL_LINEAR and argument == "targets"
+            if not stands_for_layers and not any(matches(path, pattern) for path in known):
+                raise ValueError(nowhere(argument, pattern, known))
     for argument, patterns in (("targets", config.targets), ("parameters", config.parameters)):
         for pattern in patterns:
             _refuse_uncounted(argument, pattern, counts[pattern], skipped)
     for pattern in config.rank_pattern:
         if not any(first_match(layer.paths, [pattern]) for layer in layers):
-            raise ValueError(_no_match("rank_pattern", pattern, [layer.path for layer in layers]))
+            raise ValueError(nowhere("rank_pattern", pattern, [layer.path for layer in layers]))
 
 
 def _refuse_uncounted(argument: str, pattern: str, count: int, skipped: list[SkippedModule]) -> None:
-    covered = [skip for skip in skipped if first_match(skip.paths, [pattern])]
+    covered = [skip for skip in skipped if skip.pattern == pattern or first_match(skip.paths, [pattern])]
     if count == 0 and covered:
         reasons = "; ".join(f"{s.path or 'the model itself'} ({s.type_name}): {s.reason}" for s in covered[:5])
         raise ValueError(f"{argument} pattern {pattern!r} matches nothing that can be adapted: {reasons}")
+    if count == 0 and pattern == ALL_LINEAR:
+        raise ValueError(f"{argument} {ALL_LINEAR!r}: the model has no linear layer; name the layers to adapt by glob")
     if count == 0:
         raise ValueError(f"{argument} pattern {pattern!r} matches only modules without parameters of their own")

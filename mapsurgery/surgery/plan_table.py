@@ -5,25 +5,25 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..tables import render
+from ..tables import Table
 from .config import Config
 from .planned import PlannedLayer, SkippedModule
 
 
-def layers_table(layers: tuple[PlannedLayer, ...], config: Config, full: bool) -> str:
+def layers_table(layers: tuple[PlannedLayer, ...], config: Config, full: bool) -> Table:
     """The layers to adapt, similar ones in one row; `full` gives every layer a row of its own."""
     columns = ["layer", "n", "type", "weight", "way", "rank", "trainable", "pattern", "notes"]
     rows = [_row(group) for group in _grouped(layers, full)]
-    return render(f"{len(layers)} layers to adapt with {_said(config)}", columns, rows)
+    return Table(f"{len(layers)} layers to adapt with {said(config)}", columns, rows)
 
 
-def skipped_table(skipped: tuple[SkippedModule, ...], full: bool) -> str:
+def skipped_table(skipped: tuple[SkippedModule, ...], full: bool) -> Table:
     """The modules that are not adapted, in the same way."""
     rows = [_skipped_row(group) for group in _grouped_skips(skipped, full)]
-    return render("not adapted", ["module", "n", "type", "reason"], rows)
+    return Table("not adapted", ["module", "n", "type", "reason"], rows)
 
 
-def _said(config: Config) -> str:
+def said(config: Config) -> str:
     """The method, and the update family where it is not LoRA's."""
     return config.method.name if config.update.name == "lora" else f"{config.method.name} on {config.update.name}"
 

@@ -134,6 +134,7 @@ class SkippedModule:
     paths: tuple[str, ...]
     type_name: str
     reason: str
+    pattern: str = ""
 
     @property
     def path(self) -> str:

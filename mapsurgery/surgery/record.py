@@ -18,6 +18,9 @@ from .paths import child_name, entry, first_names, module_paths, named_parameter
 
 _ATTRIBUTE = "_mapsurgery"
 
+showing_base: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Patched models in a block of `disabled(trained=True)`: what they hold is the base's, not what was trained."""
+
 
 class ModuleNames:
     """Modules with the names that they had in a model. They are not kept alive: a stage of a pipeline drops most."""
@@ -188,11 +191,13 @@ def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
-def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
+def find_patched(model: nn.Module, showing: bool = False) -> tuple[nn.Module, Record]:
     """The module that `patch` was called on, and its record, inside whatever wraps it (DataParallel, torch.compile).
 
+    Args: showing: it may show the base (`showing_base`).
+
     Raises:
-        ValueError: nothing in the model is patched, or several parts were patched on their own.
+        ValueError: nothing in the model is patched, several parts were patched on their own, or it shows the base.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -204,9 +209,14 @@ def find_patched(model: nn.Module) -> tuple[nn.Module, Record]:
     if len(found) > 1:
         names = ", ".join(path or "the model itself" for path, _ in found)
         raise ValueError(f"parts of the model were patched one by one ({names}): call this on each of them")
-    record = record_of(found[0][1])
+    root, record = found[0][1], record_of(found[0][1])
     assert record is not None
-    return found[0][1], record
+    if root in showing_base and not showing:
+        raise ValueError(
+            "the model is in a block of mapsurgery.disabled(trained=True), and holds the base's numbers: call this "
+            "outside of the block"
+        )
+    return root, record
 
 
 def find_trained(model: nn.Module) -> tuple[nn.Module, Record]:
