@@ -201,7 +201,11 @@ def test_gradients_are_accumulated() -> None:
     assert_equal(run.models[0], plain)
 
 
-@pytest.mark.parametrize("places", [{"": "cpu"}, {"model.embed_tokens": "cpu", "model": "disk", "lm_head": "cpu"}])
+ON_DISK = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+ON_DISK |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+
+@pytest.mark.parametrize("places", [{"": "cpu"}, ON_DISK])
 def test_a_model_made_empty_and_dispatched_is_patched_and_trains(places: dict[str, str], tmp_path: Path) -> None:
     """init_empty_weights, load_checkpoint_and_dispatch (parts on disk), patch; the adapters learn what they would."""
     llama().save_pretrained(tmp_path / "base")
