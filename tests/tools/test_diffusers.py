@@ -70,20 +70,20 @@ def test_a_patched_pipeline_is_the_base_at_the_start_and_then_not(make: Any, bas
     assert differs(image(with_map(make())), base)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_pipeline_is_cast(dtype: torch.dtype, make: Any) -> None:
-    """pipe.to(dtype): as adapters put into a pipeline that was cast."""
+def test_a_pipeline_is_cast(make: Any) -> None:
+    """pipe.to(dtype): as adapters put into a pipeline that was cast, which stay in float32."""
+    dtype = torch.bfloat16
     pipe = with_map(make()).to(dtype)
     other = make().to(dtype)
     for name in ("unet", "text_encoder"):
-        adapters = {f"{n}" for n, p in getattr(pipe, name).named_parameters() if "adapter" in n and p.dtype != dtype}
-        assert bool(adapters) == (dtype == torch.bfloat16)  # which would round them
+        adapters = [p for n, p in getattr(pipe, name).named_parameters() if ".adapter." in n]
+        assert adapters and all(p.dtype == torch.float32 for p in adapters)
     for name in ("unet", "text_encoder"):
         mine = getattr(pipe, name)
         targets = ["*attn*", "*conv1"] if name == "unet" else "*proj"
         theirs = mapsurgery.patch(getattr(other, name), targets, rank=2)
         mapsurgery.load_adapter_state_dict(theirs, mapsurgery.adapter_state_dict(mine))
-    torch.testing.assert_close(image(pipe), image(other), rtol=0, atol=1e-7)  # of norms in float32 and float64
+    assert torch.equal(image(pipe), image(other))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -149,16 +149,17 @@ LORAS: dict[str, dict[str, Any]] = {
             "targets": ["*attn*", "*conv*", "*time_emb*"],
             "rank": 2,
             "rank_pattern": {"*to_q": 3, "*conv1": 1},
-            "method": Lora(alpha=8),
+            "method": Lora(alpha=8, rslora=True),
         },
     },
-    "rslora": {"unet": {"targets": "*attn*", "rank": 4, "method": Lora(alpha=8, rslora=True)}},
     "dora": {
         "unet": {"targets": ["*attn*", "*conv1"], "rank": 2, "method": Dora(alpha=8)},
         "text_encoder": {"targets": "*proj", "rank": 2, "method": Dora(alpha=2)},
     },
-    "pissa": {"unet": {"targets": "*attn*", "rank": 2, "method": Lora(alpha=8), "update": "pissa"}},
-    "embedding": {"text_encoder": {"targets": ["*token_embedding", "*q_proj"], "rank": 2, "method": Lora(alpha=8)}},
+    "pissa_and_embedding": {
+        "unet": {"targets": "*attn*", "rank": 2, "method": Lora(alpha=8), "update": "pissa"},
+        "text_encoder": {"targets": ["*token_embedding", "*q_proj"], "rank": 2, "method": Lora(alpha=8)},
+    },
 }
 every_lora = pytest.mark.parametrize("options", LORAS.values(), ids=LORAS)
 
@@ -197,8 +198,7 @@ def by_diffusers(pipe: Any, folder: Path, metadata: bool, **options: Any) -> Ten
     return image(pipe)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("metadata", [True, False], ids=["metadata", "plain"])
+@pytest.mark.parametrize(("metadata", "dora"), [(True, False), (False, False), (True, True)])
 def test_what_diffusers_wrote_is_loaded(metadata: bool, dora: bool, make: Any, base: Tensor, tmp_path: Path) -> None:
     expected = by_diffusers(make(), tmp_path, metadata, use_dora=dora)
     assert differs(expected, base)
@@ -334,11 +334,11 @@ def test_a_lora_of_pefts_acts_on_adapted_layers(stacked: Any, make: Any) -> None
     assert {*pipe.unet.state_dict()} == {*with_map(make()).unet.state_dict()}
 
 
-@pytest.mark.parametrize("safe", [False, True])
-def test_fusing_into_adapted_layers_is_refused_and_changes_no_image(safe: bool, stacked: Any) -> None:
+def test_fusing_into_adapted_layers_is_refused_and_changes_no_image(stacked: Any) -> None:
     pipe, both, alone = stacked
-    with pytest.raises((RuntimeError, AttributeError), match="mapsurgery.merge"):
-        pipe.fuse_lora(safe_fusing=safe)
+    for safe in (False, True):
+        with pytest.raises((RuntimeError, AttributeError), match="mapsurgery.merge"):
+            pipe.fuse_lora(safe_fusing=safe)
     torch.testing.assert_close(image(pipe), both, **TOLERANCE)
     pipe.unfuse_lora()
     torch.testing.assert_close(image(pipe), both, **TOLERANCE)
