@@ -132,7 +132,7 @@ def _magnitudes(pipe: Any, name: str, source: Any, options: dict[str, Any], stat
     read = pipe.lora_state_dict(source, **options)
     tensors = read[0] if isinstance(read, tuple) else read
     found = {key.removeprefix(f"{name}.").removesuffix(".weight"): tensor for key, tensor in tensors.items()}
-    return {key: found.get(key, found.get(f"text_model.{key}")) for key in state if key.endswith(_DORA)}
+    return {key: found[key if key in found else f"text_model.{key}"] for key in state if key.endswith(_DORA)}
 
 
 def save_adapters(pipe: Any, folder: Path, *, frozen: str = "refuse") -> None:

@@ -243,3 +243,10 @@ def test_a_model_offloaded_by_hook_computes_the_same() -> None:
     assert torch.equal(logits(model), logits(reference))
     hook.offload()
     assert torch.equal(logits(model), logits(reference))
+
+
+def test_adapters_that_were_offloaded_with_their_layers_are_no_parameters_to_train() -> None:
+    """An optimiser would hold tensors on meta, and train nothing."""
+    model = accelerate.cpu_offload(language(), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"put away by accelerate: offload before patch to train"):
+        mapsurgery.param_groups(model, lr=1e-2)
