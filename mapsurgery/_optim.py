@@ -61,8 +61,9 @@ def param_groups(
 
     Raises:
         ValueError: the model is not patched, its weights are not loaded or were offloaded with the adapters, a base
-            weight was unfrozen, something was frozen (see `frozen`) or nothing is trained, a tensor that the adapter's family or method keeps fixed was
-            unfrozen, a rate or factor is negative, or a glob matches nothing that is trained.
+            weight was unfrozen, something was frozen (see `frozen`) or nothing is trained, a tensor that the adapter's
+            family or method keeps fixed was unfrozen, a rate or factor is negative, or a glob matches nothing that is
+            trained.
     """
     factors = dict(layer_lr_factors or {})
     for name, value in [

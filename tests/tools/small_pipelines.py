@@ -76,4 +76,5 @@ VAE_BLOCKS: dict[str, Any] = {
 def image(pipe: Any, **options: Any) -> Tensor:
     """(1, 3, 8, 8)."""
     generator = torch.Generator().manual_seed(1)
-    return pipe("a b c", num_inference_steps=1, generator=generator, output_type="pt", **options).images
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "generator": generator, "output_type": "pt"}
+    return pipe("a b c", **settings, **options).images
