@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ._atomic_write import write_whole
 from ._base import Base
-from ._state_dict import adapter_state_dict, changed_buffers, load_adapter_state_dict, put
+from ._state_dict import Pairs, adapter_state_dict, changed_buffers, fitting, put, write
 from .methods.adapter import DTYPES, common_row
 from .progress import progress
 from .surgery import trainers
@@ -193,7 +193,19 @@ def restore(model: nn.Module, path: Path) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the model is not patched, or the file does not fit it (see `load`); nothing is changed then.
     """
-    file = _read(os.fspath(path))
+    restore_each([(model, path)])
+
+
+def restore_each(models: Iterable[tuple[nn.Module, Path]]) -> None:
+    """`restore` of several models, each from a file of its own: all of them, or none."""
+    files = [(model, _read(os.fspath(path))) for model, path in models]
+    write([pair for model, file in files for pair in _fitting(model, file)])
+    for model, file in files:
+        _count_from_base(find_trained(model)[0], file)
+
+
+def _fitting(model: nn.Module, file: _File) -> Pairs:
+    """What `restore` writes, each tensor with its place."""
     root, record = find_trained(model)
     for name in ("method", "update", "init"):
         own, saved = getattr(record.config, name), getattr(file.config, name)
@@ -211,8 +223,7 @@ def restore(model: nn.Module, path: Path) -> None:
     state._metadata = {  # type: ignore[attr-defined]
         holders[name].entry(""): {"base": asdict(_base_of(layer))} for name, layer in file.layers.items()
     }
-    load_adapter_state_dict(model, state)
-    _count_from_base(root, file)
+    return fitting(model, state)
 
 
 def _holders(model: nn.Module) -> dict[str, Site]:

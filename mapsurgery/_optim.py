@@ -19,6 +19,7 @@ from .surgery.record import (
     names_of,
     outside,
     refuse_frozen,
+    refuse_put_away,
 )
 
 
@@ -59,9 +60,10 @@ def param_groups(
         model was patched, what is trained in the rest of it is in them, and a warning names it.
 
     Raises:
-        ValueError: the model is not patched or its weights are not loaded, a base weight was unfrozen, something was
-            frozen (see `frozen`) or nothing is trained, a tensor that the adapter's family or method keeps fixed was
-            unfrozen, a rate or factor is negative, or a glob matches nothing that is trained.
+        ValueError: the model is not patched, its weights are not loaded or were offloaded with the adapters, a base
+            weight was unfrozen, something was frozen (see `frozen`) or nothing is trained, a tensor that the adapter's
+            family or method keeps fixed was unfrozen, a rate or factor is negative, or a glob matches nothing that is
+            trained.
     """
     factors = dict(layer_lr_factors or {})
     for name, value in [
@@ -79,6 +81,7 @@ def param_groups(
             raise ValueError(
                 f"{site.path}: its weight is not loaded yet (meta device); load the weights, then make the groups"
             )
+        refuse_put_away(site, "offload before patch to train, or make the groups")
         _refuse_thawed(site)
     refuse_frozen(root, record, frozen, "no optimiser would train them")
     settings = {

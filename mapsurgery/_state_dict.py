@@ -84,6 +84,20 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
             its place, the numbers are meant in another way (tau, scaling), or they were trained on another base; the
             message names them. Whatever is raised, nothing is changed.
     """
+    write(fitting(model, state))
+    return model
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""Tensors with their places in a model."""
+
+
+def fitting(model: nn.Module, state: Mapping[str, Tensor]) -> Pairs:
+    """The tensors of `adapter_state_dict` with their places in a model.
+
+    Raises:
+        ValueError: see `load_adapter_state_dict`.
+    """
     root, record = find_trained(model)
     sites = one_per_adapter(all_sites(root))
     metadata = getattr(state, "_metadata", {})
@@ -93,8 +107,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
         misfit = site.adapter.misfit(described.get("form"))
         problems += [misfit] if misfit else []
         problems += _other_base(site, described.get("base"))
-    put(root, state, problems)
-    return model
+    return _fitting(root, record, state, problems)
 
 
 def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
@@ -105,16 +118,17 @@ def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
     return [f"another base: {site.path}{difference}"] if difference else []
 
 
-@torch.no_grad()
-def put(model: nn.Module, state: Mapping[str, Tensor], problems: Iterable[str] = ()) -> None:
-    """Put tensors into their places in a patched model: all of them, or none.
-
-    Args: problems: what else is wrong with them.
+def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put tensors into their places in a patched model, whatever the base: all of them, or none.
 
     Raises:
         ValueError: see `load_adapter_state_dict`.
     """
-    root, record = find_trained(model)
+    write(_fitting(*find_trained(model), state))
+
+
+def _fitting(root: nn.Module, record: Record, state: Mapping[str, Tensor], problems: Iterable[str] = ()) -> Pairs:
+    """Args: problems: what else is wrong with the tensors."""
     places = places_of(root, record)
     required = {name for name, (_, optional) in places.items() if not optional}
     found = [*problems, *(f"missing: {name}" for name in sorted(required - set(state)))]
@@ -126,10 +140,16 @@ def put(model: nn.Module, state: Mapping[str, Tensor], problems: Iterable[str] =
         found += [p for name, pair in known.items() if (p := _not_finite(name, *pair, mask=name in buffers))]
     if found:
         raise ValueError("the adapter does not fit the model: " + "; ".join(found[:10]))
-    before: list[tuple[Tensor, Tensor]] = []
+    return list(known.values())
+
+
+@torch.no_grad()
+def write(pairs: Pairs) -> None:
+    """Write tensors into their places: all of them, or none."""
+    before: Pairs = []
     with uninterrupted():
         try:
-            for value, place in known.values():
+            for value, place in pairs:
                 before.append((place, place.clone()))
                 place.copy_(value)
         except BaseException:  # the device failed, or has no memory left

@@ -147,6 +147,11 @@ class AdaptedLayer(nn.Module):
     drops: ClassVar[bool] = False
     """Whether a forward of ours applies the adapter's dropout."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """`type(layer)(...)` makes a layer of the original class, as PEFT does for the factors of a convolution."""
+        self.__class__ = self.original_class  # type: ignore[assignment]
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
     def adapter_of(self, parameter: str) -> Adapter:
         """The adapter of one of the adapted parameters; a plain attribute where another layer's is shared."""
         name = child_name(parameter)

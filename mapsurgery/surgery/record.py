@@ -275,11 +275,16 @@ def refuse_spread(sites: list[Site], action: str) -> None:
                 "model that takes this one's full state (torch.distributed.checkpoint.state_dict.get_model_state_dict)"
             )
         refuse_pieces(site, action)
-        if not site.adapter.pending and site.adapter.is_meta:
-            raise ValueError(
-                f"{site.path}: its adapter is on meta, put away by accelerate: {action} once it is back "
-                "(accelerate.hooks.remove_hook_from_submodules)"
-            )
+        refuse_put_away(site, action)
+
+
+def refuse_put_away(site: Site, action: str) -> None:
+    """Raises ValueError where accelerate has offloaded an adapter, with its layer."""
+    if not site.adapter.pending and site.adapter.is_meta:
+        raise ValueError(
+            f"{site.path}: its adapter is on meta, put away by accelerate: {action} once it is back "
+            "(accelerate.hooks.remove_hook_from_submodules)"
+        )
 
 
 def refuse_pieces(site: Site, action: str) -> None:

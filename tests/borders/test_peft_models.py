@@ -162,6 +162,16 @@ def test_two_adapters_of_peft_in_a_model_without_its_wrapper() -> None:
     assert len(plan.layers) == 9
 
 
+def test_peft_makes_its_factors_of_an_adapted_convolution_of_plain_ones() -> None:
+    """It calls `type(layer)`, which is a class of ours, for them."""
+    model = to_generic_point(mapsurgery.patch(nn.Sequential(nn.Conv2d(3, 4, 3)), "*", rank=2))
+    x = torch.randn(1, 3, 6, 6)
+    expected = model(x)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model)
+    assert type(model[0].lora_A["default"]) is nn.Conv2d and isinstance(model[0].base_layer, AdaptedLayer)
+    assert torch.equal(model(x), expected)
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
