@@ -18,9 +18,6 @@ from mapsurgery.integrations.transformers import ADAPTER_NAME, AdapterTrainer
 trl = pytest.importorskip("trl", reason="TRL's trainers need trl", exc_type=ImportError)
 ours: Any = importlib.import_module("mapsurgery.integrations.trl")
 
-REFERENCES = ("DPO", "KTO", "GRPO", "RLOO")
-every_trainer = pytest.mark.parametrize("name", ["SFT", "Reward", *REFERENCES])
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -118,7 +115,7 @@ def losses(run: Any) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-@every_trainer
+@pytest.mark.parametrize("name", ["SFT", "Reward", "DPO", "GRPO"])
 def test_it_trains_saves_the_adapters_alone_and_goes_on_exactly(name: str, tokenizer: Any, tmp_path: Path) -> None:
     model = patched(name)
     attributes, start = set(vars(model)), trained(model)
@@ -127,7 +124,7 @@ def test_it_trains_saves_the_adapters_alone_and_goes_on_exactly(name: str, token
     assert all(not torch.equal(tensor, start[key]) for key, tensor in trained(model).items() if "score" not in key)
     now = model.state_dict()
     assert all(torch.equal(now[key], tensor) for key, tensor in plain.items() if not key.startswith("score"))
-    assert set(vars(model)) - attributes <= {"forward"}  # TRL's own, which computes the loss in pieces
+    assert not [attribute for attribute in set(vars(model)) - attributes if "peft" in attribute]
     checkpoint = tmp_path / "checkpoint-1"
     assert {path.name for path in checkpoint.glob("*.safetensors")} <= {ADAPTER_NAME, ours.REFERENCE_NAME}
     loaded = mapsurgery.load(base(name), tmp_path / "checkpoint-2" / ADAPTER_NAME)
@@ -138,7 +135,7 @@ def test_it_trains_saves_the_adapters_alone_and_goes_on_exactly(name: str, token
     assert same(trained(resumed), trained(model))
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
 def test_the_reference_is_the_base_and_no_second_model(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """After training the policy has moved, and the reference has not; no other model is in the trainer."""
     model = patched(name)
@@ -154,7 +151,7 @@ def test_the_reference_is_the_base_and_no_second_model(name: str, tokenizer: Any
     assert same(trained(model), own) and torch.equal(logits(model), policy)
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
 def test_losses_are_those_with_a_copy_of_the_base(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """As TRL itself makes one: given to it, or read from the base's folder."""
     run = trainer(name, patched(name), tmp_path / "a", tokenizer, max_steps=3)
@@ -169,10 +166,10 @@ def test_losses_are_those_with_a_copy_of_the_base(name: str, tokenizer: Any, tmp
     assert theirs.ref_model is not None
     theirs.train()
     assert losses(run) == pytest.approx(losses(theirs), abs=1e-5)
-    for key in ("kl", "rewards/margins", "rewards/chosen"):
-        found = [[e[key] for e in r.state.log_history if key in e] for r in (run, theirs)]
-        assert found[0] == pytest.approx(found[1], abs=1e-5)
-        assert not found[0] or (found[0][0] == 0 and any(found[0]))  # nothing at first, then something
+    key = {"DPO": "rewards/margins", "KTO": "rewards/chosen"}.get(name, "kl")
+    found = [[entry[key] for entry in r.state.log_history if key in entry] for r in (run, theirs)]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert found[0][0] == 0 and found[0][-1] != 0  # nothing at first, then something
     if name == "DPO":
         assert losses(run)[0] == pytest.approx(torch.tensor(2.0).log().item())
 
@@ -228,8 +225,7 @@ def test_adapters_of_a_quantised_base_keep_float32(name: str, tokenizer: Any, tm
         assert losses(run)[0] == pytest.approx(torch.tensor(2.0).log().item())
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("name", "reentrant"), [("SFT", True), ("DPO", True), ("GRPO", False)])
 def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, tokenizer: Any, tmp_path: Path) -> None:
     own = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     models = [patched(name), patched(name)]
@@ -245,7 +241,7 @@ def test_an_adapted_head_is_trained(tied: bool, tokenizer: Any, tmp_path: Path) 
     """TRL multiplies by the head's weight itself, and refuses PEFT's adapters there; ours are in the weight."""
     model = patched(model=llama(tied=tied), targets=["lm_head"])
     start = trained(model)
-    run = trainer("SFT", model, tmp_path, tokenizer, max_steps=1)
+    run = trainer("SFT", model, tmp_path, tokenizer, max_steps=1, per_device_train_batch_size=8)
     batch = next(iter(run.get_train_dataloader()))
     expected = moved(model)(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
     run.train()
