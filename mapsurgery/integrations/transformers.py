@@ -100,8 +100,8 @@ class AdapterTrainer(Trainer):
             return super().create_optimizer(model)
         given = self.optimizer_cls_and_kwargs
         kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if _takes_groups(kind, options):
-            options = {**options, "params": groups}
+        if takes_groups(kind, options):
+            options = {**options, "params": [*groups, *self._groups_beside_the_model()]}
         elif self._group_options:
             raise ValueError(f"{kind} makes groups of its own: param_groups cannot be passed with it")
         self.optimizer_cls_and_kwargs = kind, options
@@ -109,6 +109,9 @@ class AdapterTrainer(Trainer):
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
+
+    def _groups_beside_the_model(self) -> list[dict[str, Any]]:
+        return []
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -205,7 +208,7 @@ def _adapter_over(module: nn.Module, name: str) -> nn.Module | None:
     return layer.adapter_of(parameter) if isinstance(layer, AdaptedLayer) and parameter in layer.adapted else None
 
 
-def _takes_groups(kind: Any, options: Mapping[str, Any]) -> bool:
+def takes_groups(kind: Any, options: Mapping[str, Any]) -> bool:
     """Whether an optimiser is made from groups, and not from the model or from its own (GaLore, LOMO, Muon)."""
     is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     return is_class and not {"params", "model", "optimizer_dict"} & options.keys()

@@ -31,7 +31,7 @@ _POLICY, _REFERENCE = "default", "ref"
 """TRL's names of PEFT's adapters: what is trained, and a copy of it as it was given."""
 
 
-class AsPeftModel(PeftModel):  # type: ignore[misc]
+class AsPeftModel(PeftModel):
     """A patched model in the shape in which TRL, transformers and accelerate expect one with adapters.
 
     They ask `isinstance(model, PeftModel)`, and then call what is defined here; everything else is the model's own. It
@@ -41,12 +41,14 @@ class AsPeftModel(PeftModel):  # type: ignore[misc]
     prefix = "no parameter has this name"
     """Of adapters among the parameters of a merged model, which has none."""
 
+    base_model: Any
+
     def __init__(self, model: nn.Module) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # PeftModel's own makes adapters
         find_patched(model)
         self.base_model = _Holder(model)
+        self.base_model.peft_config = {_POLICY: PeftConfig()}
         self._is_prompt_learning, self._adapters_disabled = False, False
-        self.peft_config = {_POLICY: PeftConfig()}
         self.active_adapter = _POLICY
         self._copies: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = {}
 
@@ -69,7 +71,7 @@ class AsPeftModel(PeftModel):  # type: ignore[misc]
         self._copies[_POLICY] = trained
         self._copies[adapter_name] = [(module, name, copies[p]) for module, name, p in trained]
 
-    def set_adapter(self, adapter_name: str) -> None:
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         for module, name, parameter in self._copies[adapter_name]:
             module._parameters[name] = parameter
         self.active_adapter = adapter_name
@@ -134,25 +136,25 @@ class _WithReference(AdapterTrainer):
             self.model.set_adapter(_POLICY)
 
 
-class SFTTrainer(AdapterTrainer, trl.SFTTrainer):  # type: ignore[misc]
+class SFTTrainer(AdapterTrainer, trl.SFTTrainer):
     """`trl.SFTTrainer` with what `AdapterTrainer` does."""
 
 
-class RewardTrainer(AdapterTrainer, trl.RewardTrainer):  # type: ignore[misc]
+class RewardTrainer(AdapterTrainer, trl.RewardTrainer):
     """`trl.RewardTrainer` with what `AdapterTrainer` does. Name the new head in `train` of `patch`."""
 
 
-class DPOTrainer(_WithReference, trl.DPOTrainer):  # type: ignore[misc]
+class DPOTrainer(_WithReference, trl.DPOTrainer):
     """`trl.DPOTrainer` with what `AdapterTrainer` does, and a reference that is the model itself."""
 
 
-class KTOTrainer(_WithReference, trl.KTOTrainer):  # type: ignore[misc]
+class KTOTrainer(_WithReference, trl.KTOTrainer):
     """`trl.KTOTrainer` with what `AdapterTrainer` does, and a reference that is the model itself."""
 
 
-class GRPOTrainer(_WithReference, trl.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(_WithReference, trl.GRPOTrainer):
     """`trl.GRPOTrainer` with what `AdapterTrainer` does, and a reference that is the model itself."""
 
 
-class RLOOTrainer(_WithReference, trl.RLOOTrainer):  # type: ignore[misc]
+class RLOOTrainer(_WithReference, trl.RLOOTrainer):
     """`trl.RLOOTrainer` with what `AdapterTrainer` does, and a reference that is the model itself."""
