@@ -51,13 +51,13 @@ class _OfSentenceTransformers(AdapterTrainer):
         ]
 
 
-class SentenceTransformerTrainer(_OfSentenceTransformers, theirs.SentenceTransformerTrainer):
+class SentenceTransformerTrainer(_OfSentenceTransformers, theirs.SentenceTransformerTrainer):  # type: ignore[misc]
     """`sentence_transformers.SentenceTransformerTrainer` with what `AdapterTrainer` does."""
 
 
-class CrossEncoderTrainer(_OfSentenceTransformers, theirs.CrossEncoderTrainer):
+class CrossEncoderTrainer(_OfSentenceTransformers, theirs.CrossEncoderTrainer):  # type: ignore[misc]
     """`sentence_transformers.CrossEncoderTrainer` with what `AdapterTrainer` does."""
 
 
-class SparseEncoderTrainer(_OfSentenceTransformers, theirs.SparseEncoderTrainer):
+class SparseEncoderTrainer(_OfSentenceTransformers, theirs.SparseEncoderTrainer):  # type: ignore[misc]
     """`sentence_transformers.SparseEncoderTrainer` with what `AdapterTrainer` does."""

@@ -31,6 +31,9 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+
+
 def data(name: str) -> Any:
     from datasets import Dataset
 
@@ -63,7 +66,7 @@ def patched(name: str = "SFT", seed: int = 1, **options: Any) -> nn.Module:
     model = options.pop("model", None) or base(name)
     torch.manual_seed(seed)
     train = "score" if name == "Reward" else ()
-    return mapsurgery.patch(model, **{"targets": "*proj", "rank": 2, "train": train, **options})
+    return mapsurgery.patch(model, **{"targets": ["*q_proj", "*down_proj"], "rank": 2, "train": train, **options})
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ def trainer(name: str, model: nn.Module, folder: Path, tokenizer: Any, kind: Any
         options |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
     settings = {
         "max_steps": 2,
-        "save_steps": 1,
+        "save_strategy": "no",
         "logging_steps": 1,
         "per_device_train_batch_size": 2,
         "learning_rate": 3e-2,
@@ -120,7 +123,7 @@ def test_it_trains_saves_the_adapters_alone_and_goes_on_exactly(name: str, token
     model = patched(name)
     attributes, start = set(vars(model)), trained(model)
     plain = {key: tensor.clone() for key, tensor in base(name).state_dict().items()}
-    trainer(name, model, tmp_path, tokenizer).train()
+    trainer(name, model, tmp_path, tokenizer, **SAVING).train()
     assert all(not torch.equal(tensor, start[key]) for key, tensor in trained(model).items() if "score" not in key)
     now = model.state_dict()
     assert all(torch.equal(now[key], tensor) for key, tensor in plain.items() if not key.startswith("score"))
@@ -178,7 +181,7 @@ def test_the_reference_of_trained_adapters_is_what_they_were_given_as(tokenizer:
     """As of PEFT's, after SFT for one. A new trainer that resumes has the same reference."""
     model = moved(patched())
     start = logits(model)
-    run = trainer("DPO", model, tmp_path, tokenizer)
+    run = trainer("DPO", model, tmp_path, tokenizer, **SAVING)
     run.train()
     assert losses(run)[0] == pytest.approx(torch.tensor(2.0).log().item())
     resumed = patched(seed=2)
@@ -230,7 +233,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, toke
     own = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     models = [patched(name), patched(name)]
     for model, options in zip(models, ({}, own), strict=True):
-        trainer(name, model, tmp_path, tokenizer, save_strategy="no", **options).train()
+        trainer(name, model, tmp_path, tokenizer, **options).train()
     a, b = map(trained, models)
     for key, tensor in a.items():
         torch.testing.assert_close(tensor, b[key], rtol=1e-4, atol=1e-5)
@@ -251,7 +254,7 @@ def test_an_adapted_head_is_trained(tied: bool, tokenizer: Any, tmp_path: Path) 
 
 def test_a_whole_model_beside_the_adapters(tokenizer: Any, tmp_path: Path) -> None:
     model, alone = patched(), patched()
-    trainer("DPO", model, tmp_path / "a", tokenizer, save_merged=True).train()
+    trainer("DPO", model, tmp_path / "a", tokenizer, save_merged=True, **SAVING).train()
     trainer("DPO", alone, tmp_path / "b", tokenizer).train()
     assert same(trained(model), trained(alone))
     whole = LlamaForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-2").eval()
