@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         args=SFTConfig(
             str(args.output),
             max_steps=args.steps,
+            per_device_train_batch_size=2,
             learning_rate=2e-3,
             max_length=48,
             bf16=torch.cuda.is_available(),

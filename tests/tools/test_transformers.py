@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,30 @@ def test_the_trainer_itself_is_not_changed_by_ours(tmp_path: Path) -> None:
         run.save_model(str(tmp_path / "saved"))
         assert (tmp_path / "saved" / "model.safetensors").is_file()
         assert not (tmp_path / "saved" / ADAPTER_NAME).exists()
+
+
+@pytest.mark.slow
+def test_processes_train_the_same_adapters_and_go_on_exactly(tmp_path: Path) -> None:
+    """Two under torchrun, with DDP and gloo; one of them writes, a whole model beside the adapters."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(tmp_path)]
+    subprocess.run(launch, check=True, timeout=300)
+    first, *others = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*.pt"))]
+    assert len(others) == 3 and all(same(first, other) for other in others)
+    assert not same(first, trained(patched()))
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4").eval()
+    loaded = mapsurgery.load(llama(), tmp_path / "whole" / "checkpoint-4" / ADAPTER_NAME)
+    torch.testing.assert_close(logits(whole), logits(loaded.eval()))
+
+
+def one_of_two_processes(folder: Path) -> None:
+    options = {"save_merged": True, "ddp_backend": "gloo"}
+    for name, seed, checkpoint in (("whole", 1, None), ("resumed", 2, str(folder / "whole" / "checkpoint-2"))):
+        model = patched(seed=seed)
+        run = trainer(model, folder / name, **options)
+        run.train(resume_from_checkpoint=checkpoint)
+        assert run.model_wrapped is not model and run.args.world_size == 2
+        torch.save(trained(model), folder / f"{name}_{run.args.process_index}.pt")
+
+
+if __name__ == "__main__":
+    one_of_two_processes(Path(sys.argv[1]))
