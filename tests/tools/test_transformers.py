@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,7 @@ def test_it_goes_on_exactly_whatever_the_arguments(options: dict[str, Any], tmp_
     assert same(trained(model), trained(loaded))
 
 
+@pytest.mark.slow
 def test_it_trains_compiled(tmp_path: Path) -> None:
     """With a backend that needs no compiler."""
     models = [patched(targets="*v_proj"), patched(targets="*v_proj")]
@@ -246,7 +248,9 @@ def test_the_trainer_itself_is_not_changed_by_ours(tmp_path: Path) -> None:
 def test_processes_train_the_same_adapters_and_go_on_exactly(tmp_path: Path) -> None:
     """Two under torchrun, with DDP and gloo; one of them writes, a whole model beside the adapters."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(tmp_path)]
-    subprocess.run(launch, check=True, timeout=300)
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(launch, check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
     first, *others = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*.pt"))]
     assert len(others) == 3 and all(same(first, other) for other in others)
     assert not same(first, trained(patched()))
