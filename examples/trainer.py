@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/trainer"))
     args = parser.parse_args(argv)
 
-    name = args.model or minilm()[0].name_or_path
+    name = args.model or str(minilm()[0].name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows = [(text, label) for label, modules in enumerate(TOPICS) for _, text in documented(modules)]
     random.Random(0).shuffle(rows)
