@@ -92,6 +92,6 @@ def test_sft_runs(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_packaged_models_learn(
     example: Any, name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(example, name, "--output", str(tmp_path)) == 0
+    assert run(example, name, "--steps", "60" if name == "trainer" else "8", "--output", str(tmp_path)) == 0
     before, after = numbers(words + r" on \d+ \w+: ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
-    assert after > 0.85 > before if words == "accuracy" else after < 0.8 * before
+    assert after > 0.85 > before if words == "accuracy" else after < 0.9 * before
