@@ -50,7 +50,7 @@ class AsPeftModel(PeftModel):
         self.base_model.peft_config = {_POLICY: PeftConfig()}
         self._is_prompt_learning, self._adapters_disabled = False, False
         self.active_adapter = _POLICY
-        self._copies: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        self._copies: dict[str, list[tuple[nn.Module, str, Any]]] = {}  # of Parameters, with their places
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.model(*args, **kwargs)
@@ -72,6 +72,12 @@ class AsPeftModel(PeftModel):
         self._copies[adapter_name] = [(module, name, copies[p]) for module, name, p in trained]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        leaving, coming = self._copies[self.active_adapter], self._copies[adapter_name]
+        self._copies[self.active_adapter] = [(module, name, module._parameters[name]) for module, name, _ in leaving]
+        places: dict[Any, Any] = {parameter: module._parameters[name] for module, name, parameter in coming}
+        # Trainers move the model after they had it copied.
+        here = {p: p if p.device == q.device else nn.Parameter(p.detach().to(q.device)) for p, q in places.items()}
+        self._copies[adapter_name] = [(module, name, here[parameter]) for module, name, parameter in coming]
         for module, name, parameter in self._copies[adapter_name]:
             module._parameters[name] = parameter
         self.active_adapter = adapter_name

@@ -201,6 +201,28 @@ def test_a_trained_head_is_the_bases_in_the_reference(tokenizer: Any, tmp_path: 
         torch.testing.assert_close(logits(model.eval()), logits(base()))
 
 
+def test_the_reference_follows_the_model_to_its_device(tokenizer: Any, tmp_path: Path) -> None:
+    """The Trainer moves the model after TRL has copied the adapters; a CPU alone has "meta" to move to."""
+    model = patched()
+    run = trainer("DPO", model, tmp_path, tokenizer)
+    run.model.to("meta")
+    with run._as_reference():
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_the_reference_is_the_base_on_a_gpu(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    model = patched(name)
+    run = trainer(name, model, tmp_path, tokenizer, use_cpu=False)
+    run.train()
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    with run._as_reference():
+        torch.testing.assert_close(logits(model.cpu().eval()), logits(base(name)))
+
+
 def test_reference_log_probs_may_be_computed_beforehand(tokenizer: Any, tmp_path: Path) -> None:
     runs = [trainer("DPO", patched(), tmp_path, tokenizer, precompute_ref_log_probs=both) for both in (False, True)]
     assert "ref_chosen_logps" in runs[1].train_dataset.column_names and runs[1].ref_model is None
