@@ -4,7 +4,7 @@
     trainer.train()  # checkpoints hold the adapters and what else was trained, and not the base
     trainer.save_model("run")  # then: mapsurgery.load(base, "run/adapter.safetensors")
 
-See docs/integrations.md.
+See docs/tools.md.
 """
 
 from __future__ import annotations
@@ -22,27 +22,34 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .._adapter_file import restore, save
 from .._optim import param_groups as make_groups
-from ..surgery.record import find_patched
+from ..surgery.adapted import AdaptedLayer
+from ..surgery.merge import merge, unmerge
+from ..surgery.quantised.layer import QuantisedLinear
+from ..surgery.record import all_sites, find_patched, find_trained
 
 ADAPTER_NAME = "adapter.safetensors"
 """The file of `mapsurgery.save` in a checkpoint's folder."""
 
 
 class AdapterTrainer(Trainer):
-    """transformers' `Trainer` for a patched model. It mixes with others: ``class Mine(AdapterTrainer, SFTTrainer)``.
+    """transformers' `Trainer` for a patched model. It mixes with others: ``class Mine(AdapterTrainer, Theirs)``.
 
     A quantised model is taken. Checkpoints and `save_model` write `ADAPTER_NAME` in place of the model; training goes
     on from them, and the best one is loaded at the end. The optimiser has the groups of `mapsurgery.param_groups`, with
-    the learning rate and weight decay of the arguments.
+    the learning rate and weight decay of the arguments. What is trained keeps its values and dtypes while the trainer
+    is made: TRL's round those of quantised models to bfloat16.
 
     Args:
         model, args, kwargs: of the trainer; model, or what `model_init` makes, is patched.
         param_groups: further arguments of `mapsurgery.param_groups`, such as ``{"b_lr_factor": 16}``.
         frozen: of `mapsurgery.param_groups` and `mapsurgery.save`.
+        save_merged: write the adapted model as a whole beside `ADAPTER_NAME`, for `from_pretrained`: `mapsurgery.merge`
+            with one more copy of the adapted weights while it is written. Training goes on to the bit.
 
     Raises:
-        ValueError: the model is not patched; in `train`, what `mapsurgery.param_groups` refuses, or an optimiser of
-            one's own that leaves out what is to be trained.
+        ValueError: the model is not patched; with `save_merged`, quantised, or tied with adapters that differ; in
+            `train`, what `mapsurgery.param_groups` refuses, or an optimiser of one's own that leaves out what is to be
+            trained.
         NotImplementedError: FSDP or DeepSpeed, which hold parts of parameters.
     """
 
@@ -57,9 +64,10 @@ class AdapterTrainer(Trainer):
         *args: Any,
         param_groups: Mapping[str, Any] | None = None,
         frozen: str = "refuse",
+        save_merged: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._group_options, self._frozen = dict(param_groups or {}), frozen
+        self._group_options, self._frozen, self._save_merged = dict(param_groups or {}), frozen, save_merged
         with ExitStack() as self._checking:
             if model is not None:
                 self._admit(model)
@@ -73,8 +81,11 @@ class AdapterTrainer(Trainer):
 
     def _admit(self, model: nn.Module) -> None:
         find_patched(model)
+        if self._save_merged:
+            _refuse_to_write_whole(model)
         if self._checking is not None:
             self._checking.enter_context(_known_to_have_adapters(model))
+            self._checking.enter_context(_keeping_trained(model))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -89,8 +100,8 @@ class AdapterTrainer(Trainer):
             return super().create_optimizer(model)
         given = self.optimizer_cls_and_kwargs
         kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if _takes_groups(kind, options):
-            options = {**options, "params": groups}
+        if takes_groups(kind, options):
+            options = {**options, "params": [*groups, *self._groups_beside_the_model()]}
         elif self._group_options:
             raise ValueError(f"{kind} makes groups of its own: param_groups cannot be passed with it")
         self.optimizer_cls_and_kwargs = kind, options
@@ -99,12 +110,19 @@ class AdapterTrainer(Trainer):
         finally:
             self.optimizer_cls_and_kwargs = given
 
+    def _groups_beside_the_model(self) -> list[dict[str, Any]]:
+        return []
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
         save(self.model, os.path.join(folder, ADAPTER_NAME), frozen=self._frozen)
+        if self._save_merged:
+            with _merged(self.model):
+                super()._save(folder, state_dict)
+            return
         for processing in (self.processing_class, getattr(self.data_collator, "tokenizer", None)):
             if processing is not None:
                 processing.save_pretrained(folder)
@@ -116,7 +134,7 @@ class AdapterTrainer(Trainer):
         if os.path.isfile(file):
             restore(self.model if model is None else model, file)
         else:  # a checkpoint of the Trainer itself, whose model holds the adapters too
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -143,7 +161,54 @@ def _known_to_have_adapters(model: nn.Module) -> Iterator[None]:
         model.__dict__.update({flag: before[flag]} if flag in before else {})
 
 
-def _takes_groups(kind: Any, options: Mapping[str, Any]) -> bool:
+@contextmanager
+def _keeping_trained(model: nn.Module) -> Iterator[None]:
+    """Puts back what is trained where it was cast within the block."""
+    root, _ = find_trained(model)
+    before = [(p, p.detach().clone()) for p in root.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter, value in before:
+            if parameter.dtype != value.dtype:
+                parameter.data = value.to(parameter.device)
+
+
+@contextmanager
+def _merged(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is a plain one with the adapted weights."""
+    merge(model, keep_base=True)
+    try:
+        yield
+    finally:
+        unmerge(model)
+
+
+def _refuse_to_write_whole(model: nn.Module) -> None:
+    """Raises ValueError where `from_pretrained` of the merged model would be another one."""
+    quantised = [site.path for site in all_sites(model) if isinstance(site.layer, QuantisedLinear)]
+    if quantised:
+        raise ValueError(
+            f"save_merged=True: {quantised[0]} is quantised and cannot hold what is merged as it is. Save the adapters "
+            'alone, and merge them afterwards, with mapsurgery.merge(model, quantised="dequantise") or after '
+            "mapsurgery.load on a base that is not quantised"
+        )
+    for module in model.modules():
+        for name, other in getattr(module, "all_tied_weights_keys", {}).items():
+            if _adapter_over(module, name) is not _adapter_over(module, other):
+                raise ValueError(
+                    f"save_merged=True: {name} and {other} are tied but not adapted alike, and from_pretrained would "
+                    'tie them again. Patch with tied="share" (the default), or save the adapters alone'
+                )
+
+
+def _adapter_over(module: nn.Module, name: str) -> nn.Module | None:
+    path, _, parameter = name.rpartition(".")
+    layer = module.get_submodule(path)
+    return layer.adapter_of(parameter) if isinstance(layer, AdaptedLayer) and parameter in layer.adapted else None
+
+
+def takes_groups(kind: Any, options: Mapping[str, Any]) -> bool:
     """Whether an optimiser is made from groups, and not from the model or from its own (GaLore, LOMO, Muon)."""
     is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     return is_class and not {"params", "model", "optimizer_dict"} & options.keys()
