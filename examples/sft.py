@@ -7,6 +7,7 @@ python examples/sft.py --model Qwen/Qwen2.5-0.5B --save-merged
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load(args.model)
     rows = [{"prompt": f"{name}:", "completion": f" {text}"} for name, text in documented(MODULES)]
     random.Random(0).shuffle(rows)
+    base = copy.deepcopy(model)  # for the proof alone
     mapsurgery.patch(model, ["*q_proj", "*v_proj"], rank=8)
     trainer = SFTTrainer(  # mapsurgery's, in place of trl's
         model,
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         ids = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         return model.float().eval()(**ids).logits.cpu()
 
-    return 0 if prove(model, lambda: load(args.model)[0], args.output / ADAPTER_NAME, logits, 1e-4) else 1
+    return 0 if prove(model, lambda: base, args.output / ADAPTER_NAME, logits, 1e-4) else 1
 
 
 if __name__ == "__main__":
