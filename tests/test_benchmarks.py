@@ -360,6 +360,7 @@ def test_tracking(tmp_path):
     assert all(row["step_ms"] > row["update_ms"] >= 0 and row["percent_100"] >= 0 for row in rows.values())
 
 
+@pytest.mark.long
 def test_surgery(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
@@ -502,6 +503,7 @@ def test_scaling_moves_the_scalars():
     assert not any(old.equal(new) for old, new in zip(before, trained, strict=True))
 
 
+@pytest.mark.long
 def test_calls(capsys):
     import calls
 

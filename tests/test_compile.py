@@ -341,7 +341,7 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]
 }
 
 
-_LARGER = ("timm_swin", "timm_efficientnet", "qwen_moe")
+_LARGER = ("timm_swin", "timm_efficientnet", "bert", "qwen_moe", "diffusers_unet")
 _UNUSED = {"bert": "pooler."}
 """BERT's first output, the hidden states, does not depend on its pooler, which computes the second."""
 
@@ -431,6 +431,7 @@ print("compiled without native code")
 """
 
 
+@pytest.mark.long
 def test_it_compiles_without_the_native_library() -> None:
     tests = os.path.dirname(__file__)
     paths = os.pathsep.join(p for p in (os.path.dirname(tests), tests, os.environ.get("PYTHONPATH", "")) if p)
@@ -466,6 +467,7 @@ print("of size", torch.compile(lambda x: torch.ops.versions.f(x) * 2)(torch.rand
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tag_keeps_code_for_an_older_form_of_an_operator_out(tmp_path) -> None:
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for size, tag in (("6", ""), ("7", "7")):

@@ -246,7 +246,14 @@ _COMPILED = [*(("map", update) for update in UPDATES), *((method, "lora") for me
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "update"), [*_COMPILED, ("lora", "lokr"), ("dora_exact", "dense")])
+@pytest.mark.parametrize(
+    ("method", "update"),
+    [
+        *_COMPILED[:3],
+        *(pytest.param(*each, marks=pytest.mark.long) for each in [*_COMPILED[3:], ("lora", "lokr")]),
+        ("dora_exact", "dense"),
+    ],
+)
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiles_into_one_graph(update: str, method: str) -> None:
     for name in ("linear", "conv2d"):
@@ -260,7 +267,7 @@ def test_compiles_into_one_graph(update: str, method: str) -> None:
             torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("method", ["map", "lora", "dora"])
+@pytest.mark.parametrize("method", ["map", *(pytest.param(m, marks=pytest.mark.long) for m in ("lora", "dora"))])
 @every_update
 def test_exports(update: str, method: str) -> None:
     case = LAYERS[0]

@@ -384,6 +384,7 @@ def test_times(task, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_vision_task(tmp_path):
     pytest.importorskip("timm")
     import methods

@@ -241,6 +241,7 @@ def test_transformers_saves_a_merged_model_under_its_own_names(tmp_path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("_fresh_compiler")
 @few_models
 def test_the_compiled_model_is_the_eager_one(spec: Model) -> None:

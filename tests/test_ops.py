@@ -366,7 +366,7 @@ def test_opcheck_scales_linear_and_effective_weight() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @convs
-@spaces
+@pytest.mark.parametrize("weight_space", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_opcheck_conv(name: str, weight_space: bool) -> None:
     tensors, conv = conv_inputs(name)
     opcheck("lowrank_conv", (*requiring(tensors)[:7], *conv, weight_space))

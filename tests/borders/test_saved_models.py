@@ -196,25 +196,6 @@ def test_pytorch_model_hub_mixin_gives_the_base(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), expected)
 
 
-def test_sentence_transformer_save_gives_the_base(tmp_path: Path) -> None:
-    """SentenceTransformer.save of a patched encoder."""
-    sentence = pytest.importorskip("sentence_transformers")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
-    )
-    torch.manual_seed(0)
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]))
-    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
-    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
-    words = sentence.models.Transformer(str(tmp_path / "bert"))
-    model = sentence.SentenceTransformer(modules=[words, sentence.models.Pooling(16)], device="cpu")
-    expected = model.encode("a b c")
-    trained(mapsurgery.patch(model, "*attention*", rank=2))
-    model.save(str(tmp_path / "saved"))
-    assert (sentence.SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode("a b c") == expected).all()
-
-
 def test_loading_a_checkpoint_with_adapters_is_no_silent_mixture(tmp_path: Path) -> None:
     """The keys beside the base are an adapter's by their names: nothing else of the checkpoint is unexpected."""
     model = patched(gpt2)

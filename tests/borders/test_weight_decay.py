@@ -52,10 +52,10 @@ def idle(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None
 
 @pytest.mark.parametrize("options", [*({"init": init} for init in _INITS.values()), {"method": "dora"}], ids=str)
 @pytest.mark.parametrize("make", _OPTIMIZERS.values(), ids=_OPTIMIZERS)
-def test_a_thousand_idle_steps_leave_the_base(make: Callable[..., Any], options: dict[str, Any]) -> None:
+def test_idle_steps_leave_the_base(make: Callable[..., Any], options: dict[str, Any]) -> None:
     model = net(**options)
     before = [layer.get_parameter("weight").detach().clone() for layer in (model[0], model[2])]
-    idle(model, make(model.parameters(), lr=1e-3, weight_decay=0.1), 1000)
+    idle(model, make(model.parameters(), lr=1e-3, weight_decay=0.1), 100)
     for layer, W in zip((model[0], model[2]), before, strict=True):
         if "method" in options:  # which divides lengths by lengths
             torch.testing.assert_close(layer.weight, W, rtol=1e-6, atol=0)
@@ -82,7 +82,7 @@ def test_it_does_so_in_every_family_whose_update_is_0_at_the_start(method: str, 
         for p in layer.adapter.own_parameters().values():
             p.add_(0.1)
     before = distance(layer)
-    idle(layer, torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1), 600)
+    idle(layer, torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=1.0), 60)
     assert distance(layer) < 0.1 * before
 
 

@@ -245,6 +245,7 @@ def test_the_trainer_itself_is_not_changed_by_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_train_the_same_adapters_and_go_on_exactly(tmp_path: Path) -> None:
     """Two under torchrun, with DDP and gloo; one of them writes, a whole model beside the adapters."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(tmp_path)]
