@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._state_dict import Pairs, adapter_state_dict, fitting, places_of, write
 from ..methods import Adapter
 from ..surgery.paths import module_paths
-from ..surgery.record import find_patched, persistent_buffers, record_of
+from ..surgery.record import all_sites, find_patched, persistent_buffers, record_of, refuse_disabled
 
 _newer = "lightning.pytorch" in sys.modules or find_spec("pytorch_lightning") is None
 _lightning: Any = import_module("lightning.pytorch" if _newer else "pytorch_lightning")
@@ -40,7 +40,8 @@ class AdapterCheckpoint(_Callback):
     The module may be patched as a whole or in parts, until `configure_model` is through.
 
     Raises:
-        ValueError: in `fit`, nothing of the module is patched; with `ckpt_path=`, what `adapters_only` refuses.
+        ValueError: in `fit`, nothing of the module is patched, or its adapters are disabled; with `ckpt_path=`, what
+            `adapters_only` refuses.
         NotImplementedError: a strategy that holds parts of parameters (FSDP, DeepSpeed, ModelParallelStrategy).
     """
 
@@ -61,9 +62,12 @@ class AdapterCheckpoint(_Callback):
             self._hooks = _taking_adapters(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if not _parts(pl_module):
+        parts = _parts(pl_module)
+        if not parts:
             name = type(pl_module).__name__
             raise ValueError(f"nothing in the {name} is patched: call mapsurgery.patch on it or a part")
+        for part in parts.values():
+            refuse_disabled(all_sites(part), "train")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         while self._hooks:

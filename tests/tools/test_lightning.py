@@ -351,6 +351,13 @@ def backbone_keys() -> set[str]:
     return {f"backbone.{name}" for name in backbone().state_dict()}
 
 
+def test_disabled_adapters_are_not_trained(tmp_path: Path) -> None:
+    model, before = Classifier(), Classifier()
+    with mapsurgery.disabled(model.backbone), pytest.raises(ValueError, match="adapters are disabled: train the model"):
+        trainer(tmp_path, 1).fit(model, data())
+    assert_equal(model, before)
+
+
 def test_a_strategy_that_holds_pieces_is_refused(tmp_path: Path) -> None:
     strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
     splitting = trainer(tmp_path, 1, strategy=strategy)
