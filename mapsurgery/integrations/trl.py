@@ -36,7 +36,7 @@ class AsPeftModel(PeftModel):
     """A patched model in the shape in which TRL, transformers and accelerate expect one with adapters.
 
     They ask `isinstance(model, PeftModel)`, and then call what is defined here; everything else is the model's own. It
-    holds the model and leaves no trace on it; TRL does (`forward`, `model_tags`). What PEFT would do with adapters of
+    holds the model and leaves no trace on it; TRL does (a fused `forward`, `model_tags`). What PEFT would do with adapters of
     its own raises AttributeError.
     """
 
