@@ -36,8 +36,8 @@ class AsPeftModel(PeftModel):
     """A patched model in the shape in which TRL, transformers and accelerate expect one with adapters.
 
     They ask `isinstance(model, PeftModel)`, and then call what is defined here; everything else is the model's own. It
-    holds the model and leaves no trace on it; TRL does (a fused `forward`, `model_tags`). What PEFT would do with adapters of
-    its own raises AttributeError.
+    holds the model and leaves no trace on it; TRL does (a fused `forward`, `model_tags`). What PEFT would do with
+    adapters of its own raises AttributeError.
     """
 
     prefix = "no parameter has this name"
