@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ _newer = "lightning.pytorch" in sys.modules or find_spec("pytorch_lightning") is
 _lightning: Any = import_module("lightning.pytorch" if _newer else "pytorch_lightning")
 _Callback: Any = _lightning.Callback
 _CheckpointIO: Any = _lightning.plugins.CheckpointIO
+_AVERAGING: Any = getattr(_lightning.callbacks, "WeightAveraging", ())  # older ones have none
 _HOLD_PIECES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,7 +43,7 @@ class AdapterCheckpoint(_Callback):
 
     Raises:
         ValueError: in `fit`, nothing of the module is patched, or its adapters are disabled; with `ckpt_path=`, what
-            `adapters_only` refuses.
+            `adapters_only` refuses; it comes after a callback that averages weights.
         NotImplementedError: a strategy that holds parts of parameters (FSDP, DeepSpeed, ModelParallelStrategy).
     """
 
@@ -56,10 +58,13 @@ class AdapterCheckpoint(_Callback):
                 f"AdapterCheckpoint writes adapters that are whole in each process, and {type(strategy).__name__} "
                 "splits them: use one device or DDP, or leave the callback out: then checkpoints hold the whole model"
             )
+        if _keep not in pl_module._state_dict_hooks.values():
+            for earlier in takewhile(lambda callback: callback is not self, trainer.callbacks):
+                if isinstance(earlier, _AVERAGING):  # it has copied the module, which takes no adapters alone yet
+                    raise ValueError(f"AdapterCheckpoint must come before {type(earlier).__name__} among the callbacks")
+            self._hooks = _taking_adapters(pl_module)
         if not isinstance(strategy.checkpoint_io, _WithoutBase):
             strategy.checkpoint_io = _WithoutBase(strategy)
-        if _keep not in pl_module._state_dict_hooks.values():
-            self._hooks = _taking_adapters(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         parts = _parts(pl_module)

@@ -285,6 +285,14 @@ def test_averaged_weights_are_written_as_adapters_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(resumed.get_parameter(name), p, rtol=0, atol=0, msg=name)
 
 
+def test_averaging_before_the_callback_is_refused(tmp_path: Path) -> None:
+    """Its copy of the module would not take adapters alone."""
+    callbacks = [pl.callbacks.EMAWeightAveraging(decay=0.5), lightning.AdapterCheckpoint()]
+    run = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=callbacks, logger=False)
+    with pytest.raises(ValueError, match="AdapterCheckpoint must come before EMAWeightAveraging"):
+        run.fit(Classifier(), data())
+
+
 def test_a_model_that_nothing_is_patched_of_is_refused(tmp_path: Path) -> None:
     class Plain(Classifier):
         def __init__(self) -> None:
