@@ -26,6 +26,7 @@ from .surgery.record import (
     names_of,
     outside,
     parameters_of,
+    refuse_disabled,
     refuse_spread,
 )
 from .tables import Table, paragraphs
@@ -129,8 +130,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
     adapters = {site.path: site.adapter for site in sites}
     if any(adapter.weight_norm.is_meta for adapter in adapters.values()):
         raise ValueError("the model is on meta: load its weights before verifying it")
-    if not all(adapter.enabled for adapter in adapters.values()):
-        raise ValueError("adapters are disabled: verify the model outside of mapsurgery.disabled")
+    refuse_disabled(sites, "verify")
     coded = [path for path, a in adapters.items() if any(p.itemsize == 1 for p in a.own_parameters().values())]
     if coded:
         raise ValueError(f"adapters are stored in 8 bits, in which they cannot learn: {_named(coded)}; cast them back")

@@ -9,23 +9,31 @@ See docs/tools.md.
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from shutil import copy
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .._adapter_file import restore, save
 from .._optim import param_groups as make_groups
+from ..methods import Adapter
 from ..surgery.adapted import AdaptedLayer
 from ..surgery.merge import merge, unmerge
 from ..surgery.quantised.layer import QuantisedLinear
-from ..surgery.record import all_sites, find_patched, find_trained
+from ..surgery.record import all_sites, find_patched, find_trained, refuse_disabled
 
 ADAPTER_NAME = "adapter.safetensors"
 """The file of `mapsurgery.save` in a checkpoint's folder."""
@@ -47,9 +55,10 @@ class AdapterTrainer(Trainer):
             with one more copy of the adapted weights while it is written. Training goes on to the bit.
 
     Raises:
-        ValueError: the model is not patched; with `save_merged`, quantised, or tied with adapters that differ; in
-            `train`, what `mapsurgery.param_groups` refuses, or an optimiser of one's own that leaves out what is to be
-            trained.
+        ValueError: the model is not patched; with `save_merged`, it is quantised, tied with adapters that differ, or
+            cannot be written as it is; in `train`, what `mapsurgery.param_groups` refuses, adapters that are disabled,
+            an optimiser of one's own that leaves out what is to be trained, or a checkpoint whose model or optimiser
+            does not fit: nothing is changed then.
         NotImplementedError: FSDP or DeepSpeed, which hold parts of parameters.
     """
 
@@ -94,6 +103,7 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         rates = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay, "frozen": self._frozen}
+        refuse_disabled(all_sites(self.model), "train")
         groups = make_groups(self.model, **(rates | self._group_options))
         if self.optimizer is not None:
             _refuse_untrained(self.model, groups, self.optimizer)
@@ -113,6 +123,13 @@ class AdapterTrainer(Trainer):
     def _groups_beside_the_model(self) -> list[dict[str, Any]]:
         return []
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # of an earlier run, whose checkpoint this one overwrites
+            for name in _whole_models(folder):
+                os.remove(os.path.join(folder, name))
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -123,6 +140,13 @@ class AdapterTrainer(Trainer):
             with _merged(self.model):
                 super()._save(folder, state_dict)
             return
+        whole = _whole_models(folder)
+        if whole:  # a base may lie here, on purpose
+            warnings.warn(
+                f"{folder} has {whole[0]}, which was there before: from_pretrained reads that model, and not the "
+                f"adapted one, whose adapters are in {ADAPTER_NAME} now. Save into another folder, or with save_merged",
+                stacklevel=2,
+            )
         for processing in (self.processing_class, getattr(self.data_collator, "tokenizer", None)):
             if processing is not None:
                 processing.save_pretrained(folder)
@@ -130,11 +154,31 @@ class AdapterTrainer(Trainer):
         torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        patched = self.model if model is None else model
         file = os.path.join(resume_from_checkpoint, ADAPTER_NAME)
+        self._refuse_other_groups(resume_from_checkpoint)
         if os.path.isfile(file):
-            restore(self.model if model is None else model, file)
+            _refuse_second_adapters(patched, resume_from_checkpoint)
+            restore(patched, file)
         else:  # a checkpoint of the Trainer itself, whose model holds the adapters too
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+
+    def _refuse_other_groups(self, folder: str) -> None:
+        """Raises ValueError where a checkpoint's optimiser has other groups. It is loaded after the model."""
+        file = os.path.join(folder, OPTIMIZER_NAME)
+        if not os.path.isfile(file):
+            return
+        state = torch.load(file, map_location="meta", weights_only=True)
+        made_here = self.optimizer is None
+        own: Any = self.create_optimizer() if made_here else self.optimizer
+        given, wanted = _described(state["param_groups"]), _described(own.param_groups)
+        if given != wanted:
+            self.optimizer = None if made_here else self.optimizer
+            raise ValueError(
+                f"the optimizer in {folder} has groups of {given} parameters, and this trainer's has {wanted}: go on "
+                "with the trainer and the param_groups that wrote it (transformers' own Trainer makes other groups), "
+                f"or remove {OPTIMIZER_NAME} there to go on with a new optimizer"
+            )
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -184,6 +228,33 @@ def _merged(model: nn.Module) -> Iterator[None]:
         unmerge(model)
 
 
+def _described(groups: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{len(group['params'])} {group.get('name', '')}".strip() for group in groups)
+
+
+def _whole_models(folder: str) -> list[str]:
+    """Names of the files by which a folder holds the weights of a whole model, if it does."""
+    pattern = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+    return sorted(filter(pattern.fullmatch, os.listdir(folder))) if os.path.isdir(folder) else []
+
+
+def _refuse_second_adapters(model: nn.Module, folder: str) -> None:
+    """Raises ValueError where the Trainer itself wrote adapters into a checkpoint, with their base, beside ours."""
+    single, index = (os.path.join(folder, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    names: set[str] = set()
+    if os.path.isfile(single):
+        with safe_open(single, framework="pt") as handle:
+            names = set(handle.keys())
+    elif os.path.isfile(index):
+        with open(index, encoding="utf-8") as read:
+            names = set(json.load(read)["weight_map"])
+    if names & {site.entry(name) for site in all_sites(model) for name in site.adapter.own_tensors()}:
+        raise ValueError(
+            f"{folder} has adapters twice, in {ADAPTER_NAME} and in a whole model that transformers' own Trainer wrote "
+            f"there: remove {ADAPTER_NAME} to go on from the latter, or the files of the model to go on from the former"
+        )
+
+
 def _refuse_to_write_whole(model: nn.Module) -> None:
     """Raises ValueError where `from_pretrained` of the merged model would be another one."""
     quantised = [site.path for site in all_sites(model) if isinstance(site.layer, QuantisedLinear)]
@@ -199,6 +270,31 @@ def _refuse_to_write_whole(model: nn.Module) -> None:
                 raise ValueError(
                     f"save_merged=True: {name} and {other} are tied but not adapted alike, and from_pretrained would "
                     'tie them again. Patch with tied="share" (the default), or save the adapters alone'
+                )
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                generation.save_pretrained(folder)
+            except ValueError as error:
+                raise ValueError(f"save_merged=True: the model's generation_config cannot be saved: {error}") from error
+    if not hasattr(model, "save_pretrained"):  # the Trainer writes its state_dict with safetensors
+        _refuse_shared_memory(model)
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    places: dict[tuple[Any, Any], str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        written = {**module._parameters, **module._buffers} if not isinstance(module, Adapter) else {}
+        for name, tensor in written.items():
+            if tensor is None or name in module._non_persistent_buffers_set or type(tensor.data) is not torch.Tensor:
+                continue
+            entry = f"{path}.{name}".lstrip(".")
+            other = places.setdefault((tensor.device, tensor.data_ptr() or entry), entry)
+            if other != entry:
+                raise ValueError(
+                    f"save_merged=True: {other} and {entry} share memory, and safetensors refuses to write that. Save "
+                    "the adapters alone, or give the model a save_pretrained of its own"
                 )
 
 

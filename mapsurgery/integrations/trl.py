@@ -21,8 +21,9 @@ from torch import nn
 from .._adapter_file import restore, save
 from ..surgery.merge import merge, unmerge
 from ..surgery.patch import disabled
-from ..surgery.record import find_patched, find_trained
-from .transformers import AdapterTrainer
+from ..surgery.paths import module_paths
+from ..surgery.record import find_patched, find_trained, record_of
+from .transformers import ADAPTER_NAME, AdapterTrainer
 
 REFERENCE_NAME = "reference.safetensors"
 """The file of `mapsurgery.save` in a checkpoint's folder that holds the adapters of the reference."""
@@ -35,7 +36,8 @@ class AsPeftModel(PeftModel):
     """A patched model in the shape in which TRL, transformers and accelerate expect one with adapters.
 
     They ask `isinstance(model, PeftModel)`, and then call what is defined here; everything else is the model's own. It
-    holds the model and leaves no trace on it. What PEFT would do with adapters of its own raises AttributeError.
+    holds the model and leaves no trace on it; TRL does (a fused `forward`, `model_tags`). What PEFT would do with
+    adapters of its own raises AttributeError.
     """
 
     prefix = "no parameter has this name"
@@ -58,8 +60,16 @@ class AsPeftModel(PeftModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.model.generate(*args, **kwargs)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model.save_pretrained(*args, **kwargs)
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the adapters alone, as PEFT does: `ADAPTER_NAME`. Then: ``mapsurgery.load(base, file)``.
+
+        Of a merged model it writes the whole, for `from_pretrained`.
+        """
+        if not any(record_of(module) for module in module_paths(self)):
+            self.base_model.model.save_pretrained(save_directory, *args, **kwargs)
+        elif kwargs.get("is_main_process", True):
+            os.makedirs(save_directory, exist_ok=True)
+            save(self, os.path.join(save_directory, ADAPTER_NAME), frozen="keep")
 
     def add_adapter(self, adapter_name: str, *_: Any, **__: Any) -> None:
         """Keep what is trained as it is now: adapters and what `train` named, kilobytes as a rule."""

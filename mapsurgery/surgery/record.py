@@ -287,6 +287,12 @@ def refuse_put_away(site: Site, action: str) -> None:
         )
 
 
+def refuse_disabled(sites: list[Site], action: str) -> None:
+    """Raises ValueError within `mapsurgery.disabled`, where adapters do nothing and have no gradient."""
+    if not all(site.adapter.enabled for site in sites):
+        raise ValueError(f"adapters are disabled: {action} the model outside of mapsurgery.disabled")
+
+
 def refuse_pieces(site: Site, action: str) -> None:
     """Raises ValueError where a process holds a piece of an adapter as a plain tensor, as FSDP1 and ZeRO-3 do."""
     for name, shape in site.adapter.own_shapes().items():

@@ -273,6 +273,26 @@ def test_a_checkpoint_of_the_trainer_itself_goes_on_too(folder: Path, tmp_path: 
     assert (tmp_path / "b" / "checkpoint-4" / ADAPTER_NAME).is_file()
 
 
+@pytest.mark.parametrize("by", ["the Trainer", "other options"])
+def test_a_checkpoint_with_another_optimizer_is_refused_and_changes_nothing(
+    by: str, folder: Path, tmp_path: Path
+) -> None:
+    """The Trainer makes groups of its own; without its optimizer the weights are taken."""
+    written, model = patched("llama", folder), patched("llama", folder, seed=2)
+    if by == "the Trainer":
+        Trainer(written, arguments(tmp_path / "a"), train_dataset=text_data()).train()
+    else:
+        trainer(written, tmp_path / "a", param_groups={"layer_lr_factors": {"*q_proj": 2.0}}).train()
+    before, checkpoint = trained(model), tmp_path / "a" / "checkpoint-4"
+    run = trainer(model, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"checkpoint-4 has groups of .*remove optimizer\.pt there"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    assert same(trained(model), before) and run.optimizer is None
+    (checkpoint / "optimizer.pt").unlink()
+    run._load_from_checkpoint(str(checkpoint))
+    assert same(trained(model), trained(written))
+
+
 def test_it_mixes_with_other_trainers(folder: Path, tmp_path: Path) -> None:
     class Mine(AdapterTrainer, Seq2SeqTrainer):
         pass

@@ -156,6 +156,37 @@ def test_a_state_of_the_whole_model_is_taken_too(tmp_path: Path) -> None:
     assert_equal(model.models[0], run.models[0])
 
 
+def test_adapter_states_twice_is_once(tmp_path: Path) -> None:
+    """As a notebook's cell that is run again; models that are not patched keep their weights."""
+    run = Run(normed(), nn.Linear(3, 3), alone=True)
+    integration.adapter_states(run.accelerator)
+    run.accelerator.save_state(str(tmp_path))
+    resumed = Run(normed(seed=0), nn.Linear(3, 3), alone=True)
+    integration.adapter_states(resumed.accelerator, frozen="keep")
+    resumed.accelerator.load_state(str(tmp_path))
+    for a, b in zip(run.models, resumed.models, strict=True):
+        assert_equal(a, b)
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "model_1.safetensors").exists()
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+def test_a_folder_with_both_kinds_of_state_is_refused(safe: bool, tmp_path: Path) -> None:
+    """Whichever was written first, and before anything is written or loaded."""
+    alone, whole = Run(language(), alone=True), Run(language(), alone=False)
+    whole.accelerator.save_state(str(tmp_path / "a"), safe_serialization=safe)
+    with pytest.raises(ValueError, match=r"model\.\w+ of a state .*whole.* adapter\.safetensors .*a folder for each"):
+        alone.accelerator.save_state(str(tmp_path / "a"))
+    assert not (tmp_path / "a" / "adapter.safetensors").exists()
+
+    alone.accelerator.save_state(str(tmp_path / "b"))
+    whole.train().accelerator.save_state(str(tmp_path / "b"), safe_serialization=safe)
+    before = {name: tensor.clone() for name, tensor in alone.models[0].state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be told"):
+        alone.accelerator.load_state(str(tmp_path / "b"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in alone.models[0].state_dict().items())
+    whole.accelerator.load_state(str(tmp_path / "b"))  # accelerate alone knows no adapters
+
+
 def test_models_of_which_none_is_patched_are_refused(tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     integration.adapter_states(accelerator)

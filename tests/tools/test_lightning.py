@@ -285,6 +285,14 @@ def test_averaged_weights_are_written_as_adapters_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(resumed.get_parameter(name), p, rtol=0, atol=0, msg=name)
 
 
+def test_averaging_before_the_callback_is_refused(tmp_path: Path) -> None:
+    """Its copy of the module would not take adapters alone."""
+    callbacks = [pl.callbacks.EMAWeightAveraging(decay=0.5), lightning.AdapterCheckpoint()]
+    run = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=callbacks, logger=False)
+    with pytest.raises(ValueError, match="AdapterCheckpoint must come before EMAWeightAveraging"):
+        run.fit(Classifier(), data())
+
+
 def test_a_model_that_nothing_is_patched_of_is_refused(tmp_path: Path) -> None:
     class Plain(Classifier):
         def __init__(self) -> None:
@@ -296,6 +304,66 @@ def test_a_model_that_nothing_is_patched_of_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="nothing in the Plain is patched"):
         trainer(tmp_path, 1).fit(Plain(), data())
+
+
+class Stopped(Classifier):
+    """Fails in training, after a checkpoint was loaded."""
+
+    def on_train_start(self) -> None:
+        raise RuntimeError("stopped")
+
+
+def test_the_module_and_other_trainers_stay_whole(fitted: Any, tmp_path: Path) -> None:
+    """After fit, after an error, and while it trains; the trainer itself goes on writing adapters alone."""
+    model, keys, seen = Classifier(), Classifier().state_dict().keys(), []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            seen.append(module.state_dict().keys())
+
+    fit = trainer(tmp_path, 1, Look(), enable_checkpointing=False)
+    fit.fit(model, data())
+    assert model.state_dict().keys() == keys and seen[0] == keys
+    fit.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert state_of(tmp_path / "a.ckpt").keys() == state_of(fitted[2] / "epoch=0.ckpt").keys()
+    plain = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    plain.fit(model, data())
+    plain.save_checkpoint(tmp_path / "whole.ckpt")
+    assert state_of(tmp_path / "whole.ckpt").keys() == keys
+    stopped = Stopped()
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, 3).fit(stopped, data(), ckpt_path=fitted[2] / "epoch=1.ckpt")
+    assert torch.equal(stopped.head.weight, state_of(fitted[2] / "epoch=1.ckpt")["head.weight"])
+    for module in (model, stopped):
+        assert not module._state_dict_hooks and not module._load_state_dict_pre_hooks
+        assert not module._load_state_dict_post_hooks
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["callback", "adapters_only"])
+@pytest.mark.parametrize("undo", [mapsurgery.merge, mapsurgery.unpatch])
+def test_where_nothing_is_patched_any_more_everything_is_whole(undo: Any, only: bool, tmp_path: Path) -> None:
+    model = Classifier(only=only)
+    fit = trainer(tmp_path, 1, enable_checkpointing=False)
+    fit.fit(model, data())
+    undo(model.backbone)
+    fit.save_checkpoint(tmp_path / "plain.ckpt")
+    state = state_of(tmp_path / "plain.ckpt")
+    assert state.keys() == model.state_dict().keys() == {*backbone_keys(), "head.weight", "head.bias"}
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors(model).items())
+    model.load_state_dict(state)
+
+
+def backbone_keys() -> set[str]:
+    return {f"backbone.{name}" for name in backbone().state_dict()}
+
+
+def test_disabled_adapters_are_not_trained(tmp_path: Path) -> None:
+    model, before = Classifier(), Classifier()
+    with mapsurgery.disabled(model.backbone), pytest.raises(ValueError, match="adapters are disabled: train the model"):
+        trainer(tmp_path, 1).fit(model, data())
+    assert_equal(model, before)
 
 
 def test_a_strategy_that_holds_pieces_is_refused(tmp_path: Path) -> None:

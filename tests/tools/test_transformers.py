@@ -129,6 +129,98 @@ def test_a_whole_model_that_cannot_be_is_refused_before_training(tmp_path: Path)
         trainer(patched(lambda: quantised, targets="*q_proj"), tmp_path, save_merged=True)
 
 
+class Tied(Own):
+    """What safetensors refuses to write as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embed.weight
+
+
+def test_what_the_first_checkpoint_would_refuse_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"save_merged.*embed\.weight and head\.weight share memory"):
+        trainer(patched(Tied, targets="embed"), tmp_path, save_merged=True)
+    model = patched()
+    model.generation_config.temperature = 0.7  # without do_sample
+    with pytest.raises(ValueError, match=r"(?s)save_merged.*generation_config.*temperature"):
+        trainer(model, tmp_path, save_merged=True)
+    for made in (patched(Tied, targets="embed"), model):
+        trainer(made, tmp_path, max_steps=1, save_steps=1).train()  # adapters alone are written
+
+
+def whole_models(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*model*")]
+
+
+def test_a_checkpoint_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    """Of a run that wrote whole models into the same folder, by the Trainer itself or with save_merged."""
+    once: dict[str, Any] = {"max_steps": 1, "save_steps": 1}
+    arguments = TrainingArguments(str(tmp_path), **once, use_cpu=True, report_to=[], disable_tqdm=True)
+    for run in (
+        trainer(patched(), tmp_path, save_merged=True, **once),
+        Trainer(patched(), arguments, None, text_data()),
+    ):
+        run.train()
+        assert whole_models(tmp_path / "checkpoint-1") == ["model.safetensors"]
+        model, resumed = patched(), patched(seed=2)
+        trainer(model, tmp_path, **once).train()
+        assert whole_models(tmp_path / "checkpoint-1") == []
+        trainer(resumed, tmp_path, **once).train(resume_from_checkpoint=True)
+        assert same(trained(resumed), trained(model))
+
+
+def test_a_model_that_lies_beside_saved_adapters_stays_and_is_named(tmp_path: Path) -> None:
+    """It may be the base of the adapters."""
+    llama().save_pretrained(tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    model = patched()
+    run = trainer(model, tmp_path / "run", save_strategy="no")
+    run.train()
+    with pytest.warns(UserWarning, match=r"base has model\.safetensors, .*from_pretrained reads that model"):
+        run.save_model(str(tmp_path / "base"))
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(logits(mapsurgery.load(base, tmp_path / "base" / ADAPTER_NAME)), logits(model.eval()))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_with_adapters_twice_is_refused(sharded: bool, tmp_path: Path) -> None:
+    """The Trainer itself wrote over one of ours, whose file it leaves."""
+    once: dict[str, Any] = {"max_steps": 1, "save_steps": 1, "save_only_model": True}
+    trainer(patched(), tmp_path, **once).train()
+    later = moved(patched())
+    later.save_pretrained(tmp_path / "checkpoint-1", max_shard_size="20KB" if sharded else "1GB")
+    model = patched()
+    before = trained(model)
+    with pytest.raises(ValueError, match=r"adapters twice, .*remove adapter\.safetensors to go on from the latter"):
+        trainer(model, tmp_path, **once).train(resume_from_checkpoint=True)
+    assert same(trained(model), before)
+    if not sharded:  # the Trainer does not read shards
+        (tmp_path / "checkpoint-1" / ADAPTER_NAME).unlink()
+        trainer(model, tmp_path, **once)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+        assert same(trained(model), trained(later))
+
+
+@torch.no_grad()
+def moved(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1)
+    return model
+
+
+def test_disabled_adapters_are_not_trained(tmp_path: Path) -> None:
+    """A head would be trained alone, without a word."""
+    model = patched(targets="*v_proj", train=["lm_head"])
+    before = trained(model)
+    run = trainer(model, tmp_path, save_strategy="no")
+    with mapsurgery.disabled(model), pytest.raises(ValueError, match="adapters are disabled: train the model outside"):
+        run.train()
+    assert same(trained(model), before)
+    run.train()
+    assert not same(trained(model), before)
+
+
 def test_a_whole_model_that_cannot_be_written_leaves_the_adapters(tmp_path: Path) -> None:
     model = patched()
     run = trainer(model, tmp_path, save_merged=True)

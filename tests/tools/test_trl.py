@@ -284,6 +284,20 @@ def test_a_whole_model_beside_the_adapters(tokenizer: Any, tmp_path: Path) -> No
     assert not torch.allclose(logits(whole), logits(base()))
 
 
+def test_save_pretrained_writes_the_adapters(tokenizer: Any, tmp_path: Path) -> None:
+    """As of PEFT's model; of a merged one the whole."""
+    model = moved(patched())
+    run = trainer("DPO", model, tmp_path, tokenizer)
+    run.model.save_pretrained(str(tmp_path / "new" / "saved"))
+    assert [path.name for path in (tmp_path / "new" / "saved").iterdir()] == [ADAPTER_NAME]
+    loaded = mapsurgery.load(base(), tmp_path / "new" / "saved" / ADAPTER_NAME)
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    expected = logits(model)
+    mapsurgery.merge(run.model).save_pretrained(tmp_path / "merged")
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(whole), expected)
+
+
 def test_vllm_is_sent_the_adapted_weights(tokenizer: Any, tmp_path: Path) -> None:
     """What TRL sends to vLLM, which is not installed here, before it generates: the plain model's names, with W'."""
     from trl.generation.vllm_generation import DistributedBackend, VLLMGeneration
