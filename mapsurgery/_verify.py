@@ -601,12 +601,12 @@ def _check_each(trial: Trial, acted: set[str], found: list[Tensor], result: Veri
     idle = set()
     for path in acted:
         adapter = trial.adapters[path]
-        adapter.enabled = False
+        adapter.turn(off=True)
         try:
             if _distances(found, _detached(trial.run(INFERENCE))) == [0.0] * len(found):
                 idle.add(path)
         finally:
-            adapter.enabled = True
+            adapter.turn(off=False)
     if idle:
         raise _bypass(idle, result)
 

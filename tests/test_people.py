@@ -345,6 +345,23 @@ def test_disabled_with_what_was_trained_is_the_base_and_gives_everything_back() 
     assert torch.equal(model(x), base(x))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_blocks_that_overlap_end_with_the_last(trained: bool, first: int) -> None:
+    """As those of two threads do."""
+    base, model, x, _ = trained_mixed()
+    after, before = model(x), tensors(model)
+    with mapsurgery.disabled(model):
+        off = model(x)
+    blocks = [mapsurgery.disabled(model, trained=trained), mapsurgery.disabled(model, trained=trained)]
+    for block in blocks:
+        block.__enter__()
+    blocks[first].__exit__(None, None, None)
+    assert torch.equal(model(x), base(x) if trained else off)
+    blocks[not first].__exit__(None, None, None)
+    assert torch.equal(model(x), after) and same(before, tensors(model))
+
+
 def test_a_backward_may_cross_the_block() -> None:
     """As in preference training: the policy's forward, the reference's, one backward."""
     base, model, x, _ = trained_mixed()
@@ -392,8 +409,11 @@ def test_what_cannot_be_the_base_is_refused_and_what_the_block_loses_is_said(tmp
         ):
             with pytest.raises(ValueError, match=r"block of mapsurgery\.disabled\(trained=True\)"):
                 call()
+    state = model.state_dict()
     with pytest.warns(UserWarning, match=r"norm\.bias.* is lost"), mapsurgery.disabled(model, trained=True):
-        model.load_state_dict(model.state_dict())
+        model.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"head\.weight.* is lost"), mapsurgery.disabled(model, trained=True):
+        model.head.weight.data.mul_(2)  # which torch does not count
     mapsurgery.save(model, tmp_path / "a.safetensors")
     model.body.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"body\.bias changed or may learn"), mapsurgery.disabled(model, trained=True):
