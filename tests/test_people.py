@@ -238,6 +238,30 @@ def test_what_was_loaded_or_trained_raises_no_alarm(checkpoints: Path) -> None:
     assert not forgotten(loaded, "*query")
 
 
+def test_a_head_that_was_written_to_without_torch_counting_raises_no_alarm(checkpoints: Path) -> None:
+    """The Trainer's default optimiser is a fused one; a zero-shot head is of embeddings."""
+
+    def fused(model: nn.Module) -> None:
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        model(small_models.tokens(), labels=torch.tensor([0, 1])).loss.backward()
+        optimiser.step()
+
+    def zero_shot(model: nn.Module) -> None:
+        model.classifier.weight = nn.Parameter(torch.randn(2, 32))
+
+    def in_place(model: nn.Module) -> None:
+        model.classifier.weight.data.copy_(torch.randn(2, 32))
+
+    for write, what in ((fused, ""), (zero_shot, "bert.pooler.dense is"), (in_place, "bert.pooler.dense is")):
+        model = BertForSequenceClassification.from_pretrained(checkpoints / "bert")
+        write(model)
+        assert model.classifier.weight._version <= 1 and "classifier" not in forgotten(model, "*query")
+        assert forgotten(model, "*query").startswith(what)
+    score = LlamaForSequenceClassification.from_pretrained(checkpoints / "llama")
+    score.score.weight.data.mul_(20)  # no bias shows it
+    assert not forgotten(score, "*self_attn*")
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t", "efficientnet_lite0"])
 def test_a_head_that_timm_made_for_other_classes_is_noted(name: str) -> None:
     model = timm.create_model(name, num_classes=10)
