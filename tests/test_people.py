@@ -29,12 +29,22 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
+    ElectraConfig,
+    ElectraForPreTraining,
+    FNetConfig,
+    FNetForPreTraining,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
+    XLMConfig,
+    XLMForSequenceClassification,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 import mapsurgery
@@ -63,12 +73,12 @@ def adapted(plan: mapsurgery.Plan) -> set[str]:
 
 # all-linear ----------------------------------------------------------------------------------------------------------
 
-BESIDE_PEFT = [  # a model, PEFT's task, and what PEFT adapts of it and we do not: it knows no head of an image model
+BESIDE_PEFT = [  # a model, PEFT's task, and what PEFT adapts of it and we do not: inner layers of heads, image models'
     (small_models.llama, "CAUSAL_LM", set()),
     (lambda: small_models.llama(tied=True), "CAUSAL_LM", set()),
     (small_models.gpt2, "CAUSAL_LM", set()),
     (small_models.t5, "SEQ_2_SEQ_LM", set()),
-    (lambda: BertForMaskedLM(BERT), None, set()),
+    (lambda: BertForMaskedLM(BERT), None, {"cls.predictions.transform.dense"}),
     (lambda: BertForSequenceClassification(BERT), "SEQ_CLS", set()),
     (vit, None, {"classifier"}),
 ]
@@ -118,6 +128,96 @@ def test_a_head_is_known_by_its_tie_and_within_what_holds_the_model() -> None:
     plain = adapted(mapsurgery.plan(net(), ALL_LINEAR))
     held = mapsurgery.plan(Holder(BertForSequenceClassification(BERT)), ALL_LINEAR)
     assert "head" not in plain and [skip.path for skip in held.skipped] == ["model.classifier"]
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+MLM = {"cls.predictions.transform.dense", "cls.predictions.decoder"}
+BESIDE_CORE = [  # models of transformers with heads that no method gives and no name shows
+    (lambda: BertForNextSentencePrediction(BERT), {"cls.seq_relationship"}),
+    (lambda: BertForPreTraining(BERT), {*MLM, "cls.seq_relationship"}),
+    (
+        lambda: FNetForPreTraining(
+            FNetConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=48)
+        ),
+        {*MLM, "cls.seq_relationship"},
+    ),
+    (
+        lambda: ElectraForPreTraining(ElectraConfig(vocab_size=64, embedding_size=16, **SMALL)),
+        {"discriminator_predictions.dense", "discriminator_predictions.dense_prediction"},
+    ),
+    (
+        lambda: XLMForSequenceClassification(XLMConfig(vocab_size=64, emb_dim=32, n_layers=1, n_heads=2)),
+        {"sequence_summary.summary"},
+    ),
+    (
+        lambda: YolosForObjectDetection(YolosConfig(image_size=[32, 32], num_detection_tokens=3, **SMALL)),
+        {f"{name}.layers.{i}" for name in ("class_labels_classifier", "bbox_predictor") for i in range(3)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), BESIDE_CORE)
+def test_heads_of_transformers_are_what_is_outside_of_the_core(
+    make: Callable[[], nn.Module], expected: set[str]
+) -> None:
+    model = make()
+    plan = mapsurgery.plan(model, ALL_LINEAR)
+    assert {skip.path for skip in plan.skipped} == expected
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert adapted(plan) == linear - expected and plan.layers
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.proj = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)]), nn.Linear(8, 8)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class Own(nn.Module):
+    """Blocks with layers that are called as heads are, and heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Attention(), Mlp())
+        self.fc, self.cls, self.lm_head = nn.Linear(8, 2), nn.Linear(8, 2), nn.Linear(8, 9)
+
+
+class Together(nn.Module):
+    """Models with a parameter beside them."""
+
+    def __init__(self, **models: nn.Module) -> None:
+        super().__init__()
+        self.sigma = nn.Parameter(torch.zeros(2))
+        for name, model in models.items():
+            self.add_module(name, model)
+
+
+OWN = {"fc", "cls", "lm_head"}
+IN_OWN = [
+    (Mlp, set()),
+    (Attention, set()),
+    (Own, OWN),
+    (lambda: nn.Sequential(nn.Identity(), Own()), {f"1.{name}" for name in OWN}),
+    (lambda: nn.ModuleDict({"net": Own(), "crit": nn.Linear(2, 2)}), {f"net.{name}" for name in OWN}),
+    (lambda: Together(student=Own(), teacher=Own()), {f"{w}.{name}" for w in ("student", "teacher") for name in OWN}),
+    (lambda: Together(net=torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16)), {"net.heads.head"}),
+    (lambda: Together(one=BertForSequenceClassification(BERT), head=Mlp()), {"one.classifier", "head.fc", "head.fc2"}),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), IN_OWN)
+def test_heads_have_names_in_a_model_wherever_it_is_held(make: Callable[[], nn.Module], expected: set[str]) -> None:
+    model = make()
+    plan = mapsurgery.plan(model, ALL_LINEAR)
+    assert {skip.path for skip in plan.skipped} == expected
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert linear - expected <= adapted(plan) and not adapted(plan) & expected
 
 
 def test_all_linear_is_one_entry_among_others() -> None:

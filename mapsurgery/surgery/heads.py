@@ -24,6 +24,10 @@ _NAMES = re.compile(r"(.+_)?(head|classifier)|.+_heads|head_dist|cls|qa_outputs"
 _LAST = re.compile(r"heads|fc|score")
 """Of heads where no other linear layer comes after them, and of other layers: an MLP's, an attention's."""
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LIBRARIES = ("transformers.", "timm.", "torchvision.")
+"""Packages whose models have their heads as children."""
+
 
 def heads(model: nn.Module) -> dict[nn.Module, str]:
     """Modules that are a head, or a part of one, and how that is known."""
@@ -65,12 +69,12 @@ def _asked(module: nn.Module, method: str) -> Iterator[nn.Module]:
 
 def _beside_core(model: nn.Module) -> Iterator[nn.Module]:
     """What a model of transformers puts on its core (a BertModel in a BertForPreTraining), but for models in it."""
-    prefix: Any = getattr(model, "base_model_prefix", None)
+    prefix: Any = getattr(type(model), "base_model_prefix", None)
     core = model._modules.get(prefix) if isinstance(prefix, str) else None
     waiting = [] if core is None else [child for child in model.children() if child is not core]
     while waiting:
         part = waiting.pop()
-        if not hasattr(part, "base_model_prefix"):
+        if not hasattr(type(part), "base_model_prefix"):
             yield part
             waiting += part.children()
 
@@ -92,10 +96,6 @@ def _networks(module: nn.Module, own: bool = True) -> Iterator[nn.Module]:
     blocks = isinstance(module, nn.Sequential | nn.ModuleList) and len(held) > 1
     for child in held:
         yield from _networks(child, own and not named and not blocks)
-
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_LIBRARIES = ("transformers.", "timm.", "torchvision.")
 
 
 def _named(network: nn.Module) -> Iterator[nn.Module]:

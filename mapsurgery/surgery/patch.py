@@ -270,8 +270,8 @@ def disabled(model: Model, *, trained: bool = False) -> Iterator[Model]:
     """Within the block the model computes with its frozen weights, as if no layer were adapted.
 
     Blocks may be nested, and those of several threads may overlap: the adapters are on again when the last one ends. It
-    is a switch of the model, not of the thread: other threads that run the model meanwhile compute with the base too. The output is bitwise the base's, as long as the same parameters of the base require
-    a gradient.
+    is a switch of the model, not of the thread: other threads that run the model meanwhile compute with the base too.
+    The output is bitwise the base's, as long as the same parameters of the base require a gradient.
 
     Args:
         trained: also what `train` names (heads, norms) and persistent buffers (BatchNorm statistics) are in the block
