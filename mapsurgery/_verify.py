@@ -28,7 +28,7 @@ from .surgery.record import (
     parameters_of,
     refuse_spread,
 )
-from .tables import Table, paragraphs
+from .tables import Table, paragraphs, wrapped
 
 _UPDATE = ("down", "up")
 _MAGNITUDES = ("base", "magnitude")
@@ -53,8 +53,8 @@ class Verification:
         return {path: verdict for path, verdict in self.verdicts.items() if verdict != "ok"}
 
     def __str__(self) -> str:
-        table = str(self._table()) if self.failures else self._verdict()
-        return "\n".join([table, *self._said()])
+        table = [str(self._table())] if self.failures else [wrapped([self._verdict()])]
+        return "\n".join([*table, *([wrapped(self._said())] if self.notes else [])])
 
     def __repr__(self) -> str:
         """In a line; ``print`` says all."""

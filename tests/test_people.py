@@ -21,6 +21,7 @@ import torch
 import torchvision
 from definition import image, net, train_steps
 from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.cells import cell_len
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -49,6 +50,7 @@ from transformers import (
 
 import mapsurgery
 from mapsurgery import progress as progress_module
+from mapsurgery import tables
 from mapsurgery.surgery.globs import ALL_LINEAR
 from mapsurgery.tables import Table
 
@@ -645,6 +647,28 @@ def test_a_table_fits_the_terminal_and_loses_nothing(
         assert all(char in joined for char in "".join(value.split()))
     notes = [word for word in text.split() if word in ("own", "forward;", "no", "dropout")]
     assert notes == ["own", "forward;", "no", "dropout"] * 4
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("width", [None, 30])
+def test_a_table_shows_wide_and_dangerous_characters(
+    rich: bool, width: int | None, terminal: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide ones take two places, combining ones none; what acts on a terminal is shown as Python writes it."""
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    if width:
+        terminal("stdout", width)
+    rows = [["層の名前" * 2, 1], ["e\u0301", 2], ["\x1b[31mred\x1b[0m\n\u202e", 3]]
+    text = tables.render("t\x1b]0;title\a", ["層", "n"], rows, "one two three four five six seven\nand \x1b[2J")
+    assert not any(char in text for char in "\x1b\u202e\a") and r"t\x1b]0;title\x07" in text.splitlines()[0]
+    assert r"\x1b[31mred\x1b[0m\n\u202e" in "".join(text.split()) or rich and width
+    ends = [cell_len(line) for line in text.splitlines() if line.endswith((" 1", " 2", " 3"))]
+    assert len(ends) == 3 and len(set(ends)) == 1
+    assert text.splitlines()[-1] == r"and \x1b[2J"
+    assert max(map(cell_len, text.splitlines())) <= (width or 60)
+    html = Table("\x1b", ["\x1b"], [["\x1b"]]).html()
+    assert html.count(r"\x1b") == 3 and "\x1b" not in html
 
 
 def test_columns_says_the_width_of_a_terminal_and_a_pipe_has_none(

@@ -45,9 +45,10 @@ def save_lora_weights(pipe: Any, folder: Path, *, weight_name: str = LORA_WEIGHT
         weight_name: of the file in the folder, a ".safetensors".
 
     Raises:
-        ValueError: the name has another ending; nothing is patched; a part is that the pipeline loads no LoRA into; something beside the adapters
-            was trained, for which such a file has no place; or what `to_peft_state_dict` refuses, a part with method
-            "map" first of all: merge it (`mapsurgery.merge`), or keep it with `save_adapters`. Nothing is written.
+        ValueError: the name has another ending; nothing is patched; a part is that the pipeline loads no LoRA into;
+            something beside the adapters was trained, for which such a file has no place; or what `to_peft_state_dict`
+            refuses, a part with method "map" first of all: merge it (`mapsurgery.merge`), or keep it with
+            `save_adapters`. Nothing is written.
     """
     if not weight_name.endswith(".safetensors"):
         raise ValueError(f"weight_name must end in .safetensors, the format that is written, got {weight_name!r}")
@@ -101,8 +102,8 @@ def load_lora_weights(pipe: Pipeline, source: Any, **options: Any) -> Pipeline:
 
     if "adapter_name" in options:
         raise TypeError(
-            f"adapter_name={options['adapter_name']!r}: adapters of mapsurgery have no names, a part has one set; leave "
-            "it out, or use pipe.load_lora_weights for LoRAs of PEFT's by name"
+            f"adapter_name={options['adapter_name']!r}: adapters of mapsurgery have no names, a part has one set; "
+            "leave it out, or use pipe.load_lora_weights for LoRAs of PEFT's by name"
         )
 
     parts = {name: part for name, part in _parts(pipe).items() if name in pipe._lora_loadable_modules}
@@ -160,8 +161,8 @@ def save_adapters(pipe: Any, folder: Path, *, frozen: str = "refuse") -> None:
     for name, part in patched.items():
         if getattr(part, "peft_config", None):
             raise ValueError(
-                f"{name} holds a LoRA of PEFT's, which no plain pipeline has: pipe.unload_lora_weights() first. Where it "
-                "was loaded after patch, PEFT has frozen the adapters: frozen='keep' then saves them as they are"
+                f"{name} holds a LoRA of PEFT's, which no plain pipeline has: pipe.unload_lora_weights() first. Where "
+                "it was loaded after patch, PEFT has frozen the adapters: frozen='keep' then saves them as they are"
             )
         inner = next((site.path for site in all_sites(part) if "base_layer" in site.path.split(".")), None)
         if inner is not None:
