@@ -159,16 +159,16 @@ def save_adapters(pipe: Any, folder: Path, *, frozen: str = "refuse") -> None:
     """
     patched = _patched(pipe)
     for name, part in patched.items():
-        if getattr(part, "peft_config", None):
-            raise ValueError(
-                f"{name} holds a LoRA of PEFT's, which no plain pipeline has: pipe.unload_lora_weights() first. Where "
-                "it was loaded after patch, PEFT has frozen the adapters: frozen='keep' then saves them as they are"
-            )
         inner = next((site.path for site in all_sites(part) if "base_layer" in site.path.split(".")), None)
         if inner is not None:
             raise ValueError(
                 f"{name} was patched while it held a LoRA of PEFT's: no plain pipeline has a layer called {inner}. "
                 "mapsurgery.merge puts the adapters into the weights; for a file, patch first and load the LoRA then"
+            )
+        if getattr(part, "peft_config", None):
+            raise ValueError(
+                f"{name} holds a LoRA of PEFT's, which no plain pipeline has: pipe.unload_lora_weights() first. Where "
+                "it was loaded after patch, PEFT has frozen the adapters: frozen='keep' then saves them as they are"
             )
     folder = os.path.realpath(os.fspath(folder))
     for name in _parts(pipe):

@@ -104,8 +104,8 @@ def _named(network: nn.Module) -> Iterator[nn.Module]:
     for name, child in reversed(list(network.named_children())):
         if _NAMES.fullmatch(name) or (last and _LAST.fullmatch(name)):
             yield child
-        elif any(map(is_linear, child.modules())):
-            last = False
+        elif last:
+            last = not any(map(is_linear, child.modules()))
 
 
 def _is_layer(module: nn.Module) -> bool:
