@@ -29,7 +29,7 @@ from .surgery.record import (
     refuse_disabled,
     refuse_spread,
 )
-from .tables import Table, paragraphs
+from .tables import Table, paragraphs, wrapped
 
 _UPDATE = ("down", "up")
 _MAGNITUDES = ("base", "magnitude")
@@ -54,8 +54,8 @@ class Verification:
         return {path: verdict for path, verdict in self.verdicts.items() if verdict != "ok"}
 
     def __str__(self) -> str:
-        table = str(self._table()) if self.failures else self._verdict()
-        return "\n".join([table, *self._said()])
+        table = [str(self._table())] if self.failures else [wrapped([self._verdict()])]
+        return "\n".join([*table, *([wrapped(self._said())] if self.notes else [])])
 
     def __repr__(self) -> str:
         """In a line; ``print`` says all."""
@@ -601,12 +601,12 @@ def _check_each(trial: Trial, acted: set[str], found: list[Tensor], result: Veri
     idle = set()
     for path in acted:
         adapter = trial.adapters[path]
-        adapter.enabled = False
+        adapter.turn(off=True)
         try:
             if _distances(found, _detached(trial.run(INFERENCE))) == [0.0] * len(found):
                 idle.add(path)
         finally:
-            adapter.enabled = True
+            adapter.turn(off=False)
     if idle:
         raise _bypass(idle, result)
 

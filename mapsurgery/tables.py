@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from io import StringIO
+from unicodedata import combining, east_asian_width
 
 _NARROWEST = 10
 """Characters that a column of text keeps, if it has as many."""
@@ -29,14 +29,15 @@ class Table:
     def __str__(self) -> str:
         """As text. In a terminal, long cells are wrapped, and what is too wide even so comes in several parts."""
         cells = [[_text(value) for value in row] for row in self.rows]
+        columns = list(map(_text, self.columns))
         numeric = self._numeric()
         draw, frame, gap = (_rich, 4, 3) if find_spec("rich") else (_plain, 0, 2)
         parts: list[str] = []
-        for chosen, widths in _parts(self.columns, cells, numeric, _terminal_width(), frame, gap):
+        for chosen, widths in _parts(columns, cells, numeric, _terminal_width(), frame, gap):
             kept = [[row[i] for i in chosen] for row in cells]
-            title = "" if parts else self.title
-            parts.append(draw(title, [self.columns[i] for i in chosen], kept, [numeric[i] for i in chosen], widths))
-        return "\n".join(parts)
+            names = [columns[i] for i in chosen]
+            parts.append(draw(names, kept, [numeric[i] for i in chosen], widths))
+        return "\n".join([*([wrapped([self.title])] if self.title else []), *parts])
 
     def html(self) -> str:
         """As a piece of HTML that needs nothing else."""
@@ -50,8 +51,8 @@ class Table:
             )
 
         rows = "".join(f"<tr>{line(map(_text, row), 'td')}</tr>" for row in self.rows)
-        head = f"<thead><tr>{line(self.columns, 'th')}</tr></thead>"
-        title = f'<caption style="text-align: left">{escape(self.title)}</caption>'
+        head = f"<thead><tr>{line(map(_text, self.columns), 'th')}</tr></thead>"
+        title = f'<caption style="text-align: left">{escape(_text(self.title))}</caption>'
         return f"<table>{title}{head}<tbody>{rows}</tbody></table>"
 
     def _numeric(self) -> list[bool]:
@@ -64,18 +65,34 @@ class Table:
 def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], footer: str = "") -> str:
     """A table as text. Numbers are aligned to the right."""
     body = str(Table(title, columns, rows))
-    return f"{body}\n{footer}" if footer else body
+    return f"{body}\n{wrapped(footer.splitlines())}" if footer else body
+
+
+def wrapped(lines: Iterable[str]) -> str:
+    """Lines of text as they are shown beside a table: in a terminal as wide as it is."""
+    room, shown = _terminal_width(), map(_text, lines)
+    return "\n".join(shown if room is None else (part for line in shown for part in _folded(line, room)))
 
 
 def paragraphs(lines: Iterable[str]) -> str:
     """Lines of text as HTML."""
-    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return "".join(f"<p>{escape(_text(line))}</p>" for line in lines)
 
 
 def _text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "".join(map(_harmless, str(value)))
+
+
+def _harmless(char: str) -> str:
+    """A character, or what Python writes for one that acts on a terminal or is not seen (line ends, escapes)."""
+    return char if char.isprintable() else ascii(char)[1:-1]
+
+
+def _width(text: str) -> int:
+    """Places in a terminal that a text takes: two for each wide character of CJK, none for what sits on another."""
+    return sum(0 if combining(char) else 1 + (east_asian_width(char) in "WF") for char in text)
 
 
 def _terminal_width() -> int | None:
@@ -91,10 +108,10 @@ def _parts(
 
     Args: frame, gap: characters around all columns, and between two of them.
     """
-    widest = [max(map(len, [name, *(row[i] for row in cells)])) for i, name in enumerate(columns)]
+    widest = [max(map(_width, [name, *(row[i] for row in cells)])) for i, name in enumerate(columns)]
     if room is None:
         return [(list(range(len(columns))), widest)]
-    longest = [max([*(len(row[i]) for row in cells), 1]) for i in range(len(columns))]  # a number is not broken
+    longest = [max([*(_width(row[i]) for row in cells), 1]) for i in range(len(columns))]  # a number is not broken
     least = {i: longest[i] if numeric[i] else min(widest[i], _NARROWEST) for i in range(len(columns))}
 
     def takes(chosen: list[int], widths: Mapping[int, int]) -> int:
@@ -116,43 +133,51 @@ def _parts(
     return found
 
 
-def _rich(
-    title: str, columns: Sequence[str], cells: list[list[str]], numeric: list[bool], widths: Sequence[int]
-) -> str:
+def _rich(columns: Sequence[str], cells: list[list[str]], numeric: list[bool], widths: Sequence[int]) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
 
-    grid = Grid(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    grid = Grid(box=box.SIMPLE_HEAD)
     for name, right, width in zip(columns, numeric, widths, strict=True):
         grid.add_column(Text(name), justify="right" if right else "left", overflow="fold", width=width)
     for row in cells:
         grid.add_row(*map(Text, row))  # Text: a path such as "layers[0]" is no markup
     out = StringIO()
-    Console(file=out, width=max(len(title), sum(widths) + 4 * len(widths)) + 4).print(grid)
+    Console(file=out, width=sum(widths) + 4 * len(widths) + 4).print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
-def _plain(
-    title: str, columns: Sequence[str], cells: list[list[str]], numeric: list[bool], widths: Sequence[int]
-) -> str:
+def _plain(columns: Sequence[str], cells: list[list[str]], numeric: list[bool], widths: Sequence[int]) -> str:
     def lines(row: Sequence[str]) -> list[str]:
         folded = [_folded(text, width) for text, width in zip(row, widths, strict=True)]
         return [_line([part[i] if i < len(part) else "" for part in folded]) for i in range(max(map(len, folded)))]
 
     def _line(texts: list[str]) -> str:
-        parts = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(texts, widths, numeric, strict=True)
-        ]
+        parts = []
+        for text, width, right in zip(texts, widths, numeric, strict=True):
+            fill = " " * (width - _width(text))
+            parts.append(fill + text if right else text + fill)
         return "  ".join(parts).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
     body = [line for row in cells for line in lines(row)]
-    return "\n".join([*([title] if title else []), *lines(columns), rule, *body])
+    return "\n".join([*lines(columns), rule, *body])
 
 
 def _folded(text: str, width: int) -> list[str]:
     """Lines of at most this width: broken between words, or where a word is longer than a line."""
-    return textwrap.wrap(text, width, break_on_hyphens=False) or [""]
+    if _width(text) <= width:
+        return [text]
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and _width(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines += [""] if lines[-1] else []
+        for char in word:
+            if lines[-1] and _width(lines[-1] + char) > width:
+                lines.append("")
+            lines[-1] += char
+    return lines

@@ -21,6 +21,7 @@ import torch
 import torchvision
 from definition import image, net, train_steps
 from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.cells import cell_len
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,16 +30,27 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
+    ElectraConfig,
+    ElectraForPreTraining,
+    FNetConfig,
+    FNetForPreTraining,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
+    XLMConfig,
+    XLMForSequenceClassification,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 import mapsurgery
 from mapsurgery import progress as progress_module
+from mapsurgery import tables
 from mapsurgery.surgery.globs import ALL_LINEAR
 from mapsurgery.tables import Table
 
@@ -63,12 +75,12 @@ def adapted(plan: mapsurgery.Plan) -> set[str]:
 
 # all-linear ----------------------------------------------------------------------------------------------------------
 
-BESIDE_PEFT = [  # a model, PEFT's task, and what PEFT adapts of it and we do not: it knows no head of an image model
+BESIDE_PEFT = [  # a model, PEFT's task, and what PEFT adapts of it and we do not: inner layers of heads, image models'
     (small_models.llama, "CAUSAL_LM", set()),
     (lambda: small_models.llama(tied=True), "CAUSAL_LM", set()),
     (small_models.gpt2, "CAUSAL_LM", set()),
     (small_models.t5, "SEQ_2_SEQ_LM", set()),
-    (lambda: BertForMaskedLM(BERT), None, set()),
+    (lambda: BertForMaskedLM(BERT), None, {"cls.predictions.transform.dense"}),
     (lambda: BertForSequenceClassification(BERT), "SEQ_CLS", set()),
     (vit, None, {"classifier"}),
 ]
@@ -118,6 +130,96 @@ def test_a_head_is_known_by_its_tie_and_within_what_holds_the_model() -> None:
     plain = adapted(mapsurgery.plan(net(), ALL_LINEAR))
     held = mapsurgery.plan(Holder(BertForSequenceClassification(BERT)), ALL_LINEAR)
     assert "head" not in plain and [skip.path for skip in held.skipped] == ["model.classifier"]
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+MLM = {"cls.predictions.transform.dense", "cls.predictions.decoder"}
+BESIDE_CORE = [  # models of transformers with heads that no method gives and no name shows
+    (lambda: BertForNextSentencePrediction(BERT), {"cls.seq_relationship"}),
+    (lambda: BertForPreTraining(BERT), {*MLM, "cls.seq_relationship"}),
+    (
+        lambda: FNetForPreTraining(
+            FNetConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=48)
+        ),
+        {*MLM, "cls.seq_relationship"},
+    ),
+    (
+        lambda: ElectraForPreTraining(ElectraConfig(vocab_size=64, embedding_size=16, **SMALL)),
+        {"discriminator_predictions.dense", "discriminator_predictions.dense_prediction"},
+    ),
+    (
+        lambda: XLMForSequenceClassification(XLMConfig(vocab_size=64, emb_dim=32, n_layers=1, n_heads=2)),
+        {"sequence_summary.summary"},
+    ),
+    (
+        lambda: YolosForObjectDetection(YolosConfig(image_size=[32, 32], num_detection_tokens=3, **SMALL)),
+        {f"{name}.layers.{i}" for name in ("class_labels_classifier", "bbox_predictor") for i in range(3)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), BESIDE_CORE)
+def test_heads_of_transformers_are_what_is_outside_of_the_core(
+    make: Callable[[], nn.Module], expected: set[str]
+) -> None:
+    model = make()
+    plan = mapsurgery.plan(model, ALL_LINEAR)
+    assert {skip.path for skip in plan.skipped} == expected
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert adapted(plan) == linear - expected and plan.layers
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.proj = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)]), nn.Linear(8, 8)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class Own(nn.Module):
+    """Blocks with layers that are called as heads are, and heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Attention(), Mlp())
+        self.fc, self.cls, self.lm_head = nn.Linear(8, 2), nn.Linear(8, 2), nn.Linear(8, 9)
+
+
+class Together(nn.Module):
+    """Models with a parameter beside them."""
+
+    def __init__(self, **models: nn.Module) -> None:
+        super().__init__()
+        self.sigma = nn.Parameter(torch.zeros(2))
+        for name, model in models.items():
+            self.add_module(name, model)
+
+
+OWN = {"fc", "cls", "lm_head"}
+IN_OWN = [
+    (Mlp, set()),
+    (Attention, set()),
+    (Own, OWN),
+    (lambda: nn.Sequential(nn.Identity(), Own()), {f"1.{name}" for name in OWN}),
+    (lambda: nn.ModuleDict({"net": Own(), "crit": nn.Linear(2, 2)}), {f"net.{name}" for name in OWN}),
+    (lambda: Together(student=Own(), teacher=Own()), {f"{w}.{name}" for w in ("student", "teacher") for name in OWN}),
+    (lambda: Together(net=torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16)), {"net.heads.head"}),
+    (lambda: Together(one=BertForSequenceClassification(BERT), head=Mlp()), {"one.classifier", "head.fc", "head.fc2"}),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), IN_OWN)
+def test_heads_have_names_in_a_model_wherever_it_is_held(make: Callable[[], nn.Module], expected: set[str]) -> None:
+    model = make()
+    plan = mapsurgery.plan(model, ALL_LINEAR)
+    assert {skip.path for skip in plan.skipped} == expected
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert linear - expected <= adapted(plan) and not adapted(plan) & expected
 
 
 def test_all_linear_is_one_entry_among_others() -> None:
@@ -238,6 +340,30 @@ def test_what_was_loaded_or_trained_raises_no_alarm(checkpoints: Path) -> None:
     assert not forgotten(loaded, "*query")
 
 
+def test_a_head_that_was_written_to_without_torch_counting_raises_no_alarm(checkpoints: Path) -> None:
+    """The Trainer's default optimiser is a fused one; a zero-shot head is of embeddings."""
+
+    def fused(model: nn.Module) -> None:
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        model(small_models.tokens(), labels=torch.tensor([0, 1])).loss.backward()
+        optimiser.step()
+
+    def zero_shot(model: nn.Module) -> None:
+        model.classifier.weight = nn.Parameter(torch.randn(2, 32))
+
+    def in_place(model: nn.Module) -> None:
+        model.classifier.weight.data.copy_(torch.randn(2, 32))
+
+    for write, what in ((fused, ""), (zero_shot, "bert.pooler.dense is"), (in_place, "bert.pooler.dense is")):
+        model = BertForSequenceClassification.from_pretrained(checkpoints / "bert")
+        write(model)
+        assert model.classifier.weight._version <= 1 and "classifier" not in forgotten(model, "*query")
+        assert forgotten(model, "*query").startswith(what)
+    score = LlamaForSequenceClassification.from_pretrained(checkpoints / "llama")
+    score.score.weight.data.mul_(20)  # no bias shows it
+    assert not forgotten(score, "*self_attn*")
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t", "efficientnet_lite0"])
 def test_a_head_that_timm_made_for_other_classes_is_noted(name: str) -> None:
     model = timm.create_model(name, num_classes=10)
@@ -345,6 +471,23 @@ def test_disabled_with_what_was_trained_is_the_base_and_gives_everything_back() 
     assert torch.equal(model(x), base(x))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_blocks_that_overlap_end_with_the_last(trained: bool, first: int) -> None:
+    """As those of two threads do."""
+    base, model, x, _ = trained_mixed()
+    after, before = model(x), tensors(model)
+    with mapsurgery.disabled(model):
+        off = model(x)
+    blocks = [mapsurgery.disabled(model, trained=trained), mapsurgery.disabled(model, trained=trained)]
+    for block in blocks:
+        block.__enter__()
+    blocks[first].__exit__(None, None, None)
+    assert torch.equal(model(x), base(x) if trained else off)
+    blocks[not first].__exit__(None, None, None)
+    assert torch.equal(model(x), after) and same(before, tensors(model))
+
+
 def test_a_backward_may_cross_the_block() -> None:
     """As in preference training: the policy's forward, the reference's, one backward."""
     base, model, x, _ = trained_mixed()
@@ -392,8 +535,11 @@ def test_what_cannot_be_the_base_is_refused_and_what_the_block_loses_is_said(tmp
         ):
             with pytest.raises(ValueError, match=r"block of mapsurgery\.disabled\(trained=True\)"):
                 call()
+    state = model.state_dict()
     with pytest.warns(UserWarning, match=r"norm\.bias.* is lost"), mapsurgery.disabled(model, trained=True):
-        model.load_state_dict(model.state_dict())
+        model.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"head\.weight.* is lost"), mapsurgery.disabled(model, trained=True):
+        model.head.weight.data.mul_(2)  # which torch does not count
     mapsurgery.save(model, tmp_path / "a.safetensors")
     model.body.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"body\.bias changed or may learn"), mapsurgery.disabled(model, trained=True):
@@ -501,6 +647,28 @@ def test_a_table_fits_the_terminal_and_loses_nothing(
         assert all(char in joined for char in "".join(value.split()))
     notes = [word for word in text.split() if word in ("own", "forward;", "no", "dropout")]
     assert notes == ["own", "forward;", "no", "dropout"] * 4
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("width", [None, 30])
+def test_a_table_shows_wide_and_dangerous_characters(
+    rich: bool, width: int | None, terminal: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide ones take two places, combining ones none; what acts on a terminal is shown as Python writes it."""
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    if width:
+        terminal("stdout", width)
+    rows = [["層の名前" * 2, 1], ["e\u0301", 2], ["\x1b[31mred\x1b[0m\n\u202e", 3]]
+    text = tables.render("t\x1b]0;title\a", ["層", "n"], rows, "one two three four five six seven\nand \x1b[2J")
+    assert not any(char in text for char in "\x1b\u202e\a") and r"t\x1b]0;title\x07" in text.splitlines()[0]
+    assert r"\x1b[31mred\x1b[0m\n\u202e" in "".join(text.split()) or rich and width
+    ends = [cell_len(line) for line in text.splitlines() if line.endswith((" 1", " 2", " 3"))]
+    assert len(ends) == 3 and len(set(ends)) == 1
+    assert text.splitlines()[-1] == r"and \x1b[2J"
+    assert max(map(cell_len, text.splitlines())) <= (width or 60)
+    html = Table("\x1b", ["\x1b"], [["\x1b"]]).html()
+    assert html.count(r"\x1b") == 3 and "\x1b" not in html
 
 
 def test_columns_says_the_width_of_a_terminal_and_a_pipe_has_none(

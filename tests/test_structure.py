@@ -25,8 +25,6 @@ FLOORS = (
         *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
         *(
             "surgery.offloaded",
-            "surgery.heads",
-            "surgery.fresh",
             "surgery.other_adapters",
             "surgery.reducers",
             "surgery.trainers",
@@ -35,6 +33,7 @@ FLOORS = (
     ),
     (
         *("surgery.adapted", "surgery.layers", "surgery.attach", "surgery.resizing", "surgery.probe", "surgery.writes"),
+        *("surgery.heads", "surgery.fresh"),
         *("surgery.quantised", "surgery.quantised.kinds", "surgery.quantised.layer", "surgery.quantised.merged"),
     ),
     ("surgery.config", "surgery.planned", "surgery.plan", "surgery.plan_table", "surgery.ties"),

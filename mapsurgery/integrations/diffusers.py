@@ -26,6 +26,7 @@ from .._adapter_file import load, save
 from .._atomic_write import write_whole
 from ..surgery.adapted import AdaptedLayer
 from ..surgery.patch import unpatch
+from ..surgery.record import all_sites
 from ..surgery.reducers import refuse_reduced
 from .peft import from_peft_state_dict, to_peft_config, to_peft_state_dict
 
@@ -41,13 +42,16 @@ def save_lora_weights(pipe: Any, folder: Path, *, weight_name: str = LORA_WEIGHT
 
     Args:
         pipe: a pipeline of diffusers with parts that are patched with method "lora" or "dora".
-        weight_name: of the file in the folder.
+        weight_name: of the file in the folder, a ".safetensors".
 
     Raises:
-        ValueError: nothing is patched; a part is that the pipeline loads no LoRA into; something beside the adapters
-            was trained, for which such a file has no place; or what `to_peft_state_dict` refuses, a part with method
-            "map" first of all: merge it (`mapsurgery.merge`), or keep it with `save_adapters`. Nothing is written.
+        ValueError: the name has another ending; nothing is patched; a part is that the pipeline loads no LoRA into;
+            something beside the adapters was trained, for which such a file has no place; or what `to_peft_state_dict`
+            refuses, a part with method "map" first of all: merge it (`mapsurgery.merge`), or keep it with
+            `save_adapters`. Nothing is written.
     """
+    if not weight_name.endswith(".safetensors"):
+        raise ValueError(f"weight_name must end in .safetensors, the format that is written, got {weight_name!r}")
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for name, part in _patched(pipe).items():
@@ -92,8 +96,15 @@ def load_lora_weights(pipe: Pipeline, source: Any, **options: Any) -> Pipeline:
     Raises:
         ValueError: a part is patched already or holds a LoRA of PEFT's, nothing in the file is for this pipeline, or
             what `from_peft_state_dict` refuses. The pipeline is then as it was.
+        TypeError: an `adapter_name`, as adapters of this library have none.
     """
     from peft import get_peft_model_state_dict
+
+    if "adapter_name" in options:
+        raise TypeError(
+            f"adapter_name={options['adapter_name']!r}: adapters of mapsurgery have no names, a part has one set; "
+            "leave it out, or use pipe.load_lora_weights for LoRAs of PEFT's by name"
+        )
 
     parts = {name: part for name, part in _parts(pipe).items() if name in pipe._lora_loadable_modules}
     for name, part in parts.items():
@@ -143,10 +154,22 @@ def save_adapters(pipe: Any, folder: Path, *, frozen: str = "refuse") -> None:
         frozen: of `mapsurgery.save`.
 
     Raises:
-        ValueError: nothing is patched, the folder holds a file for a part that is not, or what
-            `mapsurgery.save` refuses.
+        ValueError: nothing is patched, the folder holds a file for a part that is not, a part holds a LoRA of PEFT's
+            or was patched while it did, or what `mapsurgery.save` refuses. Nothing is written.
     """
     patched = _patched(pipe)
+    for name, part in patched.items():
+        inner = next((site.path for site in all_sites(part) if "base_layer" in site.path.split(".")), None)
+        if inner is not None:
+            raise ValueError(
+                f"{name} was patched while it held a LoRA of PEFT's: no plain pipeline has a layer called {inner}. "
+                "mapsurgery.merge puts the adapters into the weights; for a file, patch first and load the LoRA then"
+            )
+        if getattr(part, "peft_config", None):
+            raise ValueError(
+                f"{name} holds a LoRA of PEFT's, which no plain pipeline has: pipe.unload_lora_weights() first. Where "
+                "it was loaded after patch, PEFT has frozen the adapters: frozen='keep' then saves them as they are"
+            )
     folder = os.path.realpath(os.fspath(folder))
     for name in _parts(pipe):
         if name not in patched and os.path.exists(_file(folder, name)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from .base import Method
 from .init import Init
 from .known_scales import KnownScales
 from .sharded import is_shard, shard_of
+
+_TURNING = threading.RLock()
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Those that weights and adapters may have."""
@@ -115,7 +118,7 @@ class Adapter(nn.Module):
         self.transposed, self.stacked = transposed, stacked
         self.layer_name = name
         self.scaling = method.scaling(rank)
-        self.enabled = True
+        self.enabled, self._off = True, 0
         self.paddings: tuple[int | None, ...] = ()
         self.kept_row: int | None = None
         self.scales: KnownScales | None = None
@@ -250,6 +253,12 @@ class Adapter(nn.Module):
         A row that only some of them pass over is trained through the others, in the plain model too: it is not kept.
         """
         self.paddings, self.kept_row = tuple(paddings), common_row(paddings, self.shape[0])
+
+    def turn(self, off: bool) -> None:
+        """Turn the adapter off, or take that back: it is on when each that turned it off has, in whatever order."""
+        with _TURNING:
+            self._off += 1 if off else -1
+            self.enabled = not self._off
 
     def padding_changed(self, before: int | None, after: int | None) -> None:
         """One of the layers has got another padding_idx."""
@@ -454,7 +463,7 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows nothing of a block of `mapsurgery.disabled` or `reuse_norms` that is open, nor holds W."""
-        return {**self.__dict__, "enabled": True, "scales": None, "_measured": None}
+        return {**self.__dict__, "enabled": True, "_off": 0, "scales": None, "_measured": None}
 
     def form(self) -> dict[str, float]:
         """Numbers that say how the parameters are meant: adapters that differ in them cannot be exchanged."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .heads import heads
@@ -49,13 +49,24 @@ def _said(names: list[str], reason: str) -> str:
 
 
 def _unloaded(paths: Paths) -> list[nn.Module]:
-    """Modules of transformers' models with parameters that from_pretrained did not load and nothing has written since.
+    """Modules of transformers' models with parameters that from_pretrained did not load and that hold a start.
 
     It marks each parameter that it loads; a model that was not loaded has no marks, and neither has a copy.
     """
     if not any(_loaded(p) for module in paths for p in module._parameters.values() if p is not None):
         return []
-    return [m for m in paths if any(_is_plain(p) and not _loaded(p) and _untouched(m, p) for p in _own(m))]
+    spreads: dict[nn.Module, float] = {}
+    for module in paths:
+        spread = getattr(getattr(module, "config", None), "initializer_range", None)
+        if isinstance(spread, float):
+            spreads.update(dict.fromkeys(module.modules(), spread))
+    return [
+        m
+        for m in paths
+        if any(_is_plain(p) and not _loaded(p) and _untouched(m, p) for p in _own(m))
+        and all(map(_is_plain, _own(m)))
+        and _starts(m, spreads.get(m))
+    ]
 
 
 def _loaded(parameter: nn.Parameter) -> bool:
@@ -63,9 +74,29 @@ def _loaded(parameter: nn.Parameter) -> bool:
 
 
 def _untouched(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether only its start has written into a parameter: once, or twice with a bias of zeros."""
-    bias = module._parameters.get("bias")
-    return parameter._version <= 1 or (parameter._version == 2 and bias is not None and not bias.any())
+    """Whether torch has counted no write but that of its start: one, or two with a bias of zeros.
+
+    It does not count those of fused optimisers and through `.data`: the numbers say more.
+    """
+    return parameter._version <= 1 or (parameter._version == 2 and _has_zero_bias(module))
+
+
+@torch.no_grad()
+def _starts(module: nn.Module, spread: float | None) -> bool:
+    """Whether a module's numbers can be those of its start: zeros in the bias, and a weight of one number, or drawn.
+
+    Args: spread: the standard deviation that weights are drawn with, if it is known.
+    """
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if _starts_uniform(module):
+        return True
+    if bias is not None and bias.any():
+        return False
+    if weight is None or spread is None:
+        return True
+    numbers = _some(weight)
+    found, tolerance = numbers.square().mean().sqrt().item(), 4 / math.sqrt(2 * numbers.numel())
+    return bool((numbers == numbers.flatten()[0]).all()) or abs(found / spread - 1) <= tolerance
 
 
 def _remade(paths: Paths, of_heads: Mapping[nn.Module, str]) -> tuple[list[nn.Module], str]:
@@ -110,17 +141,22 @@ def _has_zero_bias(layer: nn.Module) -> bool:
     return bias is not None and not bias.any()
 
 
+def _some(weight: Tensor) -> Tensor:
+    """Rows of a weight, about `_MOST` numbers."""
+    return weight.detach()[:: math.ceil(weight.numel() / _MOST)].float()
+
+
 @torch.no_grad()
 def _starts_uniform(layer: nn.Module) -> bool | None:
     """Whether weight and bias look drawn as `reset_parameters` draws them, evenly up to 1/sqrt(fan_in); None if few.
 
-    Training widens them within a step or two. Of a large weight some rows are read.
+    Training widens them within a step or two.
     """
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is None or weight.numel() < _FEWEST:  # computed, by weight_norm say; or a few numbers
         return None
     bound, most = 1 / math.sqrt(weight[0].numel()), 1 + 2 * torch.finfo(weight.dtype).eps  # half types round up
-    numbers = weight.detach()[:: math.ceil(weight.numel() / _MOST)].float() / bound
+    numbers = _some(weight) / bound
     if bias is not None and bias.float().abs().max().item() > most * bound:
         return False
     spread = numbers.square().mean().sqrt().item() * math.sqrt(3)

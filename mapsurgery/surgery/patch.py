@@ -269,9 +269,9 @@ def unpatch(model: Model) -> Model:
 def disabled(model: Model, *, trained: bool = False) -> Iterator[Model]:
     """Within the block the model computes with its frozen weights, as if no layer were adapted.
 
-    Blocks may be nested. It is a switch of the model, not of the thread: other threads that run the model meanwhile
-    compute with the base as well. The output is bitwise the base's, as long as the same parameters of the base require
-    a gradient.
+    Blocks may be nested, and those of several threads may overlap: the adapters are on again when the last one ends. It
+    is a switch of the model, not of the thread: other threads that run the model meanwhile compute with the base too.
+    The output is bitwise the base's, as long as the same parameters of the base require a gradient.
 
     Args:
         trained: also what `train` names (heads, norms) and persistent buffers (BatchNorm statistics) are in the block
@@ -286,11 +286,14 @@ def disabled(model: Model, *, trained: bool = False) -> Iterator[Model]:
     """
     adapters = list(adapters_of(model).values())
     with base_tensors(model) if trained else nullcontext():
-        before = [adapter.enabled for adapter in adapters]
-        for adapter in adapters:
-            adapter.enabled = False
+        off: list[Adapter] = []
         try:
+            with uninterrupted():
+                for adapter in adapters:
+                    adapter.turn(off=True)
+                    off.append(adapter)
             yield model
         finally:
-            for adapter, enabled in zip(adapters, before, strict=True):
-                adapter.enabled = enabled
+            with uninterrupted():
+                for adapter in off:
+                    adapter.turn(off=False)

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..progress import progress
-from ..tables import Table, paragraphs
+from ..tables import Table, paragraphs, wrapped
 from . import fresh, trainers
 from .adapted import AdaptedLayer
 from .config import Config, takes_options
@@ -65,7 +65,7 @@ class Plan:
 
     def table(self, full: bool = False) -> str:
         """The plan as text; `full` gives every layer a row of its own."""
-        return "\n".join([*map(str, self._tables(full)), *self._totals()])
+        return "\n".join([*map(str, self._tables(full)), wrapped(self._totals())])
 
     def __repr__(self) -> str:
         """In a line; ``print`` shows the table."""

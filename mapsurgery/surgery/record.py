@@ -18,8 +18,9 @@ from .paths import child_name, entry, first_names, module_paths, named_parameter
 
 _ATTRIBUTE = "_mapsurgery"
 
-showing_base: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Patched models in a block of `disabled(trained=True)`: what they hold is the base's, not what was trained."""
+showing_base: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""Patched models in blocks of `disabled(trained=True)`: what they hold is the base's, not what was trained. The values
+are `stand_ins`'."""
 
 
 class ModuleNames:

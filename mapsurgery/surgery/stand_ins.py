@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..methods import Adapter
 from ..methods.sharded import is_sharded, shard_of
 from .interrupts import uninterrupted
+from .originals import same_numbers
 from .record import Record, find_patched, moved_names, names_of, outside, showing_base, trained_names
 
 
@@ -25,44 +27,74 @@ class _Place:
     name: str
 
 
+@dataclass
+class _Shown:
+    """A model that shows the base. `blocks`: how many want it; the last that ends puts what was trained back."""
+
+    before: list[tuple[_Place, Tensor | None]]
+    made: list[tuple[str, nn.Parameter, Tensor]]
+    """Parameters that stand in, with their names and what the base holds there."""
+    blocks: int = 0
+
+
+_SHOWING = threading.RLock()
+
+
 @contextmanager
 def base_tensors(model: nn.Module) -> Iterator[None]:
     """A block in which modules hold what `patch` remembers in place of what was trained, and then these again.
 
-    The trained tensors are not written to: an optimiser and a graph that hold them notice nothing.
+    The trained tensors are not written to: an optimiser and a graph that hold them notice nothing. Blocks of one model
+    may overlap in any order, as those of two threads do.
 
     Raises:
         ValueError: see `mapsurgery.disabled`; nothing is changed then.
     """
     root, record = find_patched(model, showing=True)
-    if root in showing_base:  # they are there already
-        yield
-        return
-    _refuse_unknown(model, root, record)
-    places = _places(root, record)
-    made = {key: _stand_in(key, record, place) for key, (place, *_) in places.items()}
-    fresh = {key: tensor._version for key, tensor in made.items()}
-    before = [(place, place.held[place.key]) for same in places.values() for place in same]
+    shown: _Shown | None = None
+    written: list[str] = []
     try:
-        with uninterrupted():
-            showing_base.add(root)
-            for key, same in places.items():
-                for place in same:
-                    place.held[place.key] = made[key]
+        with uninterrupted(), _SHOWING:
+            shown = showing_base.get(root) or _show(model, root, record)
+            shown.blocks += 1
         yield
     finally:
-        with uninterrupted():
-            for place, tensor in before:
-                place.held[place.key] = tensor
-            showing_base.discard(root)
-    parameters = {key: t for key, t in made.items() if isinstance(t, nn.Parameter)}
-    written = [places[key][0].name for key, t in parameters.items() if t._version > fresh[key]]
+        with uninterrupted(), _SHOWING:
+            if shown is not None:
+                shown.blocks -= 1
+                written = _put_back(root, shown) if shown.blocks == 0 else []
     if written:
         warnings.warn(
             f"{', '.join(written[:5])}: what was written in the block of mapsurgery.disabled(trained=True) is lost, as "
             "it went into the base's tensors, which stood in for the trained ones",
             stacklevel=5,
         )
+
+
+def _show(model: nn.Module, root: nn.Module, record: Record) -> _Shown:
+    _refuse_unknown(model, root, record)
+    places = _places(root, record)
+    made = {key: _stand_in(key, record, place) for key, (place, *_) in places.items()}
+    bases = [(places[key][0].name, t) for key, t in made.items() if isinstance(t, nn.Parameter)]
+    originals = record.originals.tensors
+    shown = _Shown(
+        before=[(place, place.held[place.key]) for same in places.values() for place in same],
+        made=[(name, t, base) for name, t in bases if (base := originals[name]) is not None],
+    )
+    showing_base[root] = shown
+    for key, same in places.items():
+        for place in same:
+            place.held[place.key] = made[key]
+    return shown
+
+
+def _put_back(root: nn.Module, shown: _Shown) -> list[str]:
+    """Returns: names of the parameters that the blocks have changed."""
+    for place, tensor in shown.before:
+        place.held[place.key] = tensor
+    del showing_base[root]
+    # Numbers, and not torch's counter of writes: fused optimisers and `.data` do not count.
+    return [name for name, t, base in shown.made if not same_numbers(t.detach(), base.to(t.device, t.dtype))]
 
 
 def _places(root: nn.Module, record: Record) -> dict[int, list[_Place]]:
@@ -80,7 +112,7 @@ def _places(root: nn.Module, record: Record) -> dict[int, list[_Place]]:
     return found
 
 
-@torch.inference_mode(False)  # the writes into it are counted
+@torch.inference_mode(False)  # autograd may meet it after the block
 @torch.no_grad()
 def _stand_in(key: int, record: Record, place: _Place) -> Tensor:
     now, original = place.held[place.key], record.originals.tensors[place.name]

@@ -292,6 +292,18 @@ def test_a_lora_that_does_not_fit_leaves_the_pipeline_as_it_was(make: Any, writt
         assert not any("adapter" in name or "lora" in name for name in part.state_dict())
 
 
+def test_names_that_would_say_something_else_are_refused(make: Any, tmp_path: Path) -> None:
+    """A file that is no pickle under a pickle's name; the name of an adapter, of which there is one."""
+    pipe = patched(make(), unet={"targets": "*attn*", "rank": 2, "method": "lora"})
+    with pytest.raises(ValueError, match=r"end in \.safetensors.*'x\.bin'"):
+        integration.save_lora_weights(pipe, tmp_path / "run", weight_name="x.bin")
+    assert not (tmp_path / "run").exists()
+    plain = make()
+    with pytest.raises(TypeError, match="adapter_name='foo'.*have no names"):
+        integration.load_lora_weights(plain, tmp_path, adapter_name="foo")
+    assert not hasattr(plain.unet, "peft_config")
+
+
 # Adapters of the library itself
 
 
@@ -312,6 +324,25 @@ def test_adapters_of_all_parts_are_in_one_folder(make: Any, base: Tensor, tmp_pa
     only = patched(make(), unet={"targets": "*attn*", "rank": 2})
     with pytest.raises(ValueError, match="text_encoder is not patched"):
         integration.save_adapters(only, tmp_path / "run")
+
+
+def test_adapters_beside_a_lora_of_pefts_are_not_written(make: Any, written: Path, tmp_path: Path) -> None:
+    """A plain pipeline could not load them: PEFT's layers have other names, and its parameters are trained, too."""
+    pipe = with_map(make())
+    before = image(pipe)
+    pipe.load_lora_weights(written)
+    with pytest.raises(ValueError, match=r"holds a LoRA of PEFT's.*unload_lora_weights.*frozen='keep'"):
+        integration.save_adapters(pipe, tmp_path / "run")
+    pipe.unload_lora_weights()
+    integration.save_adapters(pipe, tmp_path / "run", frozen="keep")
+    assert torch.equal(image(integration.load_adapters(make(), tmp_path / "run")), before)
+    over = make()
+    over.load_lora_weights(written)
+    mapsurgery.patch(over.unet, "*attn*", rank=2)
+    over.unload_lora_weights()
+    with pytest.raises(ValueError, match=r"unet was patched while it held.*to_q\.base_layer.*patch first"):
+        integration.save_adapters(over, tmp_path / "over")
+    assert not (tmp_path / "over").exists()
 
 
 # PEFT's LoRA over adapted layers
@@ -350,6 +381,20 @@ def test_fusing_into_adapted_layers_is_refused_and_changes_no_image(stacked: Any
             pipe.fuse_lora(safe_fusing=safe)
     torch.testing.assert_close(image(pipe), both, **TOLERANCE)
     pipe.unfuse_lora()
+    torch.testing.assert_close(image(pipe), both, **TOLERANCE)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(image(pipe), alone, **TOLERANCE)
+
+
+def test_what_a_refused_fusing_with_a_scale_has_scaled_is_brought_back(stacked: Any) -> None:
+    """diffusers scales PEFT's LoRA in a layer before PEFT merges it."""
+    pipe, both, alone = stacked
+    for _ in range(2):
+        with pytest.raises((RuntimeError, AttributeError), match="mapsurgery.merge"):
+            pipe.fuse_lora(lora_scale=0.5)
+    pipe.unfuse_lora()
+    assert differs(image(pipe), both)
+    pipe.set_adapters(["default_0"], [1.0])
     torch.testing.assert_close(image(pipe), both, **TOLERANCE)
     pipe.unload_lora_weights()
     torch.testing.assert_close(image(pipe), alone, **TOLERANCE)
