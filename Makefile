@@ -141,9 +141,8 @@ $(DONE)/venv:
 $(DONE)/environment: requirements-dev.txt constraints.txt | $(DONE)/venv
 	@echo "installing the development environment into $(VENV) (several GB once, PyTorch for the most part) ..."
 	$(PIP) install pip -c constraints.txt
+	@# Python compiles what is imported, a small part of it all.
 	$(PIP) install --no-compile -r requirements-dev.txt -c constraints.txt
-	@# pip would compile on one core. Files that are no Python of this version, which some packages hold, are no error.
-	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 $(DONE)/packaged: requirements-packaged.txt constraints.txt $(DONE)/environment

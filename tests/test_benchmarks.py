@@ -186,7 +186,9 @@ def test_reuse_norms(tmp_path):
     assert all(row["to_lora"] == 1 for row in rows if row["method"] == "lora")
 
 
-@pytest.mark.parametrize("dtype, operators", [("fp32", None), ("bf16", ["lowrank_linear", "map_linear"])])
+@pytest.mark.parametrize(
+    "dtype, operators", [pytest.param("fp32", None, marks=pytest.mark.long), ("bf16", ["lowrank_linear", "map_linear"])]
+)
 def test_ops(tmp_path, dtype, operators):
     import ops
 

@@ -125,7 +125,7 @@ def _graphs_of(model: nn.Module, inputs: list[Tensor], dynamic: bool | None) -> 
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [("net", True), ("net", None), pytest.param("llama", None, marks=pytest.mark.slow)],
+    [("net", True), ("net", None), pytest.param("llama", None, marks=(pytest.mark.slow, pytest.mark.long))],
     ids=["net-dynamic", "net-automatic", "llama-automatic"],
 )
 def test_other_sizes_compile_no_more_graphs_than_without_adapters(name: str, dynamic: bool | None) -> None:
@@ -393,6 +393,7 @@ def _generated(model: nn.Module, backend: Any = None) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_generation_with_a_static_cache_compiles_as_often_as_without_adapters() -> None:
     unpatched, model = _llama(tie_word_embeddings=True), _patched(_llama(tie_word_embeddings=True), tied="share")
     expected = _generated(model)

@@ -394,7 +394,7 @@ def local_features(example, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.long), "flux"])
 @pytest.mark.usefixtures("local_features")
 def test_script_runs_on_a_pipeline(example, pipelines, photos, tmp_path, capsys, name):
     options = [

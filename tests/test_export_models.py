@@ -158,7 +158,7 @@ MODELS = [
         pace=LONG,
     ),
     Model("llama", _llama, _tokens, _SEQUENCE, (2,), (3, 9), ("*embed*", "*proj")),
-    Model("bert", _bert, _tokens, _SEQUENCE, (2,), (3, 9), ("*attention*",)),
+    Model("bert", _bert, _tokens, _SEQUENCE, (2,), (3, 9), ("*attention*",), pace=LONG),
     Model(
         "qwen_moe",
         _qwen_moe,

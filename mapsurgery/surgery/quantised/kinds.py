@@ -52,7 +52,7 @@ class Quantisation:
 
 def kind_of(module: nn.Module) -> Quantisation | None:
     """How the weight of a linear layer is quantised; None for any other module."""
-    if features(module) is None or hasattr(module, "parametrizations"):
+    if features(module) is None or hasattr(module, "parametrizations") or isinstance(module, torch.jit.ScriptModule):
         return None
     named = next((kind for kind in QUANTISATIONS if kind.describes(module)), None)
     return named or (PACKED if _is_packed(module) else None)
