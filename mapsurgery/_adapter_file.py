@@ -37,13 +37,16 @@ from .surgery.record import (
     moved_names,
     one_per_adapter,
     parameters_of,
+    patched_parts,
     persistent_buffers,
-    record_of,
     refuse_frozen,
     refuse_spread,
     trained_names,
 )
 from .surgery.reducers import refuse_reduced
+
+ADAPTER_NAME = "adapter.safetensors"
+"""Of a file in a folder that another tool chose."""
 
 FORMAT = "mapsurgery"
 FORMAT_VERSION = 3
@@ -395,7 +398,7 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
     """The plan that the file describes, every layer checked against the model, before anything is touched."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if any(record_of(module) is not None for module in model.modules()):
+    if patched_parts(model):
         raise ValueError("the model is patched already: unpatch it, or load_adapter_state_dict into it")
     modules = {path: (module, paths) for module, paths in module_paths(model).items() for path in paths}
     problems: list[str] = []

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import gpt2, llama, text_data, tokens
+from small_models import convnext, gpt2, llama, mixtral, text_data, tokens, unet, vit
 from torch import Tensor, nn
 
 import mapsurgery
@@ -29,45 +29,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 AUTOCAST = [torch.bfloat16, torch.float16]
-
-
-def vit() -> nn.Module:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    return timm.create_model("test_vit", img_size=32).eval()
-
-
-def convnext() -> nn.Module:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    return timm.create_model("test_convnext").eval()
-
-
-def unet() -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    ).eval()
-
-
-def mixtral() -> nn.Module:
-    """Its experts are stacks of matrices, and run by grouped products on a GPU."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
 
 
 def transformer() -> nn.Module:

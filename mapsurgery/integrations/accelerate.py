@@ -15,12 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import MODEL_NAME, SAFE_MODEL_NAME
 from torch import nn
 
-from .._adapter_file import restore_each, save
-from ..surgery.paths import module_paths
-from ..surgery.record import record_of
-
-ADAPTER_NAME = "adapter.safetensors"
-"""The file of `mapsurgery.save` in a state's folder; of further models "adapter_1.safetensors" ..., by their order."""
+from .._adapter_file import ADAPTER_NAME, restore_each, save
+from ..surgery.record import patched_parts
 
 _HANDLES = "_mapsurgery_state_hooks"
 """Attribute of an accelerator whose states hold adapters."""
@@ -93,7 +89,7 @@ def _refuse_both(models: list[nn.Module], files: Iterable[str], folder: str) -> 
 
 
 def _files(models: list[nn.Module], folder: str) -> dict[int, str]:
-    """The files of the patched models, by the models' places."""
-    patched = [i for i, model in enumerate(models) if any(record_of(m) is not None for m in module_paths(model))]
+    """The files of the patched models, by the models' places: `ADAPTER_NAME`, then "adapter_1.safetensors" ..."""
+    patched = [i for i, model in enumerate(models) if patched_parts(model)]
     name, ending = os.path.splitext(ADAPTER_NAME)
     return {i: os.path.join(folder, f"{name}_{i}{ending}" if i else ADAPTER_NAME) for i in patched}

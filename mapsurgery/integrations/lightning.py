@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from .._state_dict import Pairs, adapter_state_dict, fitting, places_of, write
 from ..methods import Adapter
-from ..surgery.paths import module_paths
-from ..surgery.record import all_sites, find_patched, persistent_buffers, record_of, refuse_disabled
+from ..surgery.record import all_sites, find_patched, patched_parts, persistent_buffers, refuse_disabled
 
 _newer = "lightning.pytorch" in sys.modules or find_spec("pytorch_lightning") is None
 _lightning: Any = import_module("lightning.pytorch" if _newer else "pytorch_lightning")
@@ -135,8 +134,7 @@ def _taking_adapters(module: nn.Module) -> list[Any]:
 
 def _parts(module: nn.Module) -> dict[str, nn.Module]:
     """What was patched in a module, by what the names of its tensors begin with."""
-    found = {paths[0]: part for part, paths in module_paths(module).items() if record_of(part) is not None}
-    return {f"{path}." if path else "": part for path, part in found.items()}
+    return {f"{path}." if path else "": part for path, part in patched_parts(module).items()}
 
 
 class _Keys:

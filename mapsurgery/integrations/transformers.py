@@ -27,16 +27,13 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .._adapter_file import restore, save
+from .._adapter_file import ADAPTER_NAME, restore, save
 from .._optim import param_groups as make_groups
 from ..methods import Adapter
 from ..surgery.adapted import AdaptedLayer
 from ..surgery.merge import merge, unmerge
 from ..surgery.quantised.layer import QuantisedLinear
 from ..surgery.record import all_sites, find_patched, find_trained, refuse_disabled
-
-ADAPTER_NAME = "adapter.safetensors"
-"""The file of `mapsurgery.save` in a checkpoint's folder."""
 
 
 class AdapterTrainer(Trainer):

@@ -21,8 +21,7 @@ from torch import nn
 from .._adapter_file import restore, save
 from ..surgery.merge import merge, unmerge
 from ..surgery.patch import disabled
-from ..surgery.paths import module_paths
-from ..surgery.record import find_patched, find_trained, record_of
+from ..surgery.record import find_patched, find_trained, patched_parts
 from .transformers import ADAPTER_NAME, AdapterTrainer
 
 REFERENCE_NAME = "reference.safetensors"
@@ -65,7 +64,7 @@ class AsPeftModel(PeftModel):
 
         Of a merged model it writes the whole, for `from_pretrained`.
         """
-        if not any(record_of(module) for module in module_paths(self)):
+        if not patched_parts(self):
             self.base_model.model.save_pretrained(save_directory, *args, **kwargs)
         elif kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)

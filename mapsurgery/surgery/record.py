@@ -192,6 +192,11 @@ def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
+def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """What `patch` was called on within a model, by path; "" is the model itself."""
+    return {paths[0]: module for module, paths in module_paths(model).items() if record_of(module) is not None}
+
+
 def find_patched(model: nn.Module, showing: bool = False) -> tuple[nn.Module, Record]:
     """The module that `patch` was called on, and its record, inside whatever wraps it (DataParallel, torch.compile).
 
@@ -202,15 +207,16 @@ def find_patched(model: nn.Module, showing: bool = False) -> tuple[nn.Module, Re
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = [(paths[0], module) for module, paths in module_paths(model).items() if record_of(module) is not None]
+    found = patched_parts(model)
     if not found and any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise ValueError(f"the {type(model).__name__} is a part of a patched model: call this on the model itself")
     if not found:
         raise ValueError(f"the model ({type(model).__name__}) is not patched: call mapsurgery.patch first")
     if len(found) > 1:
-        names = ", ".join(path or "the model itself" for path, _ in found)
+        names = ", ".join(path or "the model itself" for path in found)
         raise ValueError(f"parts of the model were patched one by one ({names}): call this on each of them")
-    root, record = found[0][1], record_of(found[0][1])
+    (root,) = found.values()
+    record = record_of(root)
     assert record is not None
     if root in showing_base and not showing:
         raise ValueError(

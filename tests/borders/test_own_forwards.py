@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from homes import PLAIN, QUANTISED, Case, adapter_tensors, of_cases, trained, with_adapters_of
+from small_models import unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -266,23 +267,6 @@ def test_an_own_forward_can_be_deleted_after_patch(case: Case) -> None:
     with_adapters_of(reference, model)
     del _layer(model).forward
     torch.testing.assert_close(model(case.data()), reference(case.data()))
-
-
-def unet() -> nn.Module:
-    diffusers = importlib.import_module("diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    ).eval()
 
 
 def noisy() -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from homes import ADAPTER_KEY, adapter_tensors, registered, trained
-from small_models import gpt2, llama, logits, t5, tokens
+from small_models import gpt2, llama, logits, t5, tokens, unet
 from torch import Tensor, nn
 
 import mapsurgery
@@ -113,23 +113,6 @@ def test_weights_are_tied_that_were_apart() -> None:
         hidden = model.model(tokens()).last_hidden_state
         expected = hidden @ registered(model.model.embed_tokens).T
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
-
-
-def unet(seed: int = 0) -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(seed)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    ).eval()
 
 
 def image_of(model: nn.Module) -> Tensor:

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import accelerate
-import diffusers
 import pytest
-import timm
 import torch
 import transformers
-from small_models import gpt2, llama, t5, tokens
+from small_models import convnext, gpt2, llama, mixtral, t5, tokens, unet, vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
@@ -19,51 +17,14 @@ from torch.nn.utils.rnn import pack_sequence
 import mapsurgery
 
 
-def vit() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("test_vit", img_size=32)
-
-
-def convnext() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("test_convnext")
-
-
-def mixtral() -> nn.Module:
+def undecided() -> nn.Module:
     """A mixture whose router is nearly undecided: rounding chooses the experts of a token."""
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    )
-    model = transformers.MixtralForCausalLM(config)
+    model = mixtral()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate.weight"):
                 parameter.mul_(1e-6)
     return model
-
-
-def unet() -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
 
 
 def _images() -> tuple[Tensor, ...]:
@@ -86,7 +47,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]
     "llama": (llama, _text),
     "gpt2": (lambda: gpt2(), _text),
     "t5": (t5, _pair),
-    "mixtral": (mixtral, _text),
+    "mixtral": (undecided, _text),
     "vit": (vit, _images),
     "convnext": (convnext, _images),
     "unet": (unet, _noised),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import gpt2, llama, logits, text_data
+from small_models import assert_same_state, gpt2, llama, logits, text_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -85,13 +85,6 @@ class Run:
         return self
 
 
-def assert_equal(a: nn.Module, b: nn.Module) -> None:
-    found = b.state_dict()
-    assert found.keys() == a.state_dict().keys()
-    for name, tensor in a.state_dict().items():
-        assert torch.equal(tensor, found[name]), name
-
-
 @every_model
 @pytest.mark.parametrize("alone", [True, False], ids=["adapters_alone", "whole"])
 def test_training_goes_on_bit_for_bit(make: Callable[[], nn.Module], alone: bool, tmp_path: Path) -> None:
@@ -102,7 +95,7 @@ def test_training_goes_on_bit_for_bit(make: Callable[[], nn.Module], alone: bool
     resumed = Run(make(), alone=alone)
     resumed.accelerator.load_state(str(tmp_path))
     resumed.train(skip=2)
-    assert_equal(whole, resumed.models[0])
+    assert_same_state(whole, resumed.models[0])
     assert resumed.schedule.get_last_lr() == first.schedule.get_last_lr()
     assert (tmp_path / "adapter.safetensors").exists() == alone
     assert (tmp_path / "model.safetensors").exists() != alone
@@ -124,7 +117,7 @@ def test_several_models_have_a_file_each(precision: str, safe: bool, tmp_path: P
         resumed.models[2].weight.zero_()
     resumed.accelerator.load_state(str(tmp_path))
     for a, b in zip(run.models, resumed.models, strict=True):
-        assert_equal(a, b)
+        assert_same_state(a, b)
     assert (tmp_path / "adapter_1.safetensors").exists()
     for name, make_base in {"adapter": Normed, "adapter_1": llama}.items():
         mapsurgery.load(make_base(), tmp_path / f"{name}.safetensors")
@@ -153,7 +146,7 @@ def test_a_state_of_the_whole_model_is_taken_too(tmp_path: Path) -> None:
     run.accelerator.save_state(str(tmp_path))
     model = Run(language(), alone=True)
     model.accelerator.load_state(str(tmp_path))
-    assert_equal(model.models[0], run.models[0])
+    assert_same_state(model.models[0], run.models[0])
 
 
 def test_adapter_states_twice_is_once(tmp_path: Path) -> None:
@@ -165,7 +158,7 @@ def test_adapter_states_twice_is_once(tmp_path: Path) -> None:
     integration.adapter_states(resumed.accelerator, frozen="keep")
     resumed.accelerator.load_state(str(tmp_path))
     for a, b in zip(run.models, resumed.models, strict=True):
-        assert_equal(a, b)
+        assert_same_state(a, b)
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "model_1.safetensors").exists()
 
 
@@ -229,7 +222,7 @@ def test_gradients_are_accumulated() -> None:
     for batch in [*DataLoader(text_data(8), batch_size=2)][:2]:
         (plain(**batch).loss / 2).backward()
     optimizer.step()
-    assert_equal(run.models[0], plain)
+    assert_same_state(run.models[0], plain)
 
 
 ON_DISK = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import assert_same_state
 from torch import Tensor, nn
 
 import mapsurgery
@@ -64,13 +65,6 @@ class Run:
         return self
 
 
-def assert_equal(a: nn.Module, b: nn.Module) -> None:
-    found = b.state_dict()
-    assert found.keys() == a.state_dict().keys()
-    for name, tensor in a.state_dict().items():
-        assert torch.equal(tensor, found[name]), name
-
-
 @every_kind_of_state
 def test_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     """CheckpointSaver, resume_checkpoint and the EMA's state; load_checkpoint gives the best model, or its averages."""
@@ -88,12 +82,12 @@ def test_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     averaged, best = make(name), make(name)
     load_checkpoint(averaged, str(tmp_path / "model_best.pth.tar"), use_ema=True)
     load_checkpoint(best, str(tmp_path / "model_best.pth.tar"), use_ema=False)
-    assert_equal(averaged, run.ema.module)
-    assert_equal(best, run.model)
+    assert_same_state(averaged, run.ema.module)
+    assert_same_state(best, run.model)
     run.epochs(2, 3)
     again.epochs(2, 3)
-    assert_equal(run.model, again.model)
-    assert_equal(run.ema.module, again.ema.module)
+    assert_same_state(run.model, again.model)
+    assert_same_state(run.ema.module, again.ema.module)
     mapsurgery.save(run.ema.module, tmp_path / "ema.safetensors")
     x, _ = data()
     loaded = mapsurgery.load(base(name), tmp_path / "ema.safetensors").eval()
