@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from ._atomic_write import write_whole
 from ._base import Base
-from ._state_dict import Pairs, adapter_state_dict, changed_buffers, fitting, put, write
+from ._state_dict import Pairs, adapter_state_dict, changed_buffers, fitting, put
 from .methods.adapter import DTYPES, common_row
 from .progress import progress
 from .surgery import trainers
+from .surgery.all_or_nothing import Change, Journal, all_or_nothing, make
 from .surgery.config import Config
 from .surgery.layers import padding_of, weight_of, why_not
 from .surgery.offloaded import at_hand
-from .surgery.patch import apply_plan, unpatch
+from .surgery.patch import prepared
 from .surgery.paths import entry, module_paths, site_paths, unwrapped
 from .surgery.plan import Plan, count_parameters
 from .surgery.planned import PlannedLayer, norm_of, parameter_shapes, planned_layer
@@ -171,19 +172,23 @@ def load(model: Model, path: Path) -> Model:
         ValueError: the file is damaged, of an unknown version or inconsistent, or does not fit the model: a layer is
             missing, has another shape or another weight (by ||W||_F). The message names it, and the model is as it was.
     """
+    change = loading(model, path)
+    trainers.warn(change.model, stacklevel=2)
+    make(change)
+    return model
+
+
+def loading(model: nn.Module, path: Path) -> Change:
+    """What `load` does, ready to be done."""
     file = _read(os.fspath(path))
     refuse_reduced(model)
     root = unwrapped(model)
-    plan = _plan_of(root, file)
-    trainers.warn(root, stacklevel=2)
-    try:
-        apply_plan(root, plan, start=False)
-        put(root, _named_by(root, file))
+
+    def fill(journal: Journal) -> None:
+        put(root, _named_by(root, file), journal)
         _count_from_base(root, file)
-    except BaseException:
-        unpatch(root)
-        raise
-    return model
+
+    return prepared(root, _plan_of(root, file), start=False).then(fill)
 
 
 def restore(model: nn.Module, path: Path) -> None:
@@ -202,9 +207,12 @@ def restore(model: nn.Module, path: Path) -> None:
 def restore_each(models: Iterable[tuple[nn.Module, Path]]) -> None:
     """`restore` of several models, each from a file of its own: all of them, or none."""
     files = [(model, _read(os.fspath(path))) for model, path in models]
-    write([pair for model, file in files for pair in _fitting(model, file)])
-    for model, file in files:
-        _count_from_base(find_trained(model)[0], file)
+    pairs = [pair for model, file in files for pair in _fitting(model, file)]
+    with all_or_nothing() as journal:
+        for value, place in pairs:
+            journal.write(place, value)
+        for model, file in files:
+            _count_from_base(find_trained(model)[0], file)
 
 
 def _fitting(model: nn.Module, file: _File) -> Pairs:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ._example import arguments
+from .surgery.interrupts import undone_by
 from .surgery.merge import merge
 from .surgery.record import all_sites, find_patched, intact_sites
 
@@ -209,11 +210,13 @@ def _merged_copy(model: nn.Module) -> Iterator[nn.Module]:
     adapted = {id(site.base) for site in all_sites(model)}
     shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in adapted}
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield merge(copy.deepcopy(model, shared), final=True)
-    finally:
-        for parameter, flag in requires_grad:  # merging gives back those from before `patch`, here of shared parameters
+
+    def put_back() -> None:
+        for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
+
+    with undone_by(put_back):  # merging gives back those from before `patch`, here of shared parameters
+        yield merge(copy.deepcopy(model, shared), final=True)
 
 
 # Writing: each writes the program to a file, loads it, and returns its outputs on the example --------------------

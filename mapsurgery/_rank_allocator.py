@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from .methods import Adapter
 from .named import positive
+from .surgery.all_or_nothing import Journal, all_or_nothing
+from .surgery.interrupts import uninterrupted
 from .surgery.record import find_patched, intact_sites
 from .updates import AdaLora
 
@@ -100,26 +103,30 @@ class RankAllocator:
             ValueError: no adapter has a gradient.
         """
         step, end = self.current, self.total_steps - self.final
+        after = copy.copy(self)
         if step < end:
-            self._observe()
-        if step > end:
-            self._mask()
-        elif step == end or (step > self.warmup and step % self.interval == 0):
-            self._choose(self.budget(step))
-            self._mask()
-        self.current += 1
+            after._sensitivity, after._deviation = self._observed()
+        chooses = step == end or (end > step > self.warmup and step % self.interval == 0)
+        if chooses:
+            after._kept = after._chosen(self.budget(step))
+        after.current = step + 1
+        with all_or_nothing() as journal:
+            if chooses or step > end:
+                after._mask(journal)
+            self.__dict__.update(after.__dict__)
 
-    def _observe(self) -> None:
+    def _observed(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Running means of sensitivity and deviation; a parameter that had no part in this step has sensitivity 0."""
         entries = self._entries()
         if all(p.grad is None for p in entries.values()):
             raise ValueError("no adapter has a gradient: call step() after backward() and before zero_grad()")
+        sensitivity, deviation = {}, {}
         for name, p in entries.items():
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
-            mean = self._sensitivity.setdefault(name, torch.zeros_like(p))
-            mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
-            deviation = self._deviation.setdefault(name, torch.zeros_like(p))
-            deviation.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
+            now, zero = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs(), torch.zeros_like(p)
+            mean = self._sensitivity.get(name, zero) * self.beta1 + now * (1 - self.beta1)
+            sensitivity[name] = mean
+            deviation[name] = self._deviation.get(name, zero) * self.beta2 + (now - mean).abs() * (1 - self.beta2)
+        return sensitivity, deviation
 
     def _entries(self) -> dict[str, Tensor]:
         """P, λ and Q of all layers, by "<layer>.<name>"."""
@@ -134,22 +141,21 @@ class RankAllocator:
         P, lam, Q = (self._sensitivity[f"{path}.{n}"] * self._deviation[f"{path}.{n}"] for n in ("P", "lam", "Q"))
         return lam + (Q.mean(-1) + P.mean(-2))
 
-    def _choose(self, budget: int) -> None:
+    def _chosen(self, budget: int) -> dict[str, Tensor]:
         """The λ above the importance of the last one that must go: equal ones go together."""
         importance = {path: self._importance(path) for path in self._adapters}
         gone = self._whole - budget
         device = next(iter(importance.values())).device
         if gone == 0:
-            self._kept = {path: torch.ones_like(values, dtype=torch.bool) for path, values in importance.items()}
-            return
+            return {path: torch.ones_like(values, dtype=torch.bool) for path, values in importance.items()}
         every = torch.cat([values.flatten().to(device) for values in importance.values()])
         threshold = every.kthvalue(gone).values
-        self._kept = {path: values > threshold.to(values.device) for path, values in importance.items()}
+        return {path: values > threshold.to(values.device) for path, values in importance.items()}
 
-    def _mask(self) -> None:
+    def _mask(self, journal: Journal) -> None:
         lams = self._lams()
         for path, kept in self._kept.items():
-            lams[path].masked_fill_(~kept, 0)
+            journal.write(lams[path], lams[path].masked_fill(~kept, 0))
 
     def ranks(self) -> dict[str, int]:
         """λ that the last masking left, by layer (of a stack the sum); all before the first. Reads the device."""
@@ -174,8 +180,9 @@ class RankAllocator:
         entries = self._entries()
         sensitivity, deviation = (_fitting(state[name], entries) for name in ("sensitivity", "deviation"))
         kept = _fitting(state["kept"], self._lams())
-        self.current = int(state["step"])
-        self._sensitivity, self._deviation, self._kept = sensitivity, deviation, kept
+        step = int(state["step"])
+        with uninterrupted():
+            self.current, self._sensitivity, self._deviation, self._kept = step, sensitivity, deviation, kept
 
 
 def _fitting(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> dict[str, Tensor]:

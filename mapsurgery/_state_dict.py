@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._base import Base
-from .surgery.interrupts import uninterrupted
+from .surgery.all_or_nothing import Journal, all_or_nothing
 from .surgery.record import (
     Record,
     Site,
@@ -118,13 +117,14 @@ def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
     return [f"another base: {site.path}{difference}"] if difference else []
 
 
-def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put tensors into their places in a patched model, whatever the base: all of them, or none.
+def put(model: nn.Module, state: Mapping[str, Tensor], journal: Journal) -> None:
+    """Put tensors into their places in a patched model, whatever the base.
 
     Raises:
         ValueError: see `load_adapter_state_dict`.
     """
-    write(_fitting(*find_trained(model), state))
+    for value, place in _fitting(*find_trained(model), state):
+        journal.write(place, value)
 
 
 def _fitting(root: nn.Module, record: Record, state: Mapping[str, Tensor], problems: Iterable[str] = ()) -> Pairs:
@@ -143,19 +143,11 @@ def _fitting(root: nn.Module, record: Record, state: Mapping[str, Tensor], probl
     return list(known.values())
 
 
-@torch.no_grad()
 def write(pairs: Pairs) -> None:
     """Write tensors into their places: all of them, or none."""
-    before: Pairs = []
-    with uninterrupted():
-        try:
-            for value, place in pairs:
-                before.append((place, place.clone()))
-                place.copy_(value)
-        except BaseException:  # the device failed, or has no memory left
-            for place, original in before:
-                place.copy_(original)
-            raise
+    with all_or_nothing() as journal:
+        for value, place in pairs:
+            journal.write(place, value)
 
 
 def _not_finite(name: str, value: Tensor, place: Tensor, mask: bool) -> str | None:

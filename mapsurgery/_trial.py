@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .methods import Adapter
 from .ops.lazy import LazyWeight
 from .surgery.adapted import AdaptedLayer
-from .surgery.interrupts import uninterrupted
+from .surgery.interrupts import undone_by
 from .surgery.patch import disabled
 from .surgery.paths import first_names, unwrapped
 from .surgery.record import parameters_of
@@ -125,36 +125,36 @@ class Trial:
         python, numpy = random.getstate(), sys.modules.get("numpy")
         numpy_state = numpy.random.get_state() if numpy is not None else None
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        for parameter in grads:
-            parameter.grad = None
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.enable_grad())
-                if "torch._dynamo" in sys.modules:
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-                self._watch()
-                yield self
-        finally:
-            with uninterrupted():
-                self._unwatch()
-                self._restore_weights()
-                self.model.train(training)
-                for module, mode in modes.items():
-                    module.training = mode
-                self._restore_buffers()
-                with torch.no_grad():
-                    for parameter, value in values:
-                        parameter.copy_(value)
-                for parameter, grad in grads.items():
-                    parameter.grad = grad
-                for generator, state in generators:
-                    generator.set_state(state)
-                random.setstate(python)
-                if numpy is not None:
-                    numpy.random.set_state(numpy_state)
-                torch.clear_autocast_cache()  # it may hold casts of what was changed
+
+        def put_back() -> None:
+            self._unwatch()
+            self._restore_weights()
+            self.model.train(training)
+            for module, mode in modes.items():
+                module.training = mode
+            self._restore_buffers()
+            with torch.no_grad():
+                for parameter, value in values:
+                    parameter.copy_(value)
+            for parameter, grad in grads.items():
+                parameter.grad = grad
+            for generator, state in generators:
+                generator.set_state(state)
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            torch.clear_autocast_cache()  # it may hold casts of what was changed
+
+        with undone_by(put_back), ExitStack() as stack:
+            for parameter in grads:
+                parameter.grad = None
+            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._watch()
+            yield self
 
     # Runs ----------------------------------------------------------------------------------------------------------
 
@@ -183,18 +183,19 @@ class Trial:
         layers = [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]
         own = [p for layer in layers for p in layer._parameters.values() if p is not None and p.is_floating_point()]
         frozen = [p for p in own if mode.grad and not p.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            with disabled(self.model):
-                outputs = self.run(mode)
-                if backward:
-                    _backward(outputs)
-            return outputs
-        finally:
+
+        def freeze() -> None:
             for parameter in frozen:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+        with undone_by(freeze), disabled(self.model):
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            outputs = self.run(mode)
+            if backward:
+                _backward(outputs)
+        return outputs
 
     @property
     def acted(self) -> set[str]:
@@ -240,11 +241,10 @@ class Trial:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             return tree_map_only(Tensor, off, output) if module in modules else None
 
-        handle = torch.nn.modules.module.register_module_forward_hook(hook)
-        try:
+        handles: list[Any] = []
+        with undone_by(lambda: [handle.remove() for handle in handles]):
+            handles.append(torch.nn.modules.module.register_module_forward_hook(hook))
             yield
-        finally:
-            handle.remove()
 
     # The memory of W -----------------------------------------------------------------------------------------------
 
@@ -258,16 +258,13 @@ class Trial:
     @contextmanager
     def overwritten(self, weights: Collection[nn.Parameter]) -> Iterator[None]:
         """A block in which the memory of some of the held W holds other finite numbers of their size."""
-        self._overwritten = True
-        try:
+        with undone_by(self._restore_weights):
+            self._overwritten = True
             for weight in weights:
                 held = self._weights[weight].float()
                 # Through `data`: autograd and the norms count no write, for there is none in the end.
                 weight.data.copy_(torch.randn_like(held).mul_(held.square().mean().sqrt() or 1.0))
             yield
-        finally:
-            with uninterrupted():
-                self._restore_weights()
 
     def _restore_weights(self) -> None:
         if self._overwritten:

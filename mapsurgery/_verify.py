@@ -16,6 +16,7 @@ from ._example import arguments
 from ._trial import EVAL, INFERENCE, TRAINING, Gradients, Mode, Trial
 from .methods import Adapter
 from .surgery.merge import held_elsewhere, storages_of
+from .surgery.patch import turned_off
 from .surgery.paths import first_names
 from .surgery.record import (
     Site,
@@ -600,13 +601,9 @@ def _check_each(trial: Trial, acted: set[str], found: list[Tensor], result: Veri
     """Raises VerificationError if the output of inference is the same without one of the adapters."""
     idle = set()
     for path in acted:
-        adapter = trial.adapters[path]
-        adapter.turn(off=True)
-        try:
+        with turned_off([trial.adapters[path]]):
             if _distances(found, _detached(trial.run(INFERENCE))) == [0.0] * len(found):
                 idle.add(path)
-        finally:
-            adapter.turn(off=False)
     if idle:
         raise _bypass(idle, result)
 

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .methods import Adapter
 from .methods.known_scales import KnownScales
 from .surgery.adapted import FusedConv, FusedLinear
+from .surgery.interrupts import undone_by
 from .surgery.record import all_sites
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,14 +57,14 @@ def reuse_norms(model: Model) -> Iterator[Model]:
                     known, name = owners[parameter]
                     raise known.error(name, f"is to be changed by {type(optimizer).__name__}.step")
 
-    for adapter, known in held.items():
-        adapter.scales = known
-    try:
-        with register_optimizer_step_pre_hook(refuse):
-            yield model
-    finally:
+    def take_back() -> None:
         for adapter in held:
             adapter.scales = None
+
+    with undone_by(take_back), register_optimizer_step_pre_hook(refuse):
+        for adapter, known in held.items():
+            adapter.scales = known
+        yield model
     for adapter, known in held.items():
         known.refuse_changed(adapter)
 

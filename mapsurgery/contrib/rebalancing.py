@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import Adapter
+from ..surgery.all_or_nothing import Journal, all_or_nothing
 from ..surgery.record import find_patched, intact_sites
 
 _POWERS = {
@@ -81,15 +82,16 @@ def rebalance(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
         _refuse_unknown_state(optimizer, adapters)
     norms = _norms(adapters, groups)
     result = Rebalancing({}, {})
-    for path, adapter in adapters.items():
-        exponents = [_exponents(sizes) for sizes in norms[path]]  # by matrix, then by group
-        reason = _why_not(adapter, groups[path], norms[path])
-        reason = reason or _scale(adapter, groups[path], exponents, optimizer)
-        if reason:
-            result.skipped[path] = reason
-        else:
-            by_group = zip(groups[path], zip(*exponents, strict=True), strict=True)
-            result.exponents[path] = {name: list(powers) for group, powers in by_group for name in group}
+    with all_or_nothing() as journal:
+        for path, adapter in adapters.items():
+            exponents = [_exponents(sizes) for sizes in norms[path]]  # by matrix, then by group
+            reason = _why_not(adapter, groups[path], norms[path])
+            reason = reason or _scale(adapter, groups[path], exponents, optimizer, journal)
+            if reason:
+                result.skipped[path] = reason
+            else:
+                by_group = zip(groups[path], zip(*exponents, strict=True), strict=True)
+                result.exponents[path] = {name: list(powers) for group, powers in by_group for name in group}
     return result
 
 
@@ -155,7 +157,11 @@ def _why_not(adapter: Adapter, groups: Groups, norms: Sequence[Sequence[float]])
 
 
 def _scale(
-    adapter: Adapter, groups: Groups, exponents: Sequence[Sequence[int]], optimizer: torch.optim.Optimizer | None
+    adapter: Adapter,
+    groups: Groups,
+    exponents: Sequence[Sequence[int]],
+    optimizer: torch.optim.Optimizer | None,
+    journal: Journal,
 ) -> str:
     """Multiply every tensor of group g and matrix e by 2^exponents[e][g], or say why not."""
     factors, scaled = {}, {}
@@ -168,21 +174,21 @@ def _scale(
                 return f"{name} cannot be scaled without rounding in {tensor.dtype}"
     for name, factor in factors.items():
         tensor = getattr(adapter, name)
-        tensor.copy_(scaled[name])
+        journal.write(tensor, scaled[name])
         if tensor.grad is not None:
-            tensor.grad.div_(_beside(factor, tensor))
+            journal.write(tensor.grad, tensor.grad / _beside(factor, tensor))
         if optimizer is not None:
-            _scale_state(optimizer.state.get(tensor, {}), factor)
+            _scale_state(optimizer.state.get(tensor, {}), factor, journal)
     return ""
 
 
-def _scale_state(state: Mapping[str, Any], factor: Tensor) -> None:
+def _scale_state(state: Mapping[str, Any], factor: Tensor, journal: Journal) -> None:
     for key, value in state.items():
         power = _POWERS[key]
         if key == "momentum_buffer" and "square_avg" in state:  # RMSprop's, of gradients that are normalised already
             power = 0
         if power and isinstance(value, Tensor):
-            value.mul_(_beside(factor, value) ** power)
+            journal.write(value, value * _beside(factor, value) ** power)
 
 
 def _beside(factor: Tensor, tensor: Tensor) -> Tensor:

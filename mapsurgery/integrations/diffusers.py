@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -22,13 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._adapter_file import load, save
+from .._adapter_file import loading, save
 from .._atomic_write import write_whole
 from ..surgery.adapted import AdaptedLayer
-from ..surgery.patch import unpatch
+from ..surgery.all_or_nothing import make
+from ..surgery.interrupts import undone_by
 from ..surgery.record import all_sites
 from ..surgery.reducers import refuse_reduced
-from .peft import from_peft_state_dict, to_peft_config, to_peft_state_dict
+from .peft import to_peft_config, to_peft_state_dict
+from .peft.reader import loading as loading_peft
 
 Pipeline = TypeVar("Pipeline", bound=Any)
 Path = str | os.PathLike[str]
@@ -114,7 +114,13 @@ def load_lora_weights(pipe: Pipeline, source: Any, **options: Any) -> Pipeline:
             other = "adapted by PEFT: fuse that or unload it first (pipe.fuse_lora, pipe.unload_lora_weights)"
             raise ValueError(f"{name} of the pipeline is {what if _is_patched(part) else other}")
     flags = [(p, p.requires_grad) for part in parts.values() for p in part.parameters()]
-    try:
+
+    def unload() -> None:
+        pipe.unload_lora_weights()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    with undone_by(unload):
         pipe.load_lora_weights(source, adapter_name=_NAME, **options)
         found = {}
         for name, part in parts.items():
@@ -125,13 +131,9 @@ def load_lora_weights(pipe: Pipeline, source: Any, **options: Any) -> Pipeline:
                 if config.use_dora and isinstance(part, PreTrainedModel):
                     state |= _magnitudes(pipe, name, source, options, state)
                 found[name] = state, config.to_dict()
-    finally:
-        pipe.unload_lora_weights()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
     if not found:
         raise ValueError(f"the LoRA holds nothing for a {type(pipe).__name__}: {', '.join(parts)}")
-    _each([(parts[name], partial(_of_peft, lora=lora)) for name, lora in found.items()])
+    make(*(loading_peft(parts[name], *lora) for name, lora in found.items()))
     return pipe
 
 
@@ -193,7 +195,7 @@ def load_adapters(pipe: Pipeline, folder: Path) -> Pipeline:
     files = {name: file for name in parts if os.path.exists(file := _file(os.fspath(folder), name))}
     if not files:
         raise FileNotFoundError(f"{folder} holds no adapters for a part of the pipeline: {', '.join(parts)}")
-    _each([(parts[name], partial(load, path=file)) for name, file in files.items()])
+    make(*(loading(parts[name], file) for name, file in files.items()))
     return pipe
 
 
@@ -242,20 +244,3 @@ def _patched(pipe: Any) -> dict[str, nn.Module]:
             f"no part of the {type(pipe).__name__} is patched ({', '.join(_parts(pipe))}): call mapsurgery.patch on one"
         )
     return found
-
-
-def _of_peft(part: nn.Module, lora: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-    from_peft_state_dict(part, *lora)
-
-
-def _each(patches: list[tuple[nn.Module, Callable[[nn.Module], Any]]]) -> None:
-    """Patch each part, or none."""
-    done: list[nn.Module] = []
-    for part, patch in patches:
-        try:
-            patch(part)
-        except BaseException:
-            for other in done:
-                unpatch(other)
-            raise
-        done.append(part)

@@ -31,7 +31,8 @@ from .._adapter_file import ADAPTER_NAME, restore, save
 from .._optim import param_groups as make_groups
 from ..methods import Adapter
 from ..surgery.adapted import AdaptedLayer
-from ..surgery.merge import merge, unmerge
+from ..surgery.interrupts import undone_by
+from ..surgery.merge import is_merged, merge, unmerge
 from ..surgery.quantised.layer import QuantisedLinear
 from ..surgery.record import all_sites, find_patched, find_trained, refuse_disabled
 
@@ -194,12 +195,14 @@ def _known_to_have_adapters(model: nn.Module) -> Iterator[None]:
     What else reads it takes it for PEFT's (`save_pretrained` among it), so it does not stay.
     """
     flag, before = "_hf_peft_config_loaded", dict(model.__dict__)
-    model.__dict__[flag] = True
-    try:
-        yield
-    finally:
-        del model.__dict__[flag]
+
+    def take_back() -> None:
+        model.__dict__.pop(flag, None)
         model.__dict__.update({flag: before[flag]} if flag in before else {})
+
+    with undone_by(take_back):
+        model.__dict__[flag] = True
+        yield
 
 
 @contextmanager
@@ -207,22 +210,22 @@ def _keeping_trained(model: nn.Module) -> Iterator[None]:
     """Puts back what is trained where it was cast within the block."""
     root, _ = find_trained(model)
     before = [(p, p.detach().clone()) for p in root.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for parameter, value in before:
             if parameter.dtype != value.dtype:
                 parameter.data = value.to(parameter.device)
+
+    with undone_by(put_back):
+        yield
 
 
 @contextmanager
 def _merged(model: nn.Module) -> Iterator[None]:
     """Within the block the model is a plain one with the adapted weights."""
-    merge(model, keep_base=True)
-    try:
+    with undone_by(lambda: unmerge(model) if is_merged(model) else None):
+        merge(model, keep_base=True)
         yield
-    finally:
-        unmerge(model)
 
 
 def _described(groups: list[dict[str, Any]]) -> str:

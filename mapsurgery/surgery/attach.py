@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from ..methods import Adapter
 from .adapted import AdaptedLayer, Effective
 from .forwards import Unproved, carried_forward, put_back, rebind_forward, slot_of
+from .interrupts import undone_by
 from .layers import mixin_of
 from .paths import child_name
 from .quantised.kinds import kind_of
@@ -39,12 +40,10 @@ def _deepcopied(layer: AdaptedLayer, memo: dict[int, Any]) -> AdaptedLayer:
     """A copy that the class itself makes, which knows nothing of adapters, with copies of these."""
     adapters = {name: layer.adapter_of(name) for name in layer.adapted}
     shared = tuple(name for name in adapters if child_name(name) not in layer._modules)
-    detach(layer)
-    try:
+    with undone_by(lambda: None if isinstance(layer, AdaptedLayer) else attach(layer, adapters, shared)):
+        detach(layer)
         copied = copy.deepcopy(layer, memo)
         kept = {name: value for name, value in layer.__dict__.items() if name.startswith("_mapsurgery")}
-    finally:
-        attach(layer, adapters, shared)
     memo[id(layer)] = copied
     for name, parameter in copied._parameters.items():  # a fresh one requires a gradient
         own = layer._parameters.get(name)

@@ -11,6 +11,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .interrupts import undone_by
+
 _HOOKS = (WeightNorm, SpectralNorm)
 
 
@@ -24,11 +26,13 @@ def computed_now(layer: nn.Module, name: str) -> Tensor | None:
     if parametrize.is_parametrized(layer, name):
         parametrizations: nn.Module = layer.parametrizations[name]  # type: ignore[index, assignment]
         modes = {part: part.training for part in parametrizations.modules()}
-        try:
-            return parametrizations.eval()().detach()
-        finally:
+
+        def put_back() -> None:
             for part, mode in modes.items():
                 part.training = mode
+
+        with undone_by(put_back):
+            return parametrizations.eval()().detach()
     hooks = layer._forward_pre_hooks.values()
     pruned = next((h for h in hooks if isinstance(h, BasePruningMethod) and h._tensor_name == name), None)
     hook = find_hook(layer, name)

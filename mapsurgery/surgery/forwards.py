@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .interrupts import undone_by
+
 Forward = Callable[..., Any]
 
 ASIDE = "_mapsurgery_forward"
@@ -77,12 +79,11 @@ def described(forward: Forward) -> str:
 def asked_for(adapters: Iterable[nn.Module]) -> Iterator[list[str]]:
     """The products that adapters are asked for within the block."""
     products: list[str] = []
-    watches = [a.register_forward_pre_hook(lambda _, given: products.append(given[0])) for a in adapters]
-    try:
+    watches: list[Any] = []
+    with undone_by(lambda: [watch.remove() for watch in watches]):
+        for adapter in adapters:
+            watches.append(adapter.register_forward_pre_hook(lambda _, given: products.append(given[0])))
         yield products
-    finally:
-        for watch in watches:
-            watch.remove()
 
 
 class Unproved:

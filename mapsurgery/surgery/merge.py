@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -13,13 +14,13 @@ from ..methods import Adapter
 from ..methods.adapter import DTYPES
 from ..progress import progress
 from .adapted import AdaptedLayer
+from .all_or_nothing import all_or_nothing
 from .attach import attach, detach
 from .computed import bake, can_bake
-from .interrupts import uninterrupted
 from .patch import become_patched, become_plain
 from .paths import child_name, site_paths
 from .quantised.layer import QuantisedLinear
-from .quantised.merged import CHOICES, Replacement, put_in, replacement
+from .quantised.merged import CHOICES, Replacement, put_in, refuse_infinite, replacement
 from .record import Record, Site, adapters_of, all_sites, find_patched, intact_sites, refuse_spread
 from .undo import MERGED, Snapshot
 
@@ -49,11 +50,11 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
 
     Raises:
         ValueError: the model is not patched, an adapter holds NaN or infinity, an adapted layer was replaced since, a
-            weight is computed by a hook that is not torch's, or is quantised (see `quantised`), or `keep_base` and
-            `final` are both asked for. Nothing is merged then.
+            weight is computed by a hook that is not torch's, or is quantised (see `quantised`), W' is infinite in the
+            weight's dtype, or `keep_base` and `final` are both asked for. Nothing is merged then.
 
-    Each weight is merged in a copy first, one at a time: should one fail, the model is as it was, to the bit. Should
-    only the writing fail, what was merged is taken back as by `unmerge`.
+    Each weight is merged in a copy first, one at a time: should one fail, the model is as it was, to the bit. Writing,
+    once begun, goes on to its end. Only if a device refuses that, twice, is what was merged taken back as by `unmerge`.
     """
     if keep_base and final:
         raise ValueError("keep_base keeps what unmerge needs, final keeps nothing: choose one of them")
@@ -80,38 +81,62 @@ def merge(model: Model, *, keep_base: bool = False, final: bool = False, quantis
         # Multiplied by 0, a weight could not be recovered.
         recoverable = adapter.method.recoverable(adapter, base, norm)
         if keep_base or adapter.computed or not recoverable or held_elsewhere(base, layers[adapter], spans):
-            apart[adapter] = _copy_of(base)
-            adapter.merge_into(apart[adapter].detach(), norm)
+            apart[adapter] = _copy_of(_result(Adapter.merge_into, adapter, base.detach(), norm))
         else:
             in_place.append((adapter, base.detach(), norm))
-    with uninterrupted():
-        _in_place(in_place, Adapter.merge_into, Adapter.unmerge_from)
+    _rehearse(Adapter.merge_into, in_place)
+    with all_or_nothing(root):
         merged = {site.layer: None for site in all_sites(root)}
         become_plain(root, record)
         for layer in merged:
             _become_merged(layer, apart, replacements, final)
         if not final:
             root.__dict__[_MERGED_RECORD] = record
+        _write(Adapter.merge_into, in_place, Adapter.unmerge_from)
     return model
 
 
 _Operation = Callable[[Adapter, Tensor, Tensor], None]
+_Target = tuple[Adapter, Tensor, Tensor]
+"""An adapter, a weight, ||W||_F."""
 
 
-def _in_place(targets: list[tuple[Adapter, Tensor, Tensor]], operation: _Operation, inverse: _Operation) -> None:
-    """Run an operation on each weight, with its norm, after a rehearsal on copies: what can fail fails there.
+def _result(operation: _Operation, adapter: Adapter, weight: Tensor, norm: Tensor) -> Tensor:
+    """What an operation makes of a weight, in a copy.
 
-    Numbers in a weight's own dtype can be taken back only up to its rounding, and a second copy of all weights is too
-    much to ask for. So the copies are made one by one, and thrown away.
+    Raises:
+        ValueError: the weight's dtype cannot hold it.
     """
-    for adapter, weight, norm in progress(targets, "rehearsing on copies"):
-        operation(adapter, weight.clone(memory_format=torch.preserve_format), norm)
-    done: list[tuple[Adapter, Tensor, Tensor]] = []
+    made = weight.clone(memory_format=torch.preserve_format)
+    operation(adapter, made, norm)
+    refuse_infinite(made, adapter.layer_name)
+    return made
+
+
+def _rehearse(operation: _Operation, targets: list[_Target]) -> None:
+    """What can fail fails here, on copies that are made one by one and thrown away."""
+    for target in progress(targets, "rehearsing on copies"):
+        _result(operation, *target)
+
+
+def _write(operation: _Operation, targets: list[_Target], inverse: _Operation) -> None:
+    """Run an operation on each weight, in place, once it was rehearsed.
+
+    A second copy of all weights, by which to undo it bit for bit, is too much to ask for: so it goes on to its end.
+    What fails all the same, for want of memory on a device, is tried again in the host's. If that fails too, what was
+    written is taken back up to the rounding of the weights.
+    """
+    done: list[_Target] = []
     try:
-        for target in progress(targets, "writing weights"):
-            operation(*target)
-            done.append(target)
-    except BaseException:  # the device itself failed
+        for adapter, weight, norm in progress(targets, "writing weights"):
+            try:
+                made = _result(operation, adapter, weight, norm)
+                weight.copy_(made)
+            except Exception:
+                made = _result(operation, copy.deepcopy(adapter).cpu(), weight.cpu(), norm.cpu())
+                weight.copy_(made)
+            done.append((adapter, weight, norm))
+    except BaseException:
         for target in done:
             inverse(*target)
         raise
@@ -214,12 +239,13 @@ def unmerge(model: Model) -> Model:
                 )
             adapter.to(weight.device)
             targets[adapter] = (adapter, weight.detach(), adapter.weight_norm)
-    with uninterrupted():
-        _in_place(list(targets.values()), Adapter.unmerge_from, Adapter.merge_into)
+    _rehearse(Adapter.unmerge_from, list(targets.values()))
+    with all_or_nothing(root):
         del root.__dict__[_MERGED_RECORD]
         for layer in layers.values():
             _become_adapted(layer, layer.__dict__.pop(MERGED))
         become_patched(root, adapters_of(root).values(), record)
+        _write(Adapter.unmerge_from, list(targets.values()), Adapter.merge_into)
     return model
 
 
@@ -273,6 +299,11 @@ def _refuse_untied(root: nn.Module) -> None:
                 f"{site.path} and {other.path} share an adapter, but no longer their weight (loading with assign=True "
                 "unties it): tie them again (tie_weights()), and merge then"
             )
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether there is something for `unmerge`."""
+    return any(_MERGED_RECORD in module.__dict__ for module in model.modules())
 
 
 def _find_merged(model: nn.Module) -> tuple[nn.Module, Record]:

@@ -15,10 +15,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..methods import Adapter
 from ..progress import progress
 from . import cut_graphs, originals, resizing, trainers
-from .adapted import AdaptedLayer
+from .all_or_nothing import Change, Journal, all_or_nothing, make
 from .attach import attach, detach
 from .config import Config, takes_options
-from .interrupts import uninterrupted
+from .interrupts import undone_by, uninterrupted
 from .layers import padding_of
 from .offloaded import at_hand
 from .originals import Mark, Originals
@@ -94,26 +94,20 @@ def patch(model: Model, config: Config) -> Model:
     root = unwrapped(model)
     plan = make_plan(root, config)
     trainers.warn(root, stacklevel=3)
-    apply_plan(root, plan)
     if plan.warning:
         warnings.warn(plan.warning, stacklevel=3)
+    make(prepared(root, plan))
     return model
 
 
-def apply_plan(model: Model, plan: Plan, start: bool = True) -> Model:
-    """Carry out a plan: everything that can fail comes first, and what fails later is rolled back.
-
-    Args: start: False where the adapters are about to be loaded.
-    """
+def prepared(model: nn.Module, plan: Plan, start: bool = True) -> Change:
+    """The change that a plan describes, with its adapters. Args: start: False where they are about to be loaded."""
     adapters: dict[str, Adapter] = {}
     siblings: dict[Any, Any] = {}
     for layer in progress(plan.layers, "making adapters"):
         own = adapters[layer.shares] if layer.shares else build(layer, siblings, start)
         adapters[layer.path] = own
-    record = _remember(model, plan)
-    with uninterrupted():
-        _attach_all(model, plan, adapters, record)
-    return model
+    return Change(model, partial(_attach_all, model, plan, adapters, _remember(model, plan)))
 
 
 def build(layer: PlannedLayer, siblings: dict[Any, Any], start: bool = True) -> Adapter:
@@ -139,7 +133,7 @@ def default_dtype(weight: torch.dtype) -> torch.dtype:
     return torch.float64 if weight == torch.float64 else torch.float32
 
 
-def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], record: Record) -> None:
+def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], record: Record, journal: Journal) -> None:
     by_module: dict[nn.Module, dict[str, Adapter]] = {}
     shared: dict[nn.Module, set[str]] = {}
     for planned in plan.layers:
@@ -148,16 +142,9 @@ def _attach_all(model: nn.Module, plan: Plan, adapters: dict[str, Adapter], reco
             shared.setdefault(planned.module, set()).add(planned.parameter)
         if planned.parameter in planned.module.__dict__:  # a hook's result, as old as the last forward
             planned.module.__dict__[planned.parameter] = planned.weight
-    done: list[AdaptedLayer] = []
-    try:
-        for module, own in by_module.items():
-            done.append(attach(module, own, shared.get(module, ())))
-        become_patched(model, adapters.values(), record)
-    except BaseException:
-        become_plain(model, record)
-        for layer in done:
-            detach(layer)
-        raise
+    for module, own in by_module.items():
+        attach(module, own, shared.get(module, ()))
+    become_patched(model, adapters.values(), record)
     for module in model.modules():
         module.__dict__.pop(MERGED, None)  # an earlier merge can no longer be taken back
 
@@ -255,10 +242,10 @@ def unpatch(model: Model) -> Model:
     root, record = find_patched(model)
     layers = {site.layer: None for site in all_sites(root)}
     tensors: dict[str, Tensor] = parameters_of(root) | persistent_buffers(root)
-    with uninterrupted():
-        for name, original in record.originals.tensors.items():  # first: what can fail must leave the model patched
+    with all_or_nothing(root) as journal:
+        for name, original in record.originals.tensors.items():
             if original is not None and name in tensors and tensors[name].shape == original.shape:
-                tensors[name].copy_(original)
+                journal.write(tensors[name], original)
         become_plain(root, record)
         for layer in layers:
             detach(layer)
@@ -284,16 +271,22 @@ def disabled(model: Model, *, trained: bool = False) -> Iterator[Model]:
         ValueError: the model is not patched; with `trained` also where that cannot be the base: another parameter was
             unfrozen or moved since, or one is sharded, or was on meta at `patch`.
     """
-    adapters = list(adapters_of(model).values())
-    with base_tensors(model) if trained else nullcontext():
-        off: list[Adapter] = []
-        try:
-            with uninterrupted():
-                for adapter in adapters:
-                    adapter.turn(off=True)
-                    off.append(adapter)
-            yield model
-        finally:
-            with uninterrupted():
-                for adapter in off:
-                    adapter.turn(off=False)
+    with base_tensors(model) if trained else nullcontext(), turned_off(adapters_of(model).values()):
+        yield model
+
+
+@contextmanager
+def turned_off(adapters: Iterable[Adapter]) -> Iterator[None]:
+    """A block in which these adapters do nothing."""
+    off: list[Adapter] = []
+
+    def turn_on() -> None:
+        while off:
+            off.pop().turn(off=False)
+
+    with undone_by(turn_on):
+        with uninterrupted():
+            for adapter in adapters:
+                adapter.turn(off=True)
+                off.append(adapter)
+        yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..methods import Adapter
 from ..methods.sharded import is_sharded, shard_of
-from .interrupts import uninterrupted
+from .interrupts import undone_by, uninterrupted
 from .originals import same_numbers
 from .record import Record, find_patched, moved_names, names_of, outside, showing_base, trained_names
 
@@ -51,18 +51,22 @@ def base_tensors(model: nn.Module) -> Iterator[None]:
         ValueError: see `mapsurgery.disabled`; nothing is changed then.
     """
     root, record = find_patched(model, showing=True)
-    shown: _Shown | None = None
+    open_blocks: list[_Shown] = []
     written: list[str] = []
-    try:
+
+    def end() -> None:
+        with _SHOWING:
+            while open_blocks:
+                shown = open_blocks.pop()
+                shown.blocks -= 1
+                written.extend(_put_back(root, shown) if shown.blocks == 0 else [])
+
+    with undone_by(end):
         with uninterrupted(), _SHOWING:
             shown = showing_base.get(root) or _show(model, root, record)
             shown.blocks += 1
+            open_blocks.append(shown)
         yield
-    finally:
-        with uninterrupted(), _SHOWING:
-            if shown is not None:
-                shown.blocks -= 1
-                written = _put_back(root, shown) if shown.blocks == 0 else []
     if written:
         warnings.warn(
             f"{', '.join(written[:5])}: what was written in the block of mapsurgery.disabled(trained=True) is lost, as "

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from ...methods import Dora, Lora
 from ...surgery.adapted import AdaptedLayer
+from ...surgery.all_or_nothing import Change, Journal, make
 from ...surgery.config import Config
 from ...surgery.layers import padding_of, weight_of, why_not
-from ...surgery.patch import apply_plan, unpatch
+from ...surgery.patch import prepared
 from ...surgery.paths import module_paths, site_paths, unwrapped
 from ...surgery.plan import Plan, count_parameters
 from ...surgery.planned import PlannedLayer, planned_layer
@@ -112,17 +114,18 @@ def from_peft_state_dict(model: Model, state: Mapping[str, Tensor], config: Mapp
             missing or of another shape, or means something else here; the message names them, and the model is as it
             was.
     """
+    make(loading(model, state, config))
+    return model
+
+
+def loading(model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Change:
+    """What `from_peft_state_dict` does, ready to be done."""
     settings = read_settings(config)
     content = _sorted(state)
     root = unwrapped(model)
     plan, layouts = _plan_of(root, content, settings)
-    apply_plan(root, plan, start=settings.update != "lora")
-    try:
-        _fill(root, plan, layouts, content, settings)
-    except BaseException:
-        unpatch(root)
-        raise
-    return model
+    fill = partial(_fill, root, plan, layouts, content, settings)
+    return prepared(root, plan, start=settings.update != "lora").then(fill)
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,14 @@ def _is_base(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, plan: Plan, layouts: dict[str, Layout], content: _Content, settings: Settings) -> None:
+def _fill(
+    model: nn.Module,
+    plan: Plan,
+    layouts: dict[str, Layout],
+    content: _Content,
+    settings: Settings,
+    journal: Journal,
+) -> None:
     """Put the tensors into the patched model."""
     for layer, (path, layout) in zip(plan.layers, layouts.items(), strict=True):
         assert isinstance(layer.module, AdaptedLayer)
@@ -315,4 +325,4 @@ def _fill(model: nn.Module, plan: Plan, layouts: dict[str, Layout], content: _Co
             method.count_from_base(adapter)
     places: dict[str, Tensor] = parameters_of(model) | persistent_buffers(model)
     for name in content.others.keys() & places.keys():
-        places[name].copy_(content.others[name])
+        journal.write(places[name], content.others[name])

@@ -52,12 +52,23 @@ def replacement(layer: QuantisedLinear, path: str, choice: str, surroundings: to
     adapter = layer.adapter_of("weight")
     adapter.merge_into(merged, adapter.weight_norm)
     if choice == "dequantise" or kind.quantise is None:
-        return Replacement(nn.Parameter(merged.to(kind.dtype(layer) or surroundings), requires_grad=False))
+        plain = merged.to(kind.dtype(layer) or surroundings)
+        refuse_infinite(plain, path)
+        return Replacement(nn.Parameter(plain, requires_grad=False))
     try:
         weight, attributes = kind.quantise(layer, merged)
     except ValueError as error:
         raise ValueError(_cannot(path, kind, str(error))) from error
     return Replacement(weight, attributes, plain=False)
+
+
+def refuse_infinite(weight: Tensor, path: str) -> None:
+    """Raises ValueError where the dtype of a weight cannot hold what was merged."""
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"{path}: what is merged is infinite in {weight.dtype}, as the weight is; cast the model to a wider dtype "
+            "(float32, bfloat16) and merge then"
+        )
 
 
 def _cannot(path: str, kind: Quantisation, reason: str) -> str:
