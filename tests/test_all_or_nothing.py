@@ -1,0 +1,311 @@
+"""Every public function that changes a model changes it as a whole or not at all, whatever signal or failure comes.
+
+The k-th line of the library's Python at which a signal arrives, and the k-th operation of torch that fails, run through
+the whole of each function; `make test` tries some of them, `make test-long` all.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from definition import Snapshot, image, net, to_generic_point
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mapsurgery
+import mapsurgery.integrations.peft
+from mapsurgery.surgery.interrupts import undone_by, uninterrupted
+
+LIBRARY = os.path.dirname(mapsurgery.__file__)
+SOME = 24
+
+
+class Failure(Exception):
+    """What a signal's handler, or an operation of torch, raises."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A function that changes a model. Attributes: start: makes the model; run: changes it, a block is left again."""
+
+    start: Callable[[], nn.Module]
+    run: Callable[[nn.Module, Path], Any]
+
+
+def _fresh() -> nn.Module:
+    return net().eval()
+
+
+def _patched(**options: Any) -> nn.Module:
+    options = {"rank": 2, "train": ["head*"]} | options
+    return to_generic_point(mapsurgery.patch(net(), ["stem", "body"], **options)).eval()
+
+
+def _lora() -> nn.Module:
+    return to_generic_point(mapsurgery.patch(net(), "body", rank=2, method="lora")).eval()
+
+
+def _merged(**options: Any) -> nn.Module:
+    return mapsurgery.merge(_patched(), **options)
+
+
+def _adalora() -> nn.Module:
+    model = _patched(update="adalora")
+    model(image()).square().mean().backward()
+    return model
+
+
+def _with_gradients() -> nn.Module:
+    model = _patched(train=[])
+    model.stem.adapter.A.data.mul_(64)
+    model(image()).square().mean().backward()
+    return model
+
+
+@functools.cache
+def _state() -> dict[str, torch.Tensor]:
+    return mapsurgery.adapter_state_dict(_patched())
+
+
+@functools.cache
+def _peft_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    model, peft = _lora(), mapsurgery.integrations.peft
+    return peft.to_peft_state_dict(model), peft.to_peft_config(model)
+
+
+def _in_block(block: Callable[..., Any], **options: Any) -> Callable[[nn.Module, Path], None]:
+    def run(model: nn.Module, folder: Path) -> None:
+        with block(model, **options), torch.no_grad():
+            model(image())
+
+    return run
+
+
+def _allocate(model: nn.Module, folder: Path) -> None:
+    mapsurgery.RankAllocator(model, target_rank=1, total_steps=4, warmup=0, final=1, interval=1).step()
+
+
+def _exported(model: nn.Module, folder: Path) -> None:
+    mapsurgery.export(model, folder / "model.pt2", (image(),), merged=True)
+
+
+CHANGES = {
+    "patch": Change(_fresh, lambda model, _: mapsurgery.patch(model, ["stem", "body"], rank=2, train=["head*"])),
+    "unpatch": Change(_patched, lambda model, _: mapsurgery.unpatch(model)),
+    "load": Change(_fresh, lambda model, folder: mapsurgery.load(model, folder / "map.safetensors")),
+    "load_adapter_state_dict": Change(
+        lambda: to_generic_point(_patched(), seed=9),
+        lambda model, _: mapsurgery.load_adapter_state_dict(model, _state()),
+    ),
+    "merge": Change(_patched, lambda model, _: mapsurgery.merge(model)),
+    "merge(keep_base=True)": Change(_patched, lambda model, _: mapsurgery.merge(model, keep_base=True)),
+    "merge(final=True)": Change(_patched, lambda model, _: mapsurgery.merge(model, final=True)),
+    "unmerge": Change(_merged, lambda model, _: mapsurgery.unmerge(model)),
+    "unmerge of a kept base": Change(lambda: _merged(keep_base=True), lambda model, _: mapsurgery.unmerge(model)),
+    "disabled": Change(_patched, _in_block(mapsurgery.disabled)),
+    "disabled(trained=True)": Change(_patched, _in_block(mapsurgery.disabled, trained=True)),
+    "reuse_norms": Change(_patched, _in_block(mapsurgery.reuse_norms)),
+    "verify": Change(_patched, lambda model, _: mapsurgery.verify(model, image())),
+    "contrib.rebalance": Change(_with_gradients, lambda model, _: mapsurgery.contrib.rebalance(model)),
+    "RankAllocator": Change(_adalora, _allocate),
+    "export": Change(_patched, _exported),
+    "integrations.peft.load_peft": Change(
+        _fresh, lambda model, folder: mapsurgery.integrations.peft.load_peft(model, folder / "peft")
+    ),
+    "integrations.peft.from_peft_state_dict": Change(
+        _fresh,
+        lambda model, _: mapsurgery.integrations.peft.from_peft_state_dict(model, *_peft_state()),
+    ),
+}
+
+CHANGES_NO_MODEL = {
+    *("plan", "save", "report", "track", "param_groups", "adapter_state_dict", "orthogonality_loss"),
+    *("native_info", "cmake_prefix_path", "register_method", "register_update"),
+    *("integrations.peft.save_peft", "integrations.peft.to_peft_state_dict", "integrations.peft.to_peft_config"),
+    *("contrib.BetaSchedule", "contrib.linear_warmup"),
+}
+
+
+def _public() -> Iterator[str]:
+    for prefix, module in (
+        ("", mapsurgery),
+        ("contrib.", mapsurgery.contrib),
+        ("integrations.peft.", mapsurgery.integrations.peft),
+    ):
+        for name in module.__all__:
+            if inspect.isfunction(getattr(module, name)) or name in ("RankAllocator", "BetaSchedule"):
+                yield prefix + name
+
+
+def test_every_public_function_is_known_here() -> None:
+    known = {name.partition("(")[0].partition(" of ")[0] for name in CHANGES} | CHANGES_NO_MODEL
+    assert {*_public()} <= known
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("files")
+    mapsurgery.save(_patched(), path / "map.safetensors")
+    mapsurgery.integrations.peft.save_peft(_lora(), path / "peft")
+    return path
+
+
+@contextmanager
+def _signal_at(line: int) -> Iterator[list[int]]:
+    """SIGALRM, whose handler raises, when the k-th line of the library runs. Gives a list with the lines that ran."""
+    seen = [0]
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(LIBRARY):
+            return None
+        if event == "line":
+            seen[0] += 1
+            if seen[0] == line:
+                signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    def handler(number: int, frame: Any) -> None:
+        raise Failure(f"signal {number}")
+
+    before, tracing = signal.signal(signal.SIGALRM, handler), sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield seen
+    finally:
+        sys.settrace(tracing)
+        assert signal.signal(signal.SIGALRM, before) is handler, "the program's handler was not put back"
+
+
+class _Failing(TorchDispatchMode):
+    """The k-th operation fails."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.seen = at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.at:
+            raise Failure(f"operation {self.at}, {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def _as_after(model: nn.Module, after: nn.Module) -> bool:
+    types = [type(module).__name__ for module in model.modules()] == [
+        type(module).__name__ for module in after.modules()
+    ]
+    a, b = model.state_dict(), after.state_dict()
+    flags = [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in after.parameters()]
+    return types and flags and list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _numbers(count: int, all_of_them: bool, name: str) -> list[int]:
+    chosen = random.Random(name)
+    return [*range(1, count + 1)] if all_of_them else sorted(chosen.sample(range(1, count + 1), min(SOME, count)))
+
+
+def _try_all(name: str, folder: Path, every: bool, breaking: Callable[[int], Any]) -> None:
+    change = CHANGES[name]
+
+    def run(model: nn.Module, k: int) -> int:
+        torch.manual_seed(0)
+        with breaking(k) as counter:
+            change.run(model, folder)
+        return counter.seen if isinstance(counter, _Failing) else counter[0]
+
+    change.run(change.start(), folder)  # what is made once is there
+    after = change.start()
+    count = run(after, 0)
+    failed = 0
+    for k in _numbers(count, every, name):
+        model = change.start()
+        snapshot, grads = Snapshot(model), [p.grad for p in model.parameters()]
+        try:
+            run(model, k)
+        except (Failure, mapsurgery.VerificationError, ValueError) as error:  # the last two may say what failed
+            failed += 1
+            if not _as_after(model, after):
+                try:
+                    snapshot.assert_holds(model)
+                    assert [p.grad for p in model.parameters()] == grads
+                except AssertionError as difference:
+                    raise AssertionError(f"{name}, {k} of {count}: {error!r} leaves neither") from difference
+    assert failed or not count
+
+
+@pytest.mark.parametrize("name", [*CHANGES])
+def test_a_signal_leaves_the_model_as_it_was_or_as_it_becomes(name: str, folder: Path) -> None:
+    _try_all(name, folder, False, _signal_at)
+
+
+@pytest.mark.parametrize("name", [*CHANGES])
+def test_a_failure_leaves_the_model_as_it_was_or_as_it_becomes(name: str, folder: Path) -> None:
+    _try_all(name, folder, False, _Failing)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("breaking", [_signal_at, _Failing], ids=["signal", "failure"])
+@pytest.mark.parametrize("name", [*CHANGES])
+def test_at_every_line_and_operation(name: str, folder: Path, breaking: Any) -> None:
+    _try_all(name, folder, True, breaking)
+
+
+# The sections themselves ----------------------------------------------------------------------------------------------
+
+
+def test_every_signal_of_a_block_reaches_its_handler_after_it() -> None:
+    caught: list[int] = []
+
+    def raising(number: int, frame: Any) -> None:
+        caught.append(number)
+        raise Failure(str(number))
+
+    numbers = (signal.SIGALRM, signal.SIGUSR1, signal.SIGTERM)
+    before = {number: signal.signal(number, raising) for number in numbers}
+    try:
+        with pytest.raises(Failure), uninterrupted():
+            for number in numbers:
+                signal.raise_signal(number)
+            assert not caught
+        assert caught == [*numbers]
+        assert all(signal.getsignal(number) is raising for number in numbers)
+        with pytest.raises(Failure):
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGUSR2)
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_what_is_to_be_undone_is_although_its_first_run_fails() -> None:
+    runs: list[int] = []
+
+    def undo() -> None:
+        runs.append(len(runs))
+        if len(runs) == 1:
+            raise Failure("once")
+
+    with pytest.raises(Failure), undone_by(undo):
+        pass
+    assert runs == [0, 1]
