@@ -2,6 +2,7 @@
 
 #include "cpu/device.h"
 #include "cpu/rows.h"
+#include "ops/fingerprint.h"
 
 namespace mapsurgery {
 namespace {
@@ -77,6 +78,37 @@ Cpu::Sum Cpu::squared_norm(const Tensor& t) {
       return dot_row(row, row, n);
     });
   });
+}
+
+void Cpu::fingerprint(const Tensor& t, int64_t rows, int64_t columns, const double* signs, double* out) {
+  std::fill(out, out + 1 + kSketch, 0.0);
+  if (rows == 0 || columns == 0) return;
+  // Rows per partial sum: fixed, so that a sum does not depend on the number of threads.
+  const int64_t group = std::max<int64_t>(1, kPartial / columns), groups = (rows + group - 1) / group;
+  std::vector<double> partial(groups * (1 + kSketch));
+  dispatch_floating(t.scalar_type(), [&](auto type) {
+    const auto* data = static_cast<const typename decltype(type)::type*>(t.data_ptr());
+    const int64_t grain = std::max<int64_t>(1, kGrain / (group * columns));
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      double buffer[kBuffer];
+      for (int64_t g = begin; g < end; ++g) {
+        double* sums = &partial[g * (1 + kSketch)];
+        for (int64_t i = g * group; i < std::min(rows, (g + 1) * group); ++i) {
+          double of_row[kSketch] = {};
+          for (int64_t j = 0; j < columns; j += kBuffer) {
+            const int64_t n = std::min(kBuffer, columns - j);
+            const double* row = widened(data + i * columns + j, buffer, n);
+            sums[0] += dot_row(row, row, n);
+            dot_row_by_8(of_row, row, signs + j, n);
+          }
+          for (int64_t s = 0; s < kSketch; ++s) sums[1 + s] += sign_at(i) * of_row[s];
+        }
+      }
+    });
+  });
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t s = 0; s < 1 + kSketch; ++s) out[s] += partial[g * (1 + kSketch) + s];
+  }
 }
 
 Cpu::Sum Cpu::dot(const Tensor& a, const Tensor& b) {

@@ -92,6 +92,17 @@ MAPSURGERY_SIMD acc_t dot_row(const acc_t* a, const acc_t* b, int64_t n) {
   return sum;
 }
 
+MAPSURGERY_SIMD void dot_row_by_8(double* sums, const double* a, const double* b, int64_t n) {
+  constexpr int64_t kLanes = 32;
+  double lanes[kLanes] = {};
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += a[i + k] * b[i + k];
+  }
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += a[i] * b[i];
+  for (int64_t k = 0; k < kLanes; ++k) sums[k % 8] += lanes[k];
+}
+
 template <class acc_t>
 MAPSURGERY_SIMD void affine_row(acc_t* row, acc_t factor, acc_t shift, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = factor * row[i] + shift;

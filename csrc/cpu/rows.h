@@ -17,6 +17,9 @@ template <class acc_t>
 acc_t dot_row(const acc_t* a, const acc_t* b, int64_t n);
 
 // row = factor row + shift
+// sums[i mod 8] += a[i] b[i]; the first of the numbers is at a place i that 8 divides.
+void dot_row_by_8(double* sums, const double* a, const double* b, int64_t n);
+
 template <class acc_t>
 void affine_row(acc_t* row, acc_t factor, acc_t shift, int64_t n);
 
