@@ -12,14 +12,23 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._atomic_write import write_whole
-from ._base import Base
+from ._base import (
+    DTYPES_BY_NAME,
+    Base,
+    Surroundings,
+    acts_as,
+    check_choice,
+    judge,
+    surroundings_of,
+    unlike,
+    without,
+)
 from ._state_dict import Pairs, adapter_state_dict, changed_buffers, fitting, put
-from .methods.adapter import DTYPES, common_row
+from ._tensor_file import CHECKSUM, TensorFile, content_of, opened, refuse_too_large
+from .methods.adapter import DTYPES, common_row, measured
 from .progress import progress
 from .surgery import trainers
 from .surgery.all_or_nothing import Change, Journal, all_or_nothing, make
@@ -29,7 +38,8 @@ from .surgery.offloaded import at_hand
 from .surgery.patch import prepared
 from .surgery.paths import entry, module_paths, site_paths, unwrapped
 from .surgery.plan import Plan, count_parameters
-from .surgery.planned import PlannedLayer, norm_of, parameter_shapes, planned_layer
+from .surgery.planned import PlannedLayer, parameter_shapes, planned_layer
+from .surgery.quantised import kinds
 from .surgery.record import (
     Site,
     all_sites,
@@ -50,10 +60,12 @@ ADAPTER_NAME = "adapter.safetensors"
 """Of a file in a folder that another tool chose."""
 
 FORMAT = "mapsurgery"
-FORMAT_VERSION = 3
-_READABLE = ("1", "2", "3")
+FORMAT_VERSION = 4
+_WITHOUT_CHECKSUM = ("1", "2", "3")
+_READABLE = (*_WITHOUT_CHECKSUM, "4")
 """1 has one tensor more for each layer, "form", which says what the configuration says as well. In 1 and 2
-alpha of MAP and m of DoRA are the magnitudes themselves, since then their distance from the base's."""
+alpha of MAP and m of DoRA are the magnitudes themselves, since then their distance from the base's. Before 4 there is
+no checksum, and of the base nothing but the norms of adapted weights is known."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]
@@ -84,7 +96,7 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
     _refuse_mixed(sites, record.config)
     holders = all_sites(root)
     layers = {site.path: _describe(site, holders) for site in progress(sites, "reading norms")}
-    tensors = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(model).items()}
+    tensors = adapter_state_dict(model)
     buffers = changed_buffers(root, record)
     metadata = {
         "format": FORMAT,
@@ -97,11 +109,12 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
         "buffers": json.dumps(buffers),
         "cut": json.dumps(list(record.cut(root, {path for site in holders for path in site.paths})[1])),
         "form": json.dumps(record.config.update.form()),
+        "surroundings": json.dumps(surroundings_of(root, record)),
     }
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
     if diverged:
         raise ValueError(f"what was trained holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
-    write_whole({os.fspath(path): lambda temporary: save_file(tensors, temporary, metadata=metadata)})
+    write_whole({os.fspath(path): content_of(tensors, metadata)})
 
 
 def _refuse_mixed(sites: list[Site], config: Config) -> None:
@@ -137,7 +150,9 @@ def _describe(site: Site, holders: list[Site]) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantised": base.quantised,
         "rank": adapter.rank,
+        "acts_as": base.layer,
         "weight_norm": norms if adapter.stacked else norms[0],
+        "sketch": None if base.sketch is None else base.sketch.tolist(),
         "kept_row": adapter.kept_row,
     }
 
@@ -154,15 +169,20 @@ class _File:
     moved: tuple[str, ...]
     buffers: tuple[str, ...]
     cut: tuple[str, ...]
+    surroundings: Surroundings | None
     tensors: dict[str, Tensor]
 
 
-def load(model: Model, path: Path) -> Model:
+def load(model: Model, path: Path, *, base: str = "refuse") -> Model:
     """Patch a fresh model as the file says, and put the file's adapter into it.
 
     Args:
         model: the base model that the adapter was trained on, not patched, its weights loaded.
         path: a file that `save` wrote. It is data only: nothing in it is executed or unpickled.
+        base: what becomes of an adapter that was trained on another base: "refuse" is an error, "warn" loads it with a
+            warning that says what differs, "ignore" loads it and looks at no weight. Compared are, of each adapted
+            layer, what it does, and norm and sketch of its weight (`ops.fingerprint`), up to the rounding of a cast
+            or a quantisation; of everything else that the file does not hold, up to 64 numbers of each tensor.
 
     Returns:
         The same model, patched; layers that `train` named at `patch` are trainable again.
@@ -170,25 +190,32 @@ def load(model: Model, path: Path) -> Model:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of an unknown version or inconsistent, or does not fit the model: a layer is
-            missing, has another shape or another weight (by ||W||_F). The message names it, and the model is as it was.
+            missing, has another shape, or the base is another (see `base`). The message names it, and the model is as
+            it was.
     """
-    change = loading(model, path)
+    change = loading(model, path, base)
     trainers.warn(change.model, stacklevel=2)
     make(change)
     return model
 
 
-def loading(model: nn.Module, path: Path) -> Change:
+def loading(model: nn.Module, path: Path, base: str = "refuse") -> Change:
     """What `load` does, ready to be done."""
-    file = _read(os.fspath(path))
+    check_choice(base)
     refuse_reduced(model)
     root = unwrapped(model)
+    with opened(path) as source:
+        described = _parsed(source)
+        plan = _plan_of(root, described)  # shapes first: then the file is no larger than what the model takes
+        file = _filled(described, source)
+    if base != "ignore":
+        judge(_differences(root, file, plan.layers), base, file.path, stacklevel=3)
 
     def fill(journal: Journal) -> None:
         put(root, _named_by(root, file), journal)
         _count_from_base(root, file)
 
-    return prepared(root, _plan_of(root, file), start=False).then(fill)
+    return prepared(root, plan, start=False).then(fill)
 
 
 def restore(model: nn.Module, path: Path) -> None:
@@ -206,7 +233,7 @@ def restore(model: nn.Module, path: Path) -> None:
 
 def restore_each(models: Iterable[tuple[nn.Module, Path]]) -> None:
     """`restore` of several models, each from a file of its own: all of them, or none."""
-    files = [(model, _read(os.fspath(path))) for model, path in models]
+    files = [(model, _read(path, find_trained(model)[0])) for model, path in models]
     pairs = [pair for model, file in files for pair in _fitting(model, file)]
     with all_or_nothing() as journal:
         for value, place in pairs:
@@ -231,9 +258,8 @@ def _fitting(model: nn.Module, file: _File) -> Pairs:
     before = record.originals.tensors
     state = OrderedDict((name, t) for name in persistent_buffers(root) if (t := before.get(name)) is not None)
     state.update(_named_by(root, file))
-    state._metadata = {  # type: ignore[attr-defined]
-        holders[name].entry(""): {"base": asdict(_base_of(layer))} for name, layer in file.layers.items()
-    }
+    bases = {holders[name].entry(""): {"base": asdict(_base_of(layer))} for name, layer in file.layers.items()}
+    state._metadata = {"": {"surroundings": file.surroundings}, **bases}  # type: ignore[attr-defined]
     return fitting(model, state)
 
 
@@ -263,18 +289,20 @@ def _named_by(model: nn.Module, file: _File) -> dict[str, Tensor]:
     return {renamed.get(name, name): tensor for name, tensor in file.tensors.items()}
 
 
-def _read(path: str) -> _File:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such adapter file: {path}")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but not one that mapsurgery.save wrote")
-            _check_version(path, metadata.get("format_version"))
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file (truncated or damaged): {error}") from error
+def _read(path: Path, model: nn.Module) -> _File:
+    with opened(path) as source:
+        refuse_too_large(source, model)
+        return _filled(_parsed(source), source)
+
+
+def _parsed(source: TensorFile) -> _File:
+    """A file that is consistent in itself, its tensors on meta."""
+    path, metadata = source.path, source.metadata
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not one that mapsurgery.save wrote")
+    _check_version(path, metadata.get("format_version"))
+    if metadata["format_version"] not in _WITHOUT_CHECKSUM and CHECKSUM not in metadata:
+        raise ValueError(f"{path} is damaged: its metadata has no {CHECKSUM!r}")
     file = _File(
         path=path,
         version=metadata["format_version"],
@@ -284,7 +312,8 @@ def _read(path: str) -> _File:
         moved=_names(path, {"moved": "[]", **metadata}, "moved"),  # files of 0.1 have none
         buffers=_names(path, metadata, "buffers"),
         cut=_names(path, metadata, "cut") if "cut" in metadata else (),
-        tensors=tensors,
+        surroundings=None if metadata["format_version"] in _WITHOUT_CHECKSUM else _surroundings(path, metadata),
+        tensors=dict(source.shapes),
     )
     if metadata["format_version"] == "1":
         for layer in file.layers.values():
@@ -293,6 +322,15 @@ def _read(path: str) -> _File:
         _check_form(file, _json(path, metadata, "form", dict))
     _check_consistent(file)
     return file
+
+
+def _filled(file: _File, source: TensorFile) -> _File:
+    """The file with its tensors."""
+    tensors = source.read()
+    diverged = [name for name in file.tensors if name not in file.buffers and not tensors[name].isfinite().all()]
+    if diverged:
+        raise ValueError(f"{file.path}: {', '.join(diverged[:5])} holds NaN or infinite values")
+    return replace(file, tensors={name: tensors[name] for name in file.tensors})
 
 
 def _check_form(file: _File, found: dict[str, float]) -> None:
@@ -353,6 +391,35 @@ def _norms(layer: dict[str, Any]) -> list[float]:
     return norms if isinstance(norms, list) else [norms]
 
 
+def _sketch(layer: dict[str, Any]) -> Tensor | None:
+    numbers = layer.get("sketch")
+    return None if numbers is None else torch.tensor(numbers, dtype=torch.float64)
+
+
+def _surroundings(path: str, metadata: Mapping[str, str]) -> Surroundings:
+    value = _json(path, metadata, "surroundings", dict)
+    kinds = [value.get(kind) for kind in ("parameters", "buffers")]
+    entries = [entry for kind in kinds if isinstance(kind, dict) for entry in kind.values()]
+    if len(value) != 2 or not all(isinstance(kind, dict) for kind in kinds) or not all(map(_is_numbers, entries)):
+        raise ValueError(f"{path}: 'surroundings' in its metadata is not what mapsurgery.save writes")
+    return value
+
+
+def _is_sketch(rows: Any, matrices: int) -> bool:
+    if rows is None:
+        return True
+    if not isinstance(rows, list) or len(rows) != matrices or not all(isinstance(row, list) for row in rows):
+        return False
+    return all(len(row) == 8 and all(type(x) in (int, float) and abs(x) < 1e300 for x in row) for row in rows)
+
+
+def _is_numbers(entry: Any) -> bool:
+    """Whether an entry is a dtype, a norm and a sketch."""
+    if not isinstance(entry, list) or len(entry) != 10 or entry[0] not in DTYPES_BY_NAME:
+        return False
+    return all(type(number) in (int, float) and abs(number) < 1e300 for number in entry[1:])
+
+
 def _tensor(numbers: float | list[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)  # whatever torch's default dtype is
 
@@ -371,7 +438,7 @@ def _roles(file: _File, layer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _check_consistent(file: _File) -> None:
-    """The tensors are those that the metadata announces, finite, and of shapes that fit one another."""
+    """The tensors are those that the metadata announces, of dtypes that adapters have."""
     expected = {*file.trained, *file.moved, *file.buffers}
     if not file.layers:
         raise ValueError(f"{file.path}: its metadata names no layers")
@@ -383,6 +450,8 @@ def _check_consistent(file: _File) -> None:
                 raise ValueError(f"{file.path}: layer {name} has {key} = {layer.get(key)!r} in the metadata")
         if not all(isinstance(norm, int | float) and 0 <= norm < 1e300 for norm in _norms(layer)):
             raise ValueError(f"{file.path}: layer {name} has weight_norm = {layer['weight_norm']}")
+        if not _is_sketch(layer.get("sketch"), len(_norms(layer))) or not isinstance(layer.get("acts_as", ""), str):
+            raise ValueError(f"{file.path}: layer {name} has a sketch or acts_as that mapsurgery.save does not write")
         places = [[layer["layer"], layer["parameter"]], *layer["tied"]]
         if not all(isinstance(place, list) and [type(part) for part in place] == [str, str] for place in places):
             raise ValueError(f"{file.path}: layer {name} is tied with {layer['tied']!r}, expected pairs of names")
@@ -394,12 +463,10 @@ def _check_consistent(file: _File) -> None:
     missing, unknown = sorted(expected - set(file.tensors)), sorted(set(file.tensors) - expected)
     if missing or unknown:
         raise ValueError(f"{file.path}: tensors missing: {missing[:5]}, tensors that nothing announces: {unknown[:5]}")
-    for name in expected - {*file.buffers}:  # of which a mask may hold -inf
+    for name in expected - {*file.buffers}:
         tensor = file.tensors[name]
         if str(tensor.dtype).removeprefix("torch.") not in _DTYPES:
             raise ValueError(f"{file.path}: {name} is {tensor.dtype}, expected one of {[*_DTYPES]}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file.path}: {name} holds NaN or infinite values")
 
 
 def _plan_of(model: nn.Module, file: _File) -> Plan:
@@ -431,7 +498,6 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError(f"{file.path} does not fit this model: " + "; ".join(problems[:8]) + more)
-    _check_base(file, layers)
     parameters = parameters_of(model)
     return Plan(
         config=file.config,
@@ -465,7 +531,10 @@ def _planned_by_file(
         shares = found[0].path if found else None
         # Under the name that the file gives it: this model may list the names of one module in another order.
         layer = replace(layer, paths=tuple(dict.fromkeys((*site_paths([path], parameter), *layer.paths))))
-        found.append(replace(layer, weight_norm=norms if layer.stacked else norms[0], dtype=dtype, shares=shares))
+        known = _sketch(described)
+        found.append(
+            replace(layer, weight_norm=norms if layer.stacked else norms[0], sketch=known, dtype=dtype, shares=shares)
+        )
     kept = common_row([padding_of(layer.module) for layer in found], found[0].shape[0])
     if described.get("kept_row", kept) != kept:
         return f"has padding_idx {described['kept_row']} in the file, whose row stays the base's, and {kept} here"
@@ -531,7 +600,8 @@ def _base_of(layer: dict[str, Any]) -> Base:
     """The base that a layer's adapter in a file was trained on."""
     norms = _norms(layer)
     elements = math.prod(layer["shape"]) // len(norms)
-    return Base(_tensor(norms), _DTYPES[layer["dtype"]], elements, layer.get("quantised", ""))
+    quantised, acts = layer.get("quantised", ""), layer.get("acts_as", "")
+    return Base(_tensor(norms), _DTYPES[layer["dtype"]], elements, quantised, _sketch(layer), acts)
 
 
 def _difference(layer: PlannedLayer, described: dict[str, Any]) -> str | None:
@@ -539,17 +609,18 @@ def _difference(layer: PlannedLayer, described: dict[str, Any]) -> str | None:
     there = _base_of(described)
     with at_hand(layer.module):
         quantised = layer.quantisation.name if layer.quantisation else ""
-        here = Base(_tensor(norm_of(layer)), layer.weight.dtype, there.elements, quantised)
+        weight = layer.weight if layer.quantisation is None else kinds.dequantised(layer.module)
+        norms, sketch = measured(weight.detach(), layer.stacked)
+        acts = acts_as(layer.module)
+        here = Base(_tensor(norms), layer.weight.dtype, there.elements, quantised, sketch, acts)
         return here.difference(there, lambda: layer.weight)
 
 
-def _check_base(file: _File, layers: list[PlannedLayer]) -> None:
-    """The weights are those that the adapter was trained on, as far as ||W||_F tells."""
+def _differences(model: nn.Module, file: _File, layers: Iterable[PlannedLayer]) -> list[str]:
+    """In what the model is not the base that the adapter was trained on."""
     own = [layer for layer in layers if not layer.shares]
-    found = {layer.path: _difference(layer, file.layers[layer.path]) for layer in progress(own, "comparing the base")}
-    wrong = [f"{path}{difference}" for path, difference in found.items() if difference]
-    if wrong:
-        raise ValueError(
-            f"{file.path} was trained on another base ({len(wrong)} of {len(own)} layers differ): "
-            + "; ".join(wrong[:5])
-        )
+    found = [(layer.path, _difference(layer, file.layers[layer.path])) for layer in progress(own, "comparing the base")]
+    differences = [f"{path}{difference}" for path, difference in found if difference]
+    if file.surroundings is not None:
+        differences += unlike(model, without(file.surroundings, file.tensors))
+    return differences

@@ -2,58 +2,138 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 
-from safetensors import SafetensorError
+from .surgery.interrupts import undone_by, uninterrupted
+
+try:
+    import fcntl
+except ImportError:  # not Unix: what a killed process leaves stays
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX, _SUFFIX = ".mapsurgery-", ".tmp"
+
+Content = Iterable[bytes | bytearray | memoryview]
+"""Of a file, in pieces."""
 
 
-def write_whole(writers: Mapping[str, Callable[[str], object]]) -> None:
+def write_whole(contents: Mapping[str, Content]) -> None:
     """Write every file under a temporary name beside its destination, then rename them all.
 
-    A crash while they are written leaves the old files; an existing file keeps its mode, a link stays one.
+    A crash while they are written leaves the old files, and the next call removes what a killed one left; an existing
+    file keeps its mode, a link stays one.
 
-    Args: writers: destination -> what writes the content to the path that it is given.
+    Args: contents: by destination.
 
     Raises:
         FileNotFoundError: the folder of a destination does not exist.
-        OSError: a file cannot be written.
+        OSError: a destination is no file (a folder, a device, a pipe), or cannot be written.
     """
-    targets = {os.path.realpath(path): write for path, write in writers.items()}
+    targets = {os.path.realpath(path): content for path, content in contents.items()}
     for path in targets:
-        folder = os.path.dirname(path)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"the folder {folder} does not exist: make it before saving to {path}")
-    written: dict[str, str] = {}
-    try:
-        for path, write in targets.items():
-            written[path] = _temporary(path)
-            _write(write, written[path], path)
+        _refuse_strange(path)
+    folders = dict.fromkeys(os.path.dirname(path) for path in targets)
+    for folder in folders:
+        _remove_abandoned(folder)
+    written: dict[str, tuple[int, str]] = {}
+
+    def remove() -> None:
         while written:
-            path, temporary = next(iter(written.items()))
-            os.replace(temporary, path)
+            path, (handle, temporary) = next(iter(written.items()))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
             del written[path]
-    finally:
-        for temporary in written.values():
-            os.unlink(temporary)
+            os.close(handle)
+
+    with undone_by(remove):
+        for path, content in targets.items():
+            with uninterrupted():
+                written[path] = _temporary(os.path.dirname(path))
+            _write(*written[path], content, path)
+        with uninterrupted():
+            while written:
+                path, (handle, temporary) = next(iter(written.items()))
+                os.replace(temporary, path)
+                del written[path]
+                os.close(handle)
+            for folder in folders:
+                _sync(folder)
 
 
-def _temporary(path: str) -> str:
-    handle, temporary = tempfile.mkstemp(prefix=".mapsurgery-", suffix=".tmp", dir=os.path.dirname(path))
-    os.close(handle)
-    return temporary
+def _refuse_strange(path: str) -> None:
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"the folder {folder} does not exist: make it before saving to {path}")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
+    if os.path.lexists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is a device, a pipe or a socket: give the name of a file")
 
 
-def _write(write: Callable[[str], object], temporary: str, path: str) -> None:
+def _temporary(folder: str) -> tuple[int, str]:
+    """A new file, open, and locked for as long as it is: by that it is told from an abandoned one."""
+    while True:
+        handle, temporary = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=folder)
+        if _lock(handle) is not False and os.fstat(handle).st_nlink:
+            return handle, temporary
+        os.close(handle)  # another process took it for abandoned, before it was locked
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether this process locks the file now; None where files cannot be locked."""
+    if fcntl is None:
+        return None
     try:
-        write(temporary)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"could not write {path}: {error}") from error
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def _remove_abandoned(folder: str) -> None:
+    """Remove what killed processes left, as far as this one may."""
+    for name in os.listdir(folder):
+        if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
+            continue
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # another user's, or gone by now
+            handle = os.open(path, os.O_RDWR | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if _lock(handle):
+                    os.unlink(path)
+            finally:
+                os.close(handle)
+
+
+def _write(handle: int, temporary: str, content: Content, path: str) -> None:
+    try:
+        with open(handle, "wb", closefd=False) as file:
+            for piece in content:
+                file.write(piece)
+            file.flush()
+            os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
     os.chmod(temporary, _file_mode(path))
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
+
+
+def _sync(folder: str) -> None:
+    """The names, too, are to be there after a crash of the system."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot
+            raise
+    finally:
+        os.close(handle)
 
 
 def _file_mode(path: str) -> int:

@@ -7,11 +7,10 @@ import os
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ._atomic_write import write_whole
+from ._tensor_file import content_of, opened
 
 FORMAT = "mapsurgery-history"
 
@@ -59,8 +58,8 @@ class History:
             OSError: the file cannot be written; an existing one is left as it was.
         """
         metadata = {"format": FORMAT, "layers": json.dumps(self.layers)}
-        tensors = {"steps": self.steps} | {name: value.contiguous() for name, value in self.values.items()}
-        write_whole({os.fspath(path): lambda temporary: save_file(tensors, temporary, metadata=metadata)})
+        tensors = {"steps": self.steps} | self.values
+        write_whole({os.fspath(path): content_of(tensors, metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
@@ -69,18 +68,11 @@ class History:
         Raises:
             OSError, ValueError: there is no such file, or it is another kind of file.
         """
-        path = os.fspath(path)
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no such file: {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but not one that a history was saved to")
-        return cls(values.pop("steps"), tuple(json.loads(metadata["layers"])), values)
+        with opened(path) as file:
+            if file.metadata.get("format") != FORMAT:
+                raise ValueError(f"{file.path} is a safetensors file, but not one that a history was saved to")
+            values = file.read()
+        return cls(values.pop("steps"), tuple(json.loads(file.metadata["layers"])), values)
 
 
 def joined(steps: list[int], layers: tuple[str, ...], measures: tuple[str, ...], records: list[Tensor]) -> History:

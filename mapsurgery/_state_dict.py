@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._base import Base
+from ._base import Base, check_choice, differing, judge, surroundings_of, without
 from .surgery.all_or_nothing import Journal, all_or_nothing
 from .surgery.record import (
     Record,
@@ -45,7 +45,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     root, record = find_trained(model)
     state: OrderedDict[str, Tensor] = OrderedDict()
-    state._metadata = metadata = {}  # type: ignore[attr-defined]
+    metadata: dict[str, dict[str, Any]] = {"": {"surroundings": surroundings_of(root, record)}}
+    state._metadata = metadata  # type: ignore[attr-defined]
     for site in intact_sites(root, record):
         refuse_pieces(site, "take its state")
         metadata[site.entry("")] = {"form": site.adapter.form()}
@@ -69,11 +70,14 @@ def changed_buffers(root: nn.Module, record: Record) -> list[str]:
     return [name for name, buffer in persistent_buffers(root).items() if record.originals.changed(name, buffer)]
 
 
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, base: str = "refuse") -> nn.Module:
     """Put the tensors of `adapter_state_dict` into a model that is patched in the same way.
 
     Whether the base is the one that they were trained on is told by ``state._metadata``; a dictionary without it (a
     plain copy, a file read by others) is taken without that check.
+
+    Args:
+        base: what becomes of numbers that were trained on another base: as in `mapsurgery.load`.
 
     Returns:
         The same model.
@@ -83,7 +87,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
             its place, the numbers are meant in another way (tau, scaling), or they were trained on another base; the
             message names them. Whatever is raised, nothing is changed.
     """
-    write(fitting(model, state))
+    write(fitting(model, state, base))
     return model
 
 
@@ -91,7 +95,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 """Tensors with their places in a model."""
 
 
-def fitting(model: nn.Module, state: Mapping[str, Tensor]) -> Pairs:
+def fitting(model: nn.Module, state: Mapping[str, Tensor], base: str = "refuse") -> Pairs:
     """The tensors of `adapter_state_dict` with their places in a model.
 
     Raises:
@@ -100,13 +104,19 @@ def fitting(model: nn.Module, state: Mapping[str, Tensor]) -> Pairs:
     root, record = find_trained(model)
     sites = one_per_adapter(all_sites(root))
     metadata = getattr(state, "_metadata", {})
-    problems = []
+    check_choice(base)
+    problems, differences = [], []
     for site in sites:
         described = metadata.get(site.entry(""), {})
         misfit = site.adapter.misfit(described.get("form"))
         problems += [misfit] if misfit else []
-        problems += _other_base(site, described.get("base"))
-    return _fitting(root, record, state, problems)
+        differences += _other_base(site, described.get("base"))
+    expected = metadata.get("", {}).get("surroundings")
+    if expected is not None:
+        differences += differing(surroundings_of(root, record), without(expected, state))
+    pairs = _fitting(root, record, state, problems)
+    judge(differences, base, "the adapter", stacklevel=3)
+    return pairs
 
 
 def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
@@ -114,7 +124,7 @@ def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
     if described is None or site.adapter.pending:
         return []
     difference = Base.of(site).difference(Base(**described), lambda: site.base)
-    return [f"another base: {site.path}{difference}"] if difference else []
+    return [f"{site.path}{difference}"] if difference else []
 
 
 def put(model: nn.Module, state: Mapping[str, Tensor], journal: Journal) -> None:

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._adapter_file import loading, save
 from .._atomic_write import write_whole
+from .._tensor_file import content_of
 from ..surgery.adapted import AdaptedLayer
 from ..surgery.all_or_nothing import make
 from ..surgery.interrupts import undone_by
@@ -78,7 +78,7 @@ def save_lora_weights(pipe: Any, folder: Path, *, weight_name: str = LORA_WEIGHT
         metadata |= {f"{name}.{key}": value for key, value in config.items()}
     text = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
     folder = _made(folder)
-    write_whole({os.path.join(folder, weight_name): lambda path: save_file(tensors, path, metadata=text)})
+    write_whole({os.path.join(folder, weight_name): content_of(tensors, text)})
 
 
 def load_lora_weights(pipe: Pipeline, source: Any, **options: Any) -> Pipeline:

@@ -45,6 +45,16 @@ def frobenius_norms(weight: Tensor, stacked: bool = False) -> float | list[float
     return [ops.frobenius_norm(matrix) for matrix in weight] if stacked else ops.frobenius_norm(weight)
 
 
+def measured(weight: Tensor, stacked: bool = False) -> tuple[list[float], Tensor]:
+    """||W||_F of each matrix of a weight, and its sketch, (E, 8), float64, on the CPU: one read of W."""
+    matrices = weight.unbind() if stacked else [weight]
+    found = torch.stack([ops.fingerprint(matrix) for matrix in matrices]).cpu()
+    squares = found[:, 0].tolist()
+    whole = all(0 < square < float("inf") for square in squares)  # else they are out of float64's range
+    norms = [s**0.5 for s in squares] if whole else [ops.frobenius_norm(matrix) for matrix in matrices]
+    return norms, found[:, 1:]
+
+
 def common_row(paddings: Sequence[int | None], rows: int) -> int | None:
     """The row, of so many, that all of these padding_idx name; None if there is none."""
     named = {None if index is None else index % rows for index in paddings}
@@ -79,6 +89,7 @@ class Adapter(nn.Module):
         matrix: the weight as update families see it, and how to view it so.
         weight_norm: (1,) or (E,), ||W||_F in float32 (float64 for a float64 weight); NaN while the weight is on meta.
             No buffer: it is taken of the base, and is in no state_dict.
+        sketch: (E, 8), what W is known by beside its norm (`ops.fingerprint`); None where that is not known.
         norm_dtype: of the W that was measured; a cast one may differ by rounding.
         norm_given: ||W||_F came from a file, whose base may be this one quantised, or cast.
         hanging: names of attributes that were set on the Parameter W, which readers of W' look for in compiled code.
@@ -130,6 +141,7 @@ class Adapter(nn.Module):
         self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
         self._measured: tuple[Tensor, Tensor | None, _Mark] | None = None
         self.norm_dtype, self.norm_given = weight.dtype, False
+        self.sketch: Tensor | None = None
         self._numbers: list[float] | None = None
         self._siblings = {} if siblings is None else siblings
         self._dtype = dtype
@@ -350,10 +362,15 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def _measure_again(self, weight: Tensor, moved: bool) -> None:
         """W may be another: take its norm; of one that was only moved or cast, keep the norm from before."""
-        before, dtype = self.weight_norm, self.norm_dtype
+        before, sketch, dtype = self.weight_norm, self.sketch, self.norm_dtype
         self.take_norm(weight)
-        if moved and torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0):
+        same = torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0)
+        if sketch is not None and self.sketch is not None:
+            apart = torch.linalg.vector_norm(self.sketch - sketch, dim=1).to(self.weight_norm)
+            same = same and bool((apart <= 4 * torch.finfo(weight.dtype).eps * self.weight_norm).all())
+        if moved and same:
             self.weight_norm, self.norm_dtype = before.to(weight.device), dtype
+            self.sketch = self.sketch if sketch is None else sketch
 
     def take_norm(self, weight: Tensor, norm: float | Sequence[float] | None = None) -> None:
         """Set ||W||_F, measured here unless given. Under FakeTensorMode there is nothing to measure.
@@ -364,9 +381,9 @@ class Adapter(nn.Module):
         self.forget()
         if isinstance(weight, FakeTensor) or weight.is_meta:
             return
-        self.norm_given = norm is not None
+        self.norm_given, self.sketch = norm is not None, None
         if norm is None:
-            norm = frobenius_norms(weight.detach(), self.stacked)
+            norm, self.sketch = measured(weight.detach(), self.stacked)
         norms = torch.tensor(norm, dtype=torch.float64).reshape(-1)
         if not (norms < float("inf")).all():
             raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")

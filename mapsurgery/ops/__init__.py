@@ -290,6 +290,16 @@ def unmerge_(weight: Tensor, A: Tensor, B: Tensor, s_w: Tensor | float, s_d: Ten
 
 
 @torch.no_grad()
+def fingerprint(weight: Tensor) -> Tensor:
+    """||W||_F^2 and 8 sums of W's elements with fixed random signs, (9,), float64: what a weight is known by.
+
+    Args: weight of any shape, strides and floating dtype, on any device but meta.
+    """
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+    return _ops.fingerprint.default(weight) if plain else operators.fingerprint(weight)
+
+
+@torch.no_grad()
 def frobenius_norm(weight: Tensor) -> float:
     """||W||_F as a Python float, accumulated in float64: sums of squares overflow float16 and lose digits in float32.
 

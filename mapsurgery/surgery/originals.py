@@ -30,7 +30,7 @@ class Mark:
         if not plain or parameter.is_meta or isinstance(parameter, FakeTensor) or parameter.numel() == 0:
             return None
         version = 0 if parameter.is_inference() else parameter._version
-        return cls(version, parameter.data_ptr(), _sample(parameter))
+        return cls(version, parameter.data_ptr(), sample_of(parameter))
 
     def moved(self, parameter: Tensor) -> bool:
         """Whether the parameter holds other numbers, as far as can be told; moving and casting it changes none."""
@@ -44,7 +44,7 @@ class Mark:
         return not same_numbers(before, after)
 
 
-def _sample(parameter: Tensor) -> Tensor:
+def sample_of(parameter: Tensor) -> Tensor:
     """Some of its elements, spread evenly."""
     count = parameter.numel()
     places = torch.linspace(0, count - 1, min(count, _SAMPLES), dtype=torch.float64).long()
@@ -122,7 +122,7 @@ class _Arrival:
             for key, name in self.names.items():
                 here = module._parameters.get(key)
                 if here is not None and self._writes_the_same(name, here, state_dict.get(prefix + key)):
-                    self.originals.marks[name] = Mark(0, 0, _sample(here))
+                    self.originals.marks[name] = Mark(0, 0, sample_of(here))
             return
         for key, name in self.names.items():
             value = state_dict.get(prefix + key)
@@ -131,7 +131,7 @@ class _Arrival:
             if name in self.originals.tensors:
                 self.originals.tensors[name] = value.detach().clone()
             elif type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.numel():
-                self.originals.marks[name] = Mark(0, 0, _sample(value))
+                self.originals.marks[name] = Mark(0, 0, sample_of(value))
 
     def _writes_the_same(self, name: str, here: Tensor, value: Tensor | None) -> bool:
         """Whether a frozen parameter that nothing has moved gets the numbers that it holds: nor will that move it."""

@@ -117,7 +117,7 @@ def build(layer: PlannedLayer, siblings: dict[Any, Any], start: bool = True) -> 
     """
     with at_hand(layer.module):
         weight = layer.weight
-        return layer.adapter(
+        adapter = layer.adapter(
             weight,
             dtype=layer.dtype or layer.config.dtype or default_dtype(weight.dtype),
             name=layer.path,
@@ -126,6 +126,9 @@ def build(layer: PlannedLayer, siblings: dict[Any, Any], start: bool = True) -> 
             siblings=siblings,
             start=start,
         )
+        if layer.sketch is not None:
+            adapter.sketch = layer.sketch
+        return adapter
 
 
 def default_dtype(weight: torch.dtype) -> torch.dtype:

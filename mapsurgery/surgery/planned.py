@@ -36,7 +36,8 @@ class PlannedLayer:
         config: the arguments of the plan.
         own_forward: the layer's own forward runs, on W' or on a quantised W; else one of ours does.
         shares: the name under which the adapter of a tied parameter is built already.
-        weight_norm, dtype: ||W||_F and the adapter's dtype where a file gives them; else measured and by `Config`.
+        weight_norm, sketch, dtype: of W, and the adapter's dtype, where a file gives them; else measured and by
+            `Config`.
     """
 
     module: nn.Module = field(repr=False)
@@ -53,6 +54,7 @@ class PlannedLayer:
     notes: tuple[str, ...] = ()
     shares: str | None = None
     weight_norm: float | tuple[float, ...] | None = None
+    sketch: Tensor | None = field(default=None, repr=False, compare=False)
     dtype: torch.dtype | None = None
 
     @property

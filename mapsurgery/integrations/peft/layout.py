@@ -5,9 +5,10 @@ PEFT computes base(x) + s B A x, or DoRA's diag(m / ‖W + s BA‖_row) (W + s B
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,14 @@ PREFIX = "base_model.model."
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+
+
+_MEANING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+
+
+def meaning_of(config: Mapping[str, Any]) -> str:
+    """What of a configuration says how the tensors are meant, as a text."""
+    return json.dumps({name: config.get(name) for name in _MEANING}, sort_keys=True)
 
 
 class LayerTensors(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +13,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..._tensor_file import OtherChecksum, open_file, opened, refuse_too_large
 from ...methods import Dora, Lora
 from ...surgery.adapted import AdaptedLayer
 from ...surgery.all_or_nothing import Change, Journal, make
@@ -36,11 +36,14 @@ from .layout import (
     Layout,
     has_empty_row,
     layout_of,
+    meaning_of,
     why_not_by_name,
 )
 from .settings import Settings, read_settings
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_LONGEST_CONFIG = 100_000_000
 
 _KEY = re.compile(
     r"(?:(?P<path>.+)\.)?(?:"
@@ -74,19 +77,34 @@ def load_peft(model: Model, path: str | os.PathLike[str]) -> Model:
     for file in (weights, config):
         if not os.path.exists(file):
             raise FileNotFoundError(f"no such file of a PEFT adapter: {file}")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights} is not a complete safetensors file: {error}") from error
-    return from_peft_state_dict(model, tensors, _read_config(config))
+    settings, tensors = _read_pair(config, weights, model)
+    return from_peft_state_dict(model, tensors, settings)
+
+
+def _read_pair(config: str, weights: str, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Both files of one adapter. Where another is just being written over it, they are read again."""
+    for pause in (0.01, 0.1, 1.0, None):
+        settings = _read_config(config)
+        try:
+            with opened(weights) as file:
+                refuse_too_large(file, model)
+                return settings, file.read(beside=meaning_of(settings))
+        except OtherChecksum:
+            if pause is None:
+                raise
+            time.sleep(pause)
+    raise AssertionError("not reached")
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    with open(path, encoding="utf-8") as file:
-        try:
-            value = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+    with open_file(path) as file:
+        text = file.read(_LONGEST_CONFIG + 1)
+    if len(text) > _LONGEST_CONFIG:
+        raise ValueError(f"{path} has more than {_LONGEST_CONFIG} bytes, which no configuration has")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..._atomic_write import write_whole
 from ..._state_dict import changed_buffers
+from ..._tensor_file import content_of
 from ...methods import Adapter, Dora, Lora
 from ...surgery.adapted import AdaptedLayer
 from ...surgery.record import (
@@ -37,6 +37,7 @@ from .layout import (
     Layout,
     has_empty_row,
     layout_of,
+    meaning_of,
     why_not_by_name,
 )
 
@@ -53,7 +54,9 @@ def save_peft(
     """Write the adapter of a model as a folder that `peft.PeftModel.from_pretrained` loads.
 
     Two files, `adapter_model.safetensors` and `adapter_config.json`; each appears whole or not at all, in a folder that
-    is made if its parent exists. See `to_peft_state_dict` for what they hold.
+    is made if its parent exists. See `to_peft_state_dict` for what they hold. PEFT reads one after the other: whoever
+    reads a folder that is being written may get the tensors of one adapter with the alpha of another. `load_peft` sees
+    that by a checksum of both.
 
     Args:
         base_model, task_type: as in `to_peft_config`.
@@ -63,7 +66,7 @@ def save_peft(
         OSError: the files cannot be written.
     """
     config = to_peft_config(model, base_model=base_model, task_type=task_type)
-    tensors = {name: t.cpu().contiguous().clone() for name, t in to_peft_state_dict(model).items()}
+    tensors = to_peft_state_dict(model)
     diverged = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if diverged:
         raise ValueError(f"what was trained holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
@@ -73,15 +76,10 @@ def save_peft(
     text = json.dumps(config, indent=2, sort_keys=True)
     write_whole(
         {
-            os.path.join(folder, WEIGHTS_FILE): lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            os.path.join(folder, CONFIG_FILE): lambda path: _write_text(text, path),
+            os.path.join(folder, WEIGHTS_FILE): content_of(tensors, {"format": "pt"}, beside=meaning_of(config)),
+            os.path.join(folder, CONFIG_FILE): [text.encode()],
         }
     )
-
-
-def _write_text(text: str, path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 @torch.no_grad()
