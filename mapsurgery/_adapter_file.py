@@ -24,7 +24,6 @@ from ._base import (
     judge,
     surroundings_of,
     unlike,
-    without,
 )
 from ._state_dict import Pairs, adapter_state_dict, changed_buffers, fitting, put
 from ._tensor_file import CHECKSUM, TensorFile, content_of, opened, refuse_too_large
@@ -109,7 +108,7 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
         "buffers": json.dumps(buffers),
         "cut": json.dumps(list(record.cut(root, {path for site in holders for path in site.paths})[1])),
         "form": json.dumps(record.config.update.form()),
-        "surroundings": json.dumps(surroundings_of(root, record)),
+        "surroundings": json.dumps(surroundings_of(root, record, tensors)),
     }
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
     if diverged:
@@ -622,5 +621,5 @@ def _differences(model: nn.Module, file: _File, layers: Iterable[PlannedLayer]) 
     found = [(layer.path, _difference(layer, file.layers[layer.path])) for layer in progress(own, "comparing the base")]
     differences = [f"{path}{difference}" for path, difference in found if difference]
     if file.surroundings is not None:
-        differences += unlike(model, without(file.surroundings, file.tensors))
+        differences += unlike(model, file.surroundings)
     return differences

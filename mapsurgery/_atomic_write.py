@@ -9,7 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 
-from .surgery.interrupts import undone_by, uninterrupted
+from .interrupts import undone_by, uninterrupted
 
 try:
     import fcntl

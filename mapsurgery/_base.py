@@ -196,19 +196,14 @@ Surroundings = dict[str, Numbers]
 """What of a model is neither adapted nor trained: "parameters" and "buffers"."""
 
 
-def surroundings_of(root: nn.Module, record: Record) -> Surroundings:
-    """Of a patched model, as it was at `patch`."""
+def surroundings_of(root: nn.Module, record: Record, but: Collection[str] = ()) -> Surroundings:
+    """Of a patched model, as it was at `patch`. Args: but: names of what is known by itself."""
     known, marks = record.originals.tensors, record.originals.marks
     buffers = {name: t for name in persistent_buffers(root) if (t := known.get(name)) is not None}
     return {
-        "parameters": _described({name: mark.sample for name, mark in marks.items() if mark is not None}),
-        "buffers": _described({name: sample_of(buffer) for name, buffer in buffers.items() if buffer.numel()}),
+        "parameters": _described({n: mark.sample for n, mark in marks.items() if mark is not None and n not in but}),
+        "buffers": _described({n: sample_of(t) for n, t in buffers.items() if t.numel() and n not in but}),
     }
-
-
-def without(surroundings: Surroundings, names: Collection[str]) -> Surroundings:
-    """All but those of these names."""
-    return {kind: {n: v for n, v in named.items() if n not in names} for kind, named in surroundings.items()}
 
 
 def unlike(model: nn.Module, expected: Surroundings) -> list[str]:

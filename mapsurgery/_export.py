@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ._example import arguments
-from .surgery.interrupts import undone_by
+from .interrupts import undone_by
 from .surgery.merge import merge
 from .surgery.record import all_sites, find_patched, intact_sites
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .interrupts import uninterrupted
 from .methods import Adapter
 from .named import positive
 from .surgery.all_or_nothing import Journal, all_or_nothing
-from .surgery.interrupts import uninterrupted
 from .surgery.record import find_patched, intact_sites
 from .updates import AdaLora
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._base import Base, check_choice, differing, judge, surroundings_of, without
+from ._base import Base, check_choice, differing, judge, surroundings_of
 from .surgery.all_or_nothing import Journal, all_or_nothing
 from .surgery.record import (
     Record,
@@ -45,7 +45,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     root, record = find_trained(model)
     state: OrderedDict[str, Tensor] = OrderedDict()
-    metadata: dict[str, dict[str, Any]] = {"": {"surroundings": surroundings_of(root, record)}}
+    metadata: dict[str, dict[str, Any]] = {}
     state._metadata = metadata  # type: ignore[attr-defined]
     for site in intact_sites(root, record):
         refuse_pieces(site, "take its state")
@@ -62,6 +62,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         state[name] = parameters[name].detach()
     buffers = persistent_buffers(root)
     state.update({name: buffers[name] for name in changed_buffers(root, record)})
+    metadata[""] = {"surroundings": surroundings_of(root, record, state)}
     return state
 
 
@@ -113,7 +114,7 @@ def fitting(model: nn.Module, state: Mapping[str, Tensor], base: str = "refuse")
         differences += _other_base(site, described.get("base"))
     expected = metadata.get("", {}).get("surroundings")
     if expected is not None:
-        differences += differing(surroundings_of(root, record), without(expected, state))
+        differences += differing(surroundings_of(root, record), expected)
     pairs = _fitting(root, record, state, problems)
     judge(differences, base, "the adapter", stacklevel=3)
     return pairs

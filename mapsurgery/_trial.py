@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .interrupts import undone_by
 from .methods import Adapter
 from .ops.lazy import LazyWeight
 from .surgery.adapted import AdaptedLayer
-from .surgery.interrupts import undone_by
 from .surgery.patch import disabled
 from .surgery.paths import first_names, unwrapped
 from .surgery.record import parameters_of

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .interrupts import undone_by
 from .methods import Adapter
 from .methods.known_scales import KnownScales
 from .surgery.adapted import FusedConv, FusedLinear
-from .surgery.interrupts import undone_by
 from .surgery.record import all_sites
 
 Model = TypeVar("Model", bound=nn.Module)

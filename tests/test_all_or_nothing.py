@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mapsurgery
 import mapsurgery.integrations.peft
-from mapsurgery.surgery.interrupts import undone_by, uninterrupted
+from mapsurgery.interrupts import undone_by, uninterrupted
 
 LIBRARY = os.path.dirname(mapsurgery.__file__)
 SOME = 24

@@ -17,12 +17,12 @@ import mapsurgery
 ROOT = Path(mapsurgery.__file__).parent
 
 FLOORS = (
-    ("_native", "tables", "named", "progress", "_atomic_write"),
+    ("_native", "tables", "named", "progress", "interrupts", "_atomic_write", "_tensor_file"),
     ("ops",),
     ("updates",),
     ("methods",),
     (
-        *("surgery", "surgery.paths", "surgery.globs", "surgery.interrupts", "surgery.computed", "surgery.cut_graphs"),
+        *("surgery", "surgery.paths", "surgery.globs", "surgery.computed", "surgery.cut_graphs"),
         *(
             "surgery.offloaded",
             "surgery.other_adapters",

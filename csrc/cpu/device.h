@@ -50,8 +50,8 @@ struct Cpu : Aten<aoti_torch_cpu_mm_out, aoti_torch_cpu_addmm_out, aoti_torch_cp
   // elementwise.cpp; all tensors dense, those of one call in the same layout.
   static Sum sum_of(const Tensor& value) { return read(value, 0); }
   static Sum squared_norm(const Tensor& t);
-  // Of a contiguous matrix; signs of its columns; out: the squared norm and kSketch sums.
-  static void fingerprint(const Tensor& t, int64_t rows, int64_t columns, const double* signs, double* out);
+  // Of a contiguous matrix; weights of its columns; out: the squared norm and kSketch sums.
+  static void fingerprint(const Tensor& t, int64_t rows, int64_t columns, const double* weights, double* out);
   static Sum dot(const Tensor& a, const Tensor& b);
   // <a, b>, and b = keep b + s_d other on the way; other may be null.
   static Sum dot_and_combine_(const Tensor& a, Tensor& b, Scalar keep, const Tensor* other, Scalar s_d);

@@ -80,7 +80,7 @@ Cpu::Sum Cpu::squared_norm(const Tensor& t) {
   });
 }
 
-void Cpu::fingerprint(const Tensor& t, int64_t rows, int64_t columns, const double* signs, double* out) {
+void Cpu::fingerprint(const Tensor& t, int64_t rows, int64_t columns, const double* weights, double* out) {
   std::fill(out, out + 1 + kSketch, 0.0);
   if (rows == 0 || columns == 0) return;
   // Rows per partial sum: fixed, so that a sum does not depend on the number of threads.
@@ -99,9 +99,9 @@ void Cpu::fingerprint(const Tensor& t, int64_t rows, int64_t columns, const doub
             const int64_t n = std::min(kBuffer, columns - j);
             const double* row = widened(data + i * columns + j, buffer, n);
             sums[0] += dot_row(row, row, n);
-            dot_row_by_8(of_row, row, signs + j, n);
+            dot_row_by_8(of_row, row, weights + j, n);
           }
-          for (int64_t s = 0; s < kSketch; ++s) sums[1 + s] += sign_at(i) * of_row[s];
+          for (int64_t s = 0; s < kSketch; ++s) sums[1 + s] += weight_at(i) * of_row[s];
         }
       }
     });

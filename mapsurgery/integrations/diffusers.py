@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from .._adapter_file import loading, save
 from .._atomic_write import write_whole
 from .._tensor_file import content_of
+from ..interrupts import undone_by
 from ..surgery.adapted import AdaptedLayer
 from ..surgery.all_or_nothing import make
-from ..surgery.interrupts import undone_by
 from ..surgery.record import all_sites
 from ..surgery.reducers import refuse_reduced
 from .peft import to_peft_config, to_peft_state_dict

@@ -29,9 +29,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .._adapter_file import ADAPTER_NAME, restore, save
 from .._optim import param_groups as make_groups
+from ..interrupts import undone_by
 from ..methods import Adapter
 from ..surgery.adapted import AdaptedLayer
-from ..surgery.interrupts import undone_by
 from ..surgery.merge import is_merged, merge, unmerge
 from ..surgery.quantised.layer import QuantisedLinear
 from ..surgery.record import all_sites, find_patched, find_trained, refuse_disabled

@@ -291,7 +291,7 @@ def unmerge_(weight: Tensor, A: Tensor, B: Tensor, s_w: Tensor | float, s_d: Ten
 
 @torch.no_grad()
 def fingerprint(weight: Tensor) -> Tensor:
-    """||W||_F^2 and 8 sums of W's elements with fixed random signs, (9,), float64: what a weight is known by.
+    """||W||_F^2 and 8 sums of W's elements by fixed random numbers, (9,), float64: what a weight is known by.
 
     Args: weight of any shape, strides and floating dtype, on any device but meta.
     """

@@ -60,19 +60,20 @@ _SKETCH = 8
 _BLOCK = 1 << 22  # numbers widened at a time
 
 
-def _signs(count: int, device: torch.device) -> Tensor:
-    """(count,) of +1 and -1, float64, pseudo-random by place: one bit of a hash of it (the finish of splitmix64)."""
+def _weights(count: int, device: torch.device) -> Tensor:
+    """(count,), float64, pseudo-random by place, uniform with variance 1: a hash of it (the finish of splitmix64)."""
     x = (torch.arange(count, device=device) + 1) * -0x61C8864680B583EB
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return ((x >> 40 & 1) * 2 - 1).double()
+    x = x ^ (x >> 31 & 0x1FFFFFFFF)
+    return ((x >> 11 & 0x1FFFFFFFFFFFFF) * 2.0**-52 - 1) * 3**0.5
 
 
 @operator
 def fingerprint(weight: Tensor) -> Tensor:
-    """What a weight is known by: ||W||_F^2, and 8 sums of its elements with fixed random signs; (9,), float64.
+    """What a weight is known by: ||W||_F^2, and 8 sums of its elements by fixed random numbers; (9,), float64.
 
-    Of W as (m, K), the s-th sum is over the columns k = s mod 8, with signs u_i v_k (a count sketch: Charikar, Chen,
+    Of W as (m, K), the s-th sum is of u_i v_k W_ik over the columns k = s mod 8 (as a count sketch: Charikar, Chen,
     Farach-Colton 2002). The sums of two weights differ by about ||W - W'||_F, whatever the difference: rows in another
     order, signs, a rotation. They are linear: those of blocks of rows, each with its own u, add up.
 
@@ -80,12 +81,12 @@ def fingerprint(weight: Tensor) -> Tensor:
     """
     rows = weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
     m, K = rows.shape
-    u, sums = _signs(m, weight.device), torch.zeros(K + 1, dtype=torch.float64, device=weight.device)
+    u, sums = _weights(m, weight.device), torch.zeros(K + 1, dtype=torch.float64, device=weight.device)
     step = max(1, _BLOCK // max(K, 1))
     for start in range(0, m, step):
         block = rows[start : start + step].double()
         sums += torch.cat([block.square().sum().reshape(1), u[start : start + step] @ block])
-    signed = torch.nn.functional.pad(sums[1:] * _signs(K, weight.device), (0, -K % _SKETCH))
+    signed = torch.nn.functional.pad(sums[1:] * _weights(K, weight.device), (0, -K % _SKETCH))
     return torch.cat([sums[:1], signed.reshape(-1, _SKETCH).sum(0)])
 
 

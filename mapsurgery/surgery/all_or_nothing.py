@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interrupts import uninterrupted
+from ..interrupts import uninterrupted
 
 
 @contextmanager

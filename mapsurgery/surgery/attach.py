@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..interrupts import undone_by
 from ..methods import Adapter
 from .adapted import AdaptedLayer, Effective
 from .forwards import Unproved, carried_forward, put_back, rebind_forward, slot_of
-from .interrupts import undone_by
 from .layers import mixin_of
 from .paths import child_name
 from .quantised.kinds import kind_of

@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .interrupts import undone_by
+from ..interrupts import undone_by
 
 _HOOKS = (WeightNorm, SpectralNorm)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .interrupts import undone_by
+from ..interrupts import undone_by
 
 Forward = Callable[..., Any]
 

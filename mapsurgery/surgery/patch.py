@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ..interrupts import undone_by, uninterrupted
 from ..methods import Adapter
 from ..progress import progress
 from . import cut_graphs, originals, resizing, trainers
 from .all_or_nothing import Change, Journal, all_or_nothing, make
 from .attach import attach, detach
 from .config import Config, takes_options
-from .interrupts import undone_by, uninterrupted
 from .layers import padding_of
 from .offloaded import at_hand
 from .originals import Mark, Originals

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..interrupts import undone_by, uninterrupted
 from ..methods import Adapter
 from ..methods.sharded import is_sharded, shard_of
-from .interrupts import undone_by, uninterrupted
 from .originals import same_numbers
 from .record import Record, find_patched, moved_names, names_of, outside, showing_base, trained_names
 
