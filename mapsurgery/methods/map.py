@@ -131,5 +131,4 @@ def _scales_of(p: Parameters, norm: Tensor) -> tuple[Tensor, Tensor]:
     wide = acc if torch.compiler.is_exporting() else torch.float64  # no float64 in an exported graph
     size = p.update.size(p).to(wide) if p.init.tau == 0 else None
     length, alpha, beta, norm = (t.to(wide) for t in (length, p.alpha, p.beta, norm))
-    s_w, s_d, *_ = magnitudes(length.square(), size, alpha, beta, norm, p.init.tau, p.init.relative)
-    return s_w.to(acc), s_d.to(acc)
+    return magnitudes(length.square(), size, alpha, beta, norm, p.init.tau, p.init.relative, acc)[:2]
