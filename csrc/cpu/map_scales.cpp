@@ -43,11 +43,14 @@ Tensor narrowed(const Tensor& gram, double unit) {
   return out;
 }
 
-// Of factors whose squares float cannot hold: by double, which holds them all.
-GramSums contract_in_double(const Tensor& A, const Tensor& B, Grams& gram, Units& units) {
+double trace_of(const Tensor& factor) { return Cpu::squared_norm(as_contiguous(factor)); }
+
+// Of factors whose squares float cannot hold: by double, which holds them all. Others, B = 0, keep what they have.
+GramSums contract_in_double(const Tensor& A, const Tensor& B, GramSums narrow, Grams& gram, Units& units) {
+  const double a = units.a = unit_of<float>(trace_of(A)), b = units.b = unit_of<float>(trace_of(B));
+  if (a == 1 && b == 1) return narrow;
   const Grams wide = grams(A, B, ScalarType::Double);
   const GramSums sums = contract<double>(wide);
-  const double a = units.a = unit_of<float>(sums.trace_a), b = units.b = unit_of<float>(sums.trace_b);
   gram = {narrowed(wide.a, a), narrowed(wide.b, b)};
   return {sums.square / (a * b) / (a * b), sums.trace_a / (a * a), sums.trace_b / (b * b)};
 }
@@ -63,7 +66,7 @@ void Cpu::fill(Scales& scales, const Tensor& A, const Tensor& B, const Tensor& a
     GramSums sums = contract<acc_t>(gram);
     Units units{1, 1};
     const bool whole = has_digits(sums.trace_a) && has_digits(sums.trace_b);
-    if (!whole && acc == ScalarType::Float) sums = contract_in_double(A, B, gram, units);
+    if (!whole && acc == ScalarType::Float) sums = contract_in_double(A, B, sums, gram, units);
     compute_scales(sums, units, read(&alpha), read(&beta), read(&weight_norm), tau, relative, scales.out<acc_t>());
   });
   scales.gram_a = gram.a;

@@ -51,9 +51,9 @@ __device__ double product_of_rows(const Factor<T, acc_t>& f, int64_t i, int64_t 
 }
 
 // The Gram matrices anew, of factors whose squares float cannot hold: by double, which holds them all. It is slow, and
-// out of the way of all others.
+// out of the way of all others. B = 0 keeps what it has.
 template <class T, class acc_t>
-__device__ __noinline__ GramSums sums_in_double(const Layer<T, acc_t>& layer, Units& units) {
+__device__ __noinline__ GramSums sums_in_double(const Layer<T, acc_t>& layer, GramSums narrow, Units& units) {
   GramSums sums{};
   for (int64_t i = 0; i < layer.rank; ++i) {
     sums.trace_a += product_of_rows(layer.A, i, i);
@@ -61,6 +61,7 @@ __device__ __noinline__ GramSums sums_in_double(const Layer<T, acc_t>& layer, Un
   }
   const double a = units.a = unit_of<acc_t>(sums.trace_a);
   const double b = units.b = unit_of<acc_t>(sums.trace_b);
+  if (a == 1 && b == 1) return narrow;
   sums.trace_a = sums.trace_a / a / a;
   sums.trace_b = sums.trace_b / b / b;
   for (int64_t i = 0; i < layer.rank; ++i) {
@@ -79,7 +80,7 @@ template <class T, class acc_t>
 __device__ void Layer<T, acc_t>::finish(GramSums sums) const {
   Units units{1, 1};
   if constexpr (sizeof(acc_t) < sizeof(double)) {
-    if (!has_digits(sums.trace_a) || !has_digits(sums.trace_b)) sums = sums_in_double(*this, units);
+    if (!has_digits(sums.trace_a) || !has_digits(sums.trace_b)) sums = sums_in_double(*this, sums, units);
   }
   if (threadIdx.x != 0) return;
   compute_scales(sums, units, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative,
