@@ -38,13 +38,12 @@ Gradients Cpu::gradients(const Products<Sum>& products, const Tensor& A, const T
     blas(out, defined ? cast(grad, acc) : out, left, right, defined ? read(s_d) : 0, -radial);
     return cast(out, A.scalar_type());
   };
-  // The unit of the factor that a Gram matrix is multiplied with goes into the smaller of both.
-  const auto divided = [&](const Tensor& gram, double unit) {
-    return unit == 1 ? gram : scaled(gram, number(1 / unit, acc, A), acc);
+  const auto in_unit = [&](const Tensor& factor, double unit) {
+    return unit == 1 ? cast(factor, acc) : scaled(factor, number(1 / unit, acc, A), acc);
   };
   const double unit_a = slope(SLOPE_UNIT_A), unit_b = slope(SLOPE_UNIT_B);
-  grads.A = tangent(products.dA, divided(norm[2], unit_a), cast(A, acc), unit_a);
-  grads.B = tangent(products.dB, cast(B, acc), divided(norm[1], unit_b), unit_b);
+  grads.A = tangent(products.dA, norm[2], in_unit(A, unit_a), unit_a);
+  grads.B = tangent(products.dB, in_unit(B, unit_b), norm[1], unit_b);
   return grads;
 }
 
