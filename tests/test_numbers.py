@@ -148,3 +148,41 @@ def test_what_cannot_work_is_refused_before_anything_is_changed(value, dtype, op
     with pytest.raises(ValueError, match=said):
         mapsurgery.patch(layer, ["0"], rank=2, **options)
     assert type(layer[0]) is nn.Linear and layer[0].weight.requires_grad
+
+
+def narrow(dtype: torch.dtype | None) -> nn.Module:
+    torch.manual_seed(0)
+    return mapsurgery.patch(nn.Sequential(nn.Linear(K, M)).half(), ["0"], rank=2, dtype=dtype)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.randn(4, K, dtype=torch.float16)).float().square().mean().backward()
+    optimizer.step()
+
+
+def test_adapters_in_float16_are_warned_of_and_those_that_are_advised_train() -> None:
+    with pytest.warns(UserWarning, match="float16 are NaN after a step of AdamW.*Leave out dtype.*bfloat16") as said:
+        model = narrow(torch.float16)
+    assert len(said) == 1
+    optimizer = torch.optim.AdamW(mapsurgery.param_groups(model, lr=1e-3))
+    with pytest.raises(mapsurgery.VerificationError, match="0: the optimiser's eps=1e-08 is 0 in float16"):
+        mapsurgery.verify(model, torch.randn(4, K, dtype=torch.float16), optimizer=optimizer)
+    step(model, optimizer)
+    assert model[0].adapter.A.isnan().any()  # what the warning says
+
+
+@pytest.mark.filterwarnings("ignore:adapters in float16")
+def test_an_eps_that_float16_holds_is_fine() -> None:
+    model = narrow(torch.float16)
+    optimizer = torch.optim.AdamW(mapsurgery.param_groups(model, lr=1e-3), eps=1e-4)
+    assert mapsurgery.verify(model, torch.randn(4, K, dtype=torch.float16), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_what_is_advised_instead_of_float16_trains(dtype: torch.dtype | None) -> None:
+    model = narrow(dtype)
+    optimizer = torch.optim.AdamW(mapsurgery.param_groups(model, lr=1e-3))
+    assert mapsurgery.verify(model, torch.randn(4, K, dtype=torch.float16), optimizer=optimizer)
+    before = model[0].adapter.B.clone()
+    step(model, optimizer)
+    assert all(p.isfinite().all() for p in model.parameters()) and not torch.equal(model[0].adapter.B, before)

@@ -73,8 +73,8 @@ class Adapter(nn.Module):
         start: False where the parameters are about to be loaded: they are left at 0.
 
     Raises:
-        ValueError: the weight holds NaN or infinity, its norm is too small or too large, or the family cannot start from
-            it.
+        ValueError: the weight holds NaN or infinity, its norm is too small or too large to compute with, or the family
+            cannot start from it.
 
     Attributes:
         matrix: the weight as update families see it, and how to view it so.
