@@ -500,13 +500,13 @@ def _in_optimiser(
 
 
 def _vanishing_eps(trained: Iterable[tuple[nn.Parameter, float | None]]) -> str | None:
-    """Why an optimiser makes parameters NaN: it adds eps to a root that may be 0, in their dtype. None if none of it."""
+    """Why an optimiser makes parameters NaN: it adds an eps that is 0 in their dtype to a root that may be, too."""
     for parameter, eps in trained:
         if isinstance(eps, float) and eps != 0 and torch.tensor(eps, dtype=parameter.dtype) == 0:
             dtype = str(parameter.dtype).removeprefix("torch.")
             return (
-                f"the optimiser's eps={eps:g} is 0 in {dtype}, so that a step divides by 0: leave out `dtype` of `patch` "
-                "(float32 adapters work in a float16 model), or give it bfloat16"
+                f"the optimiser's eps={eps:g} is 0 in {dtype}, so that a step divides by 0: leave out `dtype` of "
+                "`patch` (float32 adapters work in a float16 model), or give it bfloat16"
             )
     return None
 

@@ -53,7 +53,8 @@ __device__ double product_of_rows(const Factor<T, acc_t>& f, int64_t i, int64_t 
 // The Gram matrices anew, of factors whose squares float cannot hold: by double, which holds them all. It is slow, and
 // out of the way of all others. B = 0 keeps what it has.
 template <class T, class acc_t>
-__device__ __noinline__ GramSums sums_in_double(const Layer<T, acc_t>& layer, GramSums narrow, Units& units) {
+__attribute__((noinline)) __device__ GramSums sums_in_double(const Layer<T, acc_t>& layer, GramSums narrow,
+                                                             Units& units) {
   GramSums sums{};
   for (int64_t i = 0; i < layer.rank; ++i) {
     sums.trace_a += product_of_rows(layer.A, i, i);

@@ -72,8 +72,8 @@ def patch(model: Model, config: Config) -> Model:
             have one start, and read `a_scale` alone: another option is an error.
         dropout: probability of dropping an input of the update path in training.
         dtype: of the adapter's parameters; None is float32 (float64 on float64 weights). A half type rounds magnitudes
-            in units of W (DoRA's, MAP's with `Init(relative=False)`), and with them the start; float16 is too narrow for
-            AdamW, which a warning says.
+            in units of W (DoRA's, MAP's with `Init(relative=False)`), and with them the start; float16 is too narrow
+            for AdamW, which a warning says.
         train: globs of further parameters to train in full and to save (a new head, norms), matched against the names
             of parameters and of the modules that contain them. A layer whose weight is trained is not adapted.
         parameters: globs of raw parameters to adapt, by their names or those of the modules that contain them: a matrix
