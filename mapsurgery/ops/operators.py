@@ -93,8 +93,8 @@ def magnitudes(
 
     Where p would be 0 (BA = 0 and tau = 0), `size` takes its place, a number of the factors' own size without a
     gradient: the forward is unchanged (BA is 0) and the gradient is finite and not zero, so that the start B = 0
-    learns. Where that is 0 too, the update term and its gradients are 0. Where d s_d / d beta is too small for `dtype`,
-    s_d is NaN: at 0, W' would silently be the base.
+    learns. Where that is 0 too, the update term and its gradients are 0. In units, s_d is NaN where d s_d / d beta is
+    too small for `dtype`: at 0, W' would silently be the base.
 
     Args: square, size (read where tau is 0 alone), alpha, beta, weight_norm: (1,), or (E,) of a stack, of one dtype;
     dtype of the results; units: what the update was divided by, (1,) or (E,) each: square and size are those of the
@@ -106,9 +106,7 @@ def magnitudes(
     for unit in units:
         unit_w, one = unit_w / unit, one / unit
     if tau > 0:  # then p is never 0, and an exported graph needs none of the cases below
-        softening = tau * unit_w
-        largest = torch.maximum(square.detach().sqrt(), softening)  # whose own square may be no number of the dtype
-        p = largest * torch.sqrt(square / largest / largest + (softening / largest) ** 2)
+        p = torch.sqrt(square + (tau * unit_w) ** 2)
         inverse = p.reciprocal()
     else:
         assert size is not None
@@ -116,7 +114,9 @@ def magnitudes(
         inverse = _or_one(p).reciprocal().masked_fill(p == 0, 0.0)
     ds_d = (unit_w if relative else one) * inverse
     s_w, ds_w = (1 + alpha, torch.ones_like(w)) if relative else (1 + alpha / w, w.reciprocal())
-    s_d = (beta * ds_d).masked_fill((p != 0) & (ds_d < torch.finfo(dtype).tiny), float("nan"))
+    s_d = beta * ds_d
+    if units:
+        s_d = s_d.masked_fill((p != 0) & (ds_d < torch.finfo(dtype).tiny), float("nan"))
     return _cast(s_w, dtype), _cast(s_d, dtype), _cast(ds_w, dtype), _cast(ds_d, dtype), _cast(p, dtype)
 
 
@@ -132,22 +132,27 @@ def scales_in(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`map_scales`, with scalars computed in `wide`, or in the dtype of the result where it is None.
 
+    Then units are left out as well, so that the graph is small: squares have to be numbers of that dtype.
+
     Also of stacks, A (E, r, K), B (E, m, r), with scalars (E,); slopes are (6E,) then.
     """
     acc = accumulate_dtype(A.dtype)
-    A, B, wide = _cast(A, acc), _cast(B, acc), wide or acc
-    unit_a, unit_b = unit_of(A), unit_of(B)
-    A, B = A / _each(unit_a, A), B / _each(unit_b, B)
+    A, B, exported, wide = _cast(A, acc), _cast(B, acc), wide is None, wide or acc
+    own_units: tuple[Tensor, ...] = () if exported else (unit_of(A), unit_of(B))
+    if own_units:
+        A, B = (t / unit.reshape(-1, *[1] * (t.dim() - 1)) for t, unit in zip((A, B), own_units, strict=True))
     gram_a, gram_b = A @ A.mT, B.mT @ B
     # In float64 the r x r contraction cannot overflow where the Gram matrices did not; rounding may leave it below 0.
     square = (_cast(gram_a, wide) * _cast(gram_b, wide)).sum((-2, -1)).clamp_min(0).reshape(-1)
-    alpha, beta, weight_norm, *units = (_cast(t, wide) for t in (alpha, beta, weight_norm, unit_a, unit_b))
+    alpha, beta, weight_norm, *units = (_cast(t, wide) for t in (alpha, beta, weight_norm, *own_units))
     size = None
     if tau == 0:
-        traces = [_cast(gram, wide).diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1) for gram in (gram_a, gram_b)]
-        size = safe_sqrt((traces[0] / units[1] / units[1] + traces[1] / units[0] / units[0]).detach())
+        traces = [_cast(gram, wide).diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (gram_a, gram_b)]
+        traces = [t / u / u for t, u in zip(traces, units[::-1], strict=True)] if units else traces
+        size = safe_sqrt((traces[0] + traces[1]).detach().reshape(-1))
     s_w, s_d, ds_w, ds_d, p = magnitudes(square, size, alpha, beta, weight_norm, tau, relative, acc, units)
-    return s_w, s_d, torch.cat([ds_w, ds_d, s_d, p, unit_a, unit_b]), gram_a, gram_b
+    slopes = torch.cat([ds_w, ds_d, s_d, p, *(own_units or (torch.ones_like(p), torch.ones_like(p)))])
+    return s_w, s_d, slopes, gram_a, gram_b
 
 
 @operator(decomposition=partial(scales_in, None))  # mobile runtimes have no float64
