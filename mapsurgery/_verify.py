@@ -101,7 +101,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
       the outputs of the two agree up to the rounding of the arithmetic that ran, where those of the base do;
     - nobody reads W behind its layer's back: the output stays the same, bit for bit, while the adapters compute with a
       copy of W and its memory holds other numbers (for that, one more copy of the adapted weights is kept meanwhile);
-    - with `optimizer`: it holds what is to be trained.
+    - with `optimizer`: it holds what is to be trained, and its eps is a number of the parameters' dtype.
 
     A model that runs and that torch cannot differentiate, with adapters or without (convolutions that diffusers stores
     in 8 bits), is judged by which adapters act, and the result says so.
@@ -121,7 +121,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **kwargs: Any)
 
     Raises:
         VerificationError: listing the adapters that are frozen, unused, dead, not finite or not in the optimiser, or
-            saying that inference or a reader of the weights bypasses the adapters.
+            that it would make NaN, or saying that inference or a reader of the weights bypasses the adapters.
         ValueError: the model is not patched, its output holds no floating tensor, or adapters are cast to 8 bits.
         TypeError: `optimizer` has no param_groups.
     """
@@ -449,8 +449,8 @@ def _others(model: nn.Module, trial: Trial, differentiated: bool) -> list[str]:
     return notes
 
 
-def _optimised(optimizer: Any) -> dict[int, nn.Parameter]:
-    """The parameters of an optimiser, of the one that it wraps, or of several.
+def _optimised(optimizer: Any) -> dict[int, tuple[nn.Parameter, float | None]]:
+    """The parameters of an optimiser, of the one that it wraps, or of several, each with its eps; None: it has none.
 
     Raises:
         TypeError: it is no optimiser.
@@ -462,7 +462,7 @@ def _optimised(optimizer: Any) -> dict[int, nn.Parameter]:
     while optimizer is not None:
         for group in getattr(optimizer, "param_groups", ()):
             groups = True
-            found.update({id(p): p for p in group["params"]})
+            found.update({id(p): (p, group.get("eps")) for p in group["params"]})
         optimizer = getattr(optimizer, "optimizer", None)
     if not groups:
         raise TypeError(f"optimizer must be a torch optimiser, which has param_groups, got {type(several).__name__}")
@@ -474,9 +474,9 @@ def _in_optimiser(
     result: Verification,
     adapters: dict[str, Adapter],
     others: dict[str, nn.Parameter],
-    optimised: dict[int, nn.Parameter],
+    optimised: dict[int, tuple[nn.Parameter, float | None]],
 ) -> Verification:
-    """Adapters that the optimiser leaves out fail; frozen parameters that it holds are noted.
+    """Adapters that the optimiser leaves out, or would make NaN, fail; frozen parameters that it holds are noted.
 
     Raises:
         VerificationError: it leaves other trainable parameters out.
@@ -486,7 +486,10 @@ def _in_optimiser(
         left_out = [name for name, p in _trainable(adapter).items() if id(p) not in optimised]
         if left_out and verdicts[path] == "ok":
             verdicts[path] = f"not in the optimiser: {', '.join(left_out)} (was it made before `patch`?)"
-    frozen = {id(p) for p in optimised.values() if not p.requires_grad}
+        vanishes = _vanishing_eps(optimised[id(p)] for p in _trainable(adapter).values() if id(p) in optimised)
+        if vanishes is not None and verdicts[path] == "ok":
+            verdicts[path] = vanishes
+    frozen = {id(p) for p, _ in optimised.values() if not p.requires_grad}
     names = [name for name, p in first_names(parameters_of(model)).items() if id(p) in frozen]
     names += [f"{len(frozen) - len(names)} that are not in this model"] if len(frozen) > len(names) else []
     notes = [f"frozen, though the optimiser holds them: {_named(names)}"] if names else []
@@ -495,6 +498,18 @@ def _in_optimiser(
     if left_out and not result.failures:
         raise VerificationError(f"trainable, but not in the optimiser: {_named(left_out)}", result)
     return result
+
+
+def _vanishing_eps(trained: Iterable[tuple[nn.Parameter, float | None]]) -> str | None:
+    """Why an optimiser makes parameters NaN: it adds an eps that is 0 in their dtype to a root that may be, too."""
+    for parameter, eps in trained:
+        if isinstance(eps, float) and eps != 0 and torch.tensor(eps, dtype=parameter.dtype) == 0:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            return (
+                f"the optimiser's eps={eps:g} is 0 in {dtype}, so that a step divides by 0: leave out `dtype` of "
+                "`patch` (float32 adapters work in a float16 model), or give it bfloat16"
+            )
+    return None
 
 
 # Inference, and who reads W ------------------------------------------------------------------------------------------

@@ -104,8 +104,7 @@ inline void check_norm(const std::vector<Tensor>& norm, const Tensor& A) {
     check_accumulated(names[i], norm[i], A);
     check_dim(names[i], norm[i], i == 0 ? 1 : 2);
     for (int64_t j = 0; j < norm[i].dim(); ++j) {
-      check_size(names[i], norm[i], j, i == 0 ? int64_t(NUM_SLOPES) : A.size(0),
-                 i == 0 ? "its three numbers" : "the rank");
+      check_size(names[i], norm[i], j, i == 0 ? int64_t(NUM_SLOPES) : A.size(0), i == 0 ? "its numbers" : "the rank");
     }
   }
 }

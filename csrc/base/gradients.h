@@ -18,8 +18,8 @@ struct Products {
 };
 
 // slopes, gram_a and gram_b of map_scales, where the backward goes on through the norm; or empty. Then the gradients
-// are s_d dA - c RADIAL gram_b A and s_d dB - c RADIAL B gram_a with c = <dL/dW', BA>, and those of alpha and beta
-// stand in the place of those of s_w and s_d.
+// are s_d dA - (c s_d / p^2) (B^T B) A and s_d dB - (c s_d / p^2) B (A A^T) with c = <dL/dW', BA>, and those of alpha
+// and beta stand in the place of those of s_w and s_d.
 using Norm = std::vector<Tensor>;
 
 // Undefined: not asked for.

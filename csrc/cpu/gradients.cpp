@@ -28,16 +28,22 @@ Gradients Cpu::gradients(const Products<Sum>& products, const Tensor& A, const T
     grads.B = scaled(products.dB, *s_d, B.scalar_type());
     return grads;
   }
-  // s_d grad - c RADIAL left right
-  const double radial = c * slope(SLOPE_RADIAL);
-  const auto tangent = [&](const Tensor& grad, const Tensor& left, const Tensor& right) {
+  const auto tangent = [&](const Tensor& grad, const Tensor& left, const Tensor& right, double unit) {
+    const double radial = dispatch_accumulate(acc, [&](auto type) {
+      return static_cast<double>(
+          radial_of<typename decltype(type)::type>(c, slope(SLOPE_UPDATE), slope(SLOPE_NORM), unit));
+    });
     Tensor out = empty({left.size(0), right.size(1)}, acc, A);
     const bool defined = grad.defined();
     blas(out, defined ? cast(grad, acc) : out, left, right, defined ? read(s_d) : 0, -radial);
     return cast(out, A.scalar_type());
   };
-  grads.A = tangent(products.dA, norm[2], cast(A, acc));
-  grads.B = tangent(products.dB, cast(B, acc), norm[1]);
+  const auto in_unit = [&](const Tensor& factor, double unit) {
+    return unit == 1 ? cast(factor, acc) : scaled(factor, number(1 / unit, acc, A), acc);
+  };
+  const double unit_a = slope(SLOPE_UNIT_A), unit_b = slope(SLOPE_UNIT_B);
+  grads.A = tangent(products.dA, norm[2], in_unit(A, unit_a), unit_a);
+  grads.B = tangent(products.dB, in_unit(B, unit_b), norm[1], unit_b);
   return grads;
 }
 

@@ -46,8 +46,8 @@ struct Job {
   Addends with_x, with_h;
   acc_t *ds_w = nullptr, *ds_d = nullptr;  // null: not needed
 
-  // What the norm's own gradient is multiplied with. By the way the first block writes the gradients of the scalars.
-  __device__ acc_t radial() const {
+  // <dL/dW', BA>. By the way the first block writes the gradients of the scalars.
+  __device__ double along() const {
     const bool writes = blockIdx.x == 0;
     if (gram_a == nullptr && !writes) return 0;  // the whole block
     const double c = with_h.sum();
@@ -58,8 +58,14 @@ struct Job {
         if (ds_d != nullptr) *ds_d = scaled(c, SLOPE_BETA);
       }
     }
-    return gram_a == nullptr ? acc_t(0) : static_cast<acc_t>(c) * slopes[SLOPE_RADIAL];
+    return c;
   }
+  // What the norm adds to the gradient of a factor: what a product of the factor in its unit is multiplied with.
+  __device__ acc_t radial(double c, Slope unit) const {
+    if (gram_a == nullptr) return 0;
+    return radial_of<acc_t>(c, slopes[SLOPE_UPDATE], slopes[SLOPE_NORM], slopes[unit]);
+  }
+  __device__ acc_t inverse(Slope unit) const { return gram_a == nullptr ? acc_t(1) : 1 / slopes[unit]; }
   __device__ acc_t scaled(double value, Slope slope) const {
     return static_cast<acc_t>(slopes == nullptr ? value : value * static_cast<double>(slopes[slope]));
   }
@@ -68,7 +74,7 @@ struct Job {
 // Each thread takes a column of A, or a row of B.
 template <class acc_t, int R>
 __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ Job<acc_t> g) {
-  __shared__ acc_t gram[R * R];
+  __shared__ acc_t gram[R * R], radial;
   const int64_t blocks_of_A = (g.K + kThreads - 1) / kThreads;
   const bool of_A = blockIdx.x < blocks_of_A, through_norm = g.gram_a != nullptr;
   const int64_t i = (of_A ? blockIdx.x : blockIdx.x - blocks_of_A) * kThreads + threadIdx.x;
@@ -95,8 +101,11 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
       gram[k] = exists ? (of_A ? g.gram_b : g.gram_a)[row * g.rank + column] : acc_t(0);
     }
   }
-  const acc_t radial = g.radial(), s_d = g.s_d.template scalar<acc_t>();
-  __syncthreads();  // the Gram matrix is there
+  const Slope unit = of_A ? SLOPE_UNIT_A : SLOPE_UNIT_B;
+  const double c = g.along();
+  if (threadIdx.x == 0) radial = g.radial(c, unit);  // in double, which is slow on many GPUs
+  const acc_t inverse = g.inverse(unit), s_d = g.s_d.template scalar<acc_t>();
+  __syncthreads();  // the Gram matrix and the number are there
   if (!inside) return;
 #pragma unroll
   for (int j = 0; j < R; ++j) grad[j] *= s_d;
@@ -106,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
       acc_t product = 0;
 #pragma unroll
       for (int k = 0; k < R; ++k) product += gram[j * R + k] * own[k];  // the Gram matrices are symmetric
-      grad[j] -= radial * product;
+      grad[j] -= radial * (inverse * product);
     }
   }
   const int64_t from = of_A ? i : i * g.rank, step = of_A ? g.K : 1;
@@ -123,7 +132,12 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
 template <class acc_t>
 __global__ void __launch_bounds__(kThreads)
     wide_gradients_kernel(const __grid_constant__ Job<acc_t> g, const acc_t* product_A, const acc_t* product_B) {
-  const acc_t radial = g.radial(), s_d = g.s_d.template scalar<acc_t>();
+  __shared__ acc_t radial_A, radial_B;
+  const double c = g.along();
+  if (threadIdx.x == 0) radial_A = g.radial(c, SLOPE_UNIT_A), radial_B = g.radial(c, SLOPE_UNIT_B);
+  const acc_t inverse_A = g.inverse(SLOPE_UNIT_A), inverse_B = g.inverse(SLOPE_UNIT_B);
+  const acc_t s_d = g.s_d.template scalar<acc_t>();
+  __syncthreads();  // both numbers are there
   const int64_t numbers_of_A = g.rank * g.K, n = numbers_of_A + g.m * g.rank;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; k < n; k += step) {
@@ -133,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
     const acc_t* product = of_A ? product_A : product_B;
     acc_t value = 0;
     if (grad.numbers.data != nullptr) value = s_d * grad.template load<acc_t>(i / columns, i % columns);
-    if (product != nullptr) value -= radial * product[i];
+    if (product != nullptr) value -= (of_A ? radial_A : radial_B) * ((of_A ? inverse_A : inverse_B) * product[i]);
     (of_A ? g.out_A : g.out_B).store(i, value);
   }
 }

@@ -69,7 +69,8 @@ void Cuda::fill(Scales& scales, const Tensor& A, const Tensor& B, const Tensor& 
     while (layer.lanes < kThreads && layer.lanes < elements) layer.lanes *= 2;
     // Up to rank 32 one block is as quick as several and a further launch.
     const unsigned blocks = elements <= 4 * kThreads ? 1 : blocks_for(elements, kThreads, kMostReduceBlocks);
-    const Tensor block_sums = empty({blocks * 2}, ScalarType::Double, A);
+    const Tensor block_sums =
+        empty({blocks * static_cast<int64_t>(sizeof(GramSums) / sizeof(double))}, ScalarType::Double, A);
     layer.blocks = static_cast<int>(blocks);
     layer.block_sums = static_cast<GramSums*>(block_sums.data_ptr());
     const auto slices = static_cast<unsigned>(std::max(slices_a.count, slices_b.count));

@@ -34,10 +34,59 @@ struct Layer {
   GramSums* block_sums = nullptr;  // one for each block of reduce_kernel
   int lanes = 0, blocks = 0;       // of reduce_kernel
 
-  __device__ void finish(GramSums sums) const {
-    compute_scales(sums, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative, out);
-  }
+  // All threads of one block must call, with the same sums.
+  __device__ void finish(GramSums sums) const;
 };
+
+// <row i, row j> of a factor in double, in the whole block.
+template <class T, class acc_t>
+__device__ double product_of_rows(const Factor<T, acc_t>& f, int64_t i, int64_t j) {
+  double sum = 0;
+  for (int64_t l = threadIdx.x; l < f.length; l += kThreads) {
+    const T* at = f.data + l * f.length_stride;
+    sum += static_cast<double>(static_cast<acc_t>(at[i * f.rank_stride])) *
+           static_cast<double>(static_cast<acc_t>(at[j * f.rank_stride]));
+  }
+  return block_sum(sum);
+}
+
+// The Gram matrices anew, of factors whose squares float cannot hold: by double, which holds them all. It is slow, and
+// out of the way of all others. B = 0 keeps what it has.
+template <class T, class acc_t>
+__attribute__((noinline)) __device__ GramSums sums_in_double(const Layer<T, acc_t>& layer, GramSums narrow,
+                                                             Units& units) {
+  GramSums sums{};
+  for (int64_t i = 0; i < layer.rank; ++i) {
+    sums.trace_a += product_of_rows(layer.A, i, i);
+    sums.trace_b += product_of_rows(layer.B, i, i);
+  }
+  const double a = units.a = unit_of<acc_t>(sums.trace_a);
+  const double b = units.b = unit_of<acc_t>(sums.trace_b);
+  if (a == 1 && b == 1) return narrow;
+  sums.trace_a = sums.trace_a / a / a;
+  sums.trace_b = sums.trace_b / b / b;
+  for (int64_t i = 0; i < layer.rank; ++i) {
+    for (int64_t j = i; j < layer.rank; ++j) {
+      const double of_a = product_of_rows(layer.A, i, j) / a / a, of_b = product_of_rows(layer.B, i, j) / b / b;
+      sums.square += (i == j ? 1 : 2) * of_a * of_b;
+      if (threadIdx.x != 0) continue;
+      layer.gram_a[i * layer.rank + j] = layer.gram_a[j * layer.rank + i] = static_cast<acc_t>(of_a);
+      layer.gram_b[i * layer.rank + j] = layer.gram_b[j * layer.rank + i] = static_cast<acc_t>(of_b);
+    }
+  }
+  return sums;
+}
+
+template <class T, class acc_t>
+__device__ void Layer<T, acc_t>::finish(GramSums sums) const {
+  Units units{1, 1};
+  if constexpr (sizeof(acc_t) < sizeof(double)) {
+    if (!has_digits(sums.trace_a) || !has_digits(sums.trace_b)) sums = sums_in_double(*this, sums, units);
+  }
+  if (threadIdx.x != 0) return;
+  compute_scales(sums, units, alpha.load<double>(0), beta.load<double>(0), weight_norm.load<double>(0), tau, relative,
+                 out);
+}
 
 template <class T, class acc_t>
 __device__ void load_chunk(acc_t (&chunk)[kTile][kChunk + 1], const Factor<T, acc_t>& f, int64_t first_row,
@@ -89,7 +138,7 @@ template <class T, class acc_t>
 __global__ void __launch_bounds__(kThreads) small_kernel(const __grid_constant__ Layer<T, acc_t> layer) {
   constexpr int kAtOnce = sizeof(acc_t) == sizeof(double) ? 12 : 24;  // sums that are shared in one round
   __shared__ acc_t of_threads[kAtOnce][kThreads + kShares], shares[2 * kPairs][kShares];
-  __shared__ GramSums of_pairs[kPairs];
+  __shared__ GramSums of_pairs[kPairs], total;
   acc_t sums[2 * kPairs] = {};  // of A, then of B
   add_products(layer.A, layer.rank, sums);
   add_products(layer.B, layer.rank, sums + kPairs);
@@ -122,15 +171,19 @@ __global__ void __launch_bounds__(kThreads) small_kernel(const __grid_constant__
       layer.gram_b[i * layer.rank + j] = layer.gram_b[j * layer.rank + i] = b;
     }
     of_pairs[threadIdx.x] = {(i == j ? 1 : 2) * static_cast<double>(a) * static_cast<double>(b),
-                             i == j ? static_cast<double>(a) + static_cast<double>(b) : 0};
+                             i == j ? static_cast<double>(a) : 0, i == j ? static_cast<double>(b) : 0};
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  GramSums total{0, 0};
-  for (const GramSums& pair : of_pairs) {
-    total.square += pair.square;
-    total.trace += pair.trace;
+  if (threadIdx.x == 0) {
+    GramSums sums{};
+    for (const GramSums& pair : of_pairs) {
+      sums.square += pair.square;
+      sums.trace_a += pair.trace_a;
+      sums.trace_b += pair.trace_b;
+    }
+    total = sums;
   }
+  __syncthreads();
   layer.finish(total);
 }
 
@@ -183,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
   const int64_t rank = layer.rank, elements = rank * rank;
   const int lanes = layer.lanes;
   const int lane = threadIdx.x % lanes, part = threadIdx.x / lanes, parts = kThreads / lanes;
-  double square = 0, trace = 0;
+  double square = 0, trace_a = 0, trace_b = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * lanes; first < elements;
        first += static_cast<int64_t>(layer.blocks) * lanes) {
     const int64_t e = first + lane;
@@ -203,17 +256,18 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
       layer.gram_a[e] = a;
       layer.gram_b[e] = b;
       square += static_cast<double>(a) * static_cast<double>(b);
-      if (e / rank == e % rank) trace += static_cast<double>(a) + static_cast<double>(b);
+      if (e / rank == e % rank) {
+        trace_a += static_cast<double>(a);
+        trace_b += static_cast<double>(b);
+      }
     }
     __syncthreads();  // the shares are read before the next round overwrites them
   }
-  const double square_sum = block_sum(square);
-  const double trace_sum = block_sum(trace);
-  if (threadIdx.x != 0) return;
+  const GramSums sums{block_sum(square), block_sum(trace_a), block_sum(trace_b)};
   if (layer.blocks == 1) {
-    layer.finish({square_sum, trace_sum});
-  } else {
-    layer.block_sums[blockIdx.x] = {square_sum, trace_sum};
+    layer.finish(sums);
+  } else if (threadIdx.x == 0) {
+    layer.block_sums[blockIdx.x] = sums;
   }
 }
 
@@ -221,9 +275,8 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
 template <class T, class acc_t>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Layer<T, acc_t> layer) {
   const bool inside = static_cast<int>(threadIdx.x) < layer.blocks;
-  const double square = block_sum(inside ? layer.block_sums[threadIdx.x].square : 0);
-  const double trace = block_sum(inside ? layer.block_sums[threadIdx.x].trace : 0);
-  if (threadIdx.x == 0) layer.finish({square, trace});
+  const GramSums own = inside ? layer.block_sums[threadIdx.x] : GramSums{};
+  layer.finish({block_sum(own.square), block_sum(own.trace_a), block_sum(own.trace_b)});
 }
 
 }  // namespace

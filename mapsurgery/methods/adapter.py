@@ -83,7 +83,8 @@ class Adapter(nn.Module):
         start: False where the parameters are about to be loaded: they are left at 0.
 
     Raises:
-        ValueError: the weight holds NaN or infinity, or the family cannot start from it.
+        ValueError: the weight holds NaN or infinity, its norm is too small or too large to compute with, or the family
+            cannot start from it.
 
     Attributes:
         matrix: the weight as update families see it, and how to view it so.
@@ -376,7 +377,7 @@ class Adapter(nn.Module):
         """Set ||W||_F, measured here unless given. Under FakeTensorMode there is nothing to measure.
 
         Raises:
-            ValueError: the weight holds NaN or infinity.
+            ValueError: the weight holds NaN or infinity, or the norm is too small or too large to compute with.
         """
         self.forget()
         if isinstance(weight, FakeTensor) or weight.is_meta:
@@ -385,13 +386,27 @@ class Adapter(nn.Module):
         if norm is None:
             norm, self.sketch = measured(weight.detach(), self.stacked)
         norms = torch.tensor(norm, dtype=torch.float64).reshape(-1)
-        if not (norms < float("inf")).all():
-            raise ValueError(f"the weight of {self.layer_name or 'the layer'} holds NaN or infinite values")
+        self._refuse_norms(norms, weight)
         self.weight_norm, self._numbers = norms.to(weight.device, self.weight_norm.dtype), norms.tolist()
         self.norm_dtype = weight.dtype
         if type(weight) is nn.Parameter:
             shard = shard_of(weight)
             self._measured = weight, shard, _mark(weight, shard)
+
+    def _refuse_norms(self, norms: Tensor, weight: Tensor) -> None:
+        """Raises ValueError where a ||W||_F is no number that the adapter can compute with."""
+        name = f"the weight of {self.layer_name or 'the layer'}"
+        low, high = self.method.norms_of(self.update, self.weight_norm.dtype)
+        wrong = norms[~((norms == 0) | ((norms >= low) & (norms <= high)))]
+        if not len(wrong):
+            return
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+        raise ValueError(
+            f"{name} has ||W||_F = {wrong[0].item():.3g}; method {self.method.name!r} with update {self.update.name!r} "
+            f"computes with {low:.3g} to {high:.3g}: multiply the weight by a number and what it gives by its inverse, "
+            "or exclude the layer"
+        )
 
     def forget(self) -> None:
         """W is another, or is about to be moved: hold it no longer, and look again."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from ..updates import Matrix
+from ..updates import Matrix, Update
 from ..updates import base as updates_base
 from ..updates.base import stacked_scalars
 from .init import Init
@@ -22,6 +22,10 @@ from .known_scales import KnownScales
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Settings = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation and groups of a convolution."""
+
+
+SQUARES = {torch.float32: (1e-15, 1e15), torch.float64: (1e-150, 1e150)}
+"""Norms of which squares, those of parts of the matrix too, are numbers of the dtype."""
 
 
 class Way(str, Enum):
@@ -98,6 +102,10 @@ class Method:
         """Raises ValueError if the method cannot start so."""
         if init.kind == "random":
             raise ValueError(f'init="random" starts away from the base with method {self.name!r}: use the default')
+
+    def norms_of(self, update: Update, dtype: torch.dtype) -> tuple[float, float]:
+        """The smallest and the largest ||W||_F, other than 0, that the method computes with in this dtype."""
+        return torch.finfo(dtype).tiny, torch.finfo(dtype).max
 
     def default_init(self) -> Init:
         """The start where `patch` is given none."""

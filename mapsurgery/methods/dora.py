@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from ..named import flags
-from ..updates import Matrix
-from .base import Coefficients, Parameters, put_matrix
+from ..updates import Matrix, Update
+from .base import SQUARES, Coefficients, Parameters, put_matrix
 from .init import Init
 from .lora import Lora
 
@@ -37,6 +37,9 @@ class Dora(Lora):
     def __post_init__(self) -> None:
         super().__post_init__()
         flags("method 'dora'", exact=self.exact)
+
+    def norms_of(self, update: Update, dtype: torch.dtype) -> tuple[float, float]:
+        return SQUARES[dtype]
 
     def shapes(self, matrix: Matrix) -> dict[str, tuple[int, ...]]:
         return {"m": (*matrix.stack, matrix.m)}

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import ops
 from ..named import flags
 from ..ops.operators import magnitudes
-from ..updates import Matrix
-from .base import Coefficients, Method, Parameters, Settings, drops
+from ..updates import Matrix, Update
+from ..updates.base import FactoredUpdate
+from .base import SQUARES, Coefficients, Method, Parameters, Settings, drops
 from .init import Init
 
 
@@ -41,6 +42,10 @@ class Map(Method):
 
     def fixed(self) -> tuple[str, ...]:
         return tuple(n for n, train in (("alpha", self.train_alpha), ("beta", self.train_beta)) if not train)
+
+    def norms_of(self, update: Update, dtype: torch.dtype) -> tuple[float, float]:
+        """The fused operators take all numbers; the norm of an update without factors is a sum of squares."""
+        return super().norms_of(update, dtype) if isinstance(update, FactoredUpdate) else SQUARES[dtype]
 
     def shapes(self, matrix: Matrix) -> dict[str, tuple[int, ...]]:
         """(1,), never 0-dim, which FSDP2 rejects; (E,) of a stack."""
@@ -131,5 +136,4 @@ def _scales_of(p: Parameters, norm: Tensor) -> tuple[Tensor, Tensor]:
     wide = acc if torch.compiler.is_exporting() else torch.float64  # no float64 in an exported graph
     size = p.update.size(p).to(wide) if p.init.tau == 0 else None
     length, alpha, beta, norm = (t.to(wide) for t in (length, p.alpha, p.beta, norm))
-    s_w, s_d, *_ = magnitudes(length.square(), size, alpha, beta, norm, p.init.tau, p.init.relative)
-    return s_w.to(acc), s_d.to(acc)
+    return magnitudes(length.square(), size, alpha, beta, norm, p.init.tau, p.init.relative, acc)[:2]

@@ -93,8 +93,32 @@ def fingerprint(weight: Tensor) -> Tensor:
 # Scalars of MAP ------------------------------------------------------------------------------------------------------
 
 
+_FITS = (2.0**-40, 2.0**50)
+"""Largest entries of a factor whose Gram matrix float32 holds with all of its digits."""
+
+
+def unit_of(t: Tensor) -> Tensor:
+    """What a matrix, or each of a stack, is divided by so that its squares are numbers: (1,) or (E,), without gradient.
+
+    1 where they are as they stand, else the size of the largest entry.
+    """
+    if t.numel() == 0:
+        return t.new_ones(t.shape[:-2]).reshape(-1)
+    largest = t.detach().abs().amax((-2, -1)).reshape(-1)
+    fits = (largest == 0) | ((largest >= _FITS[0]) & (largest <= _FITS[1]))
+    return torch.where(fits, 1.0, largest.clamp_min(torch.finfo(t.dtype).tiny))
+
+
 def magnitudes(
-    square: Tensor, size: Tensor | None, alpha: Tensor, beta: Tensor, weight_norm: Tensor, tau: float, relative: bool
+    square: Tensor,
+    size: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    weight_norm: Tensor,
+    tau: float,
+    relative: bool,
+    dtype: torch.dtype,
+    units: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """s_w and s_d of an update of any family, of its squared norm; differentiable.
 
@@ -103,21 +127,31 @@ def magnitudes(
 
     Where p would be 0 (BA = 0 and tau = 0), `size` takes its place, a number of the factors' own size without a
     gradient: the forward is unchanged (BA is 0) and the gradient is finite and not zero, so that the start B = 0
-    learns. Where that is 0 too, the update term and its gradients are 0.
+    learns. Where that is 0 too, the update term and its gradients are 0. In units, s_d is NaN where d s_d / d beta is
+    too small for `dtype`: at 0, W' would silently be the base.
 
-    Args: square, size (read where tau is 0 alone), alpha, beta, weight_norm: (1,), or (E,) of a stack, of one dtype.
-    Returns: s_w, s_d, d s_w / d alpha, d s_d / d beta, 1/p.
+    Args: square, size (read where tau is 0 alone), alpha, beta, weight_norm: (1,), or (E,) of a stack, of one dtype;
+    dtype of the results; units: what the update was divided by, (1,) or (E,) each: square and size are those of the
+    quotient.
+    Returns: s_w, s_d, d s_w / d alpha, d s_d / d beta, and p in these units.
     """
     w = _or_one(weight_norm)
+    unit_w, one = w, torch.ones_like(w)
+    for unit in units:
+        unit_w, one = unit_w / unit, one / unit
     if tau > 0:  # then p is never 0, and an exported graph needs none of the cases below
-        inverse = torch.sqrt(square + (tau * w) ** 2).reciprocal()
+        p = torch.sqrt(square + (tau * unit_w) ** 2)
+        inverse = p.reciprocal()
     else:
         assert size is not None
         p = torch.where(square == 0, size, safe_sqrt(square))
         inverse = _or_one(p).reciprocal().masked_fill(p == 0, 0.0)
-    ds_d = w * inverse if relative else inverse
+    ds_d = (unit_w if relative else one) * inverse
     s_w, ds_w = (1 + alpha, torch.ones_like(w)) if relative else (1 + alpha / w, w.reciprocal())
-    return s_w, beta * ds_d, ds_w, ds_d, inverse
+    s_d = beta * ds_d
+    if units:
+        s_d = s_d.masked_fill((p != 0) & (ds_d < torch.finfo(dtype).tiny), float("nan"))
+    return _cast(s_w, dtype), _cast(s_d, dtype), _cast(ds_w, dtype), _cast(ds_d, dtype), _cast(p, dtype)
 
 
 def scales_in(
@@ -132,21 +166,27 @@ def scales_in(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`map_scales`, with scalars computed in `wide`, or in the dtype of the result where it is None.
 
-    Also of stacks, A (E, r, K), B (E, m, r), with scalars (E,); slopes are (3E,) then.
+    Then units are left out as well, so that the graph is small: squares have to be numbers of that dtype.
+
+    Also of stacks, A (E, r, K), B (E, m, r), with scalars (E,); slopes are (6E,) then.
     """
     acc = accumulate_dtype(A.dtype)
-    A, B, wide = _cast(A, acc), _cast(B, acc), wide or acc
+    A, B, exported, wide = _cast(A, acc), _cast(B, acc), wide is None, wide or acc
+    own_units: tuple[Tensor, ...] = () if exported else (unit_of(A), unit_of(B))
+    if own_units:
+        A, B = (t / unit.reshape(-1, *[1] * (t.dim() - 1)) for t, unit in zip((A, B), own_units, strict=True))
     gram_a, gram_b = A @ A.mT, B.mT @ B
     # In float64 the r x r contraction cannot overflow where the Gram matrices did not; rounding may leave it below 0.
     square = (_cast(gram_a, wide) * _cast(gram_b, wide)).sum((-2, -1)).clamp_min(0).reshape(-1)
+    alpha, beta, weight_norm, *units = (_cast(t, wide) for t in (alpha, beta, weight_norm, *own_units))
     size = None
     if tau == 0:
         traces = [_cast(gram, wide).diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (gram_a, gram_b)]
+        traces = [t / u / u for t, u in zip(traces, units[::-1], strict=True)] if units else traces
         size = safe_sqrt((traces[0] + traces[1]).detach().reshape(-1))
-    alpha, beta, weight_norm = (_cast(t, wide) for t in (alpha, beta, weight_norm))
-    s_w, s_d, ds_w, ds_d, inverse = magnitudes(square, size, alpha, beta, weight_norm, tau, relative)
-    slopes = torch.cat([ds_w, ds_d, s_d * inverse * inverse])
-    return _cast(s_w, acc), _cast(s_d, acc), _cast(slopes, acc), gram_a, gram_b
+    s_w, s_d, ds_w, ds_d, p = magnitudes(square, size, alpha, beta, weight_norm, tau, relative, acc, units)
+    slopes = torch.cat([ds_w, ds_d, s_d, p, *(own_units or (torch.ones_like(p), torch.ones_like(p)))])
+    return s_w, s_d, slopes, gram_a, gram_b
 
 
 @operator(decomposition=partial(scales_in, None))  # mobile runtimes have no float64
@@ -157,8 +197,9 @@ def map_scales(
 
     Args: A (r, K), B (m, r), alpha, beta, weight_norm (1,), tau in units of ||W||_F, relative: alpha and beta are in
     units of ||W||_F, alpha counted from the base; see `magnitudes`.
-    Returns: s_w (1,), s_d (1,), slopes (3,) = [d s_w/d alpha, d s_d/d beta, s_d/p^2], gram_a = A A^T and
-    gram_b = B^T B (r, r), in `accumulate_dtype` of A.
+    Returns: s_w (1,), s_d (1,), slopes (6,) = [d s_w/d alpha, d s_d/d beta, s_d, p, a, b], gram_a = A A^T and
+    gram_b = B^T B (r, r), in `accumulate_dtype` of A. p and the Gram matrices are those of A/a and B/b, with a = b = 1
+    unless the factors' own squares would overflow, or vanish.
     """
     return scales_in(torch.float64, A, B, alpha, beta, weight_norm, tau, relative)
 
@@ -171,9 +212,17 @@ def map_scales_backward(
 
     Returns: dA = -(ds_d s_d/p^2) (B^T B) A, dB = -(ds_d s_d/p^2) B (A A^T), dalpha, dbeta.
     """
-    radial = ds_d * slopes[2]
-    dA, dB = radial * (gram_b @ A.to(slopes.dtype)), radial * (B.to(slopes.dtype) @ gram_a)
+    dA, dB = _through_norm(ds_d, A, B, (slopes, gram_a, gram_b))
     return (-dA).to(A.dtype), (-dB).to(B.dtype), ds_w * slopes[0], ds_d * slopes[1]
+
+
+def _through_norm(ds_d: Tensor, A: Tensor, B: Tensor, norm: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(ds_d s_d/p^2) (B^T B) A and (ds_d s_d/p^2) B (A A^T), in an order in which nothing leaves the dtype's range."""
+    slopes, gram_a, gram_b = norm
+    s_d, p, a, b = slopes[2:].split(1)
+    p = _or_one(p)  # where it is 0, s_d is
+    radial = ds_d / p * s_d / p
+    return radial / a * ((gram_b / a) @ A.to(slopes.dtype)), radial / b * (B.to(slopes.dtype) @ (gram_a / b))
 
 
 def _factor_grads(
@@ -183,10 +232,8 @@ def _factor_grads(
     acc = s_d.dtype
     dA, dB = s_d * dA.to(acc), s_d * dB.to(acc)
     if norm:
-        slopes, gram_a, gram_b = norm
-        radial = ds_d * slopes[2]
-        dA, dB = dA - radial * (gram_b @ A.to(acc)), dB - radial * (B.to(acc) @ gram_a)
-        ds_d = ds_d * slopes[1]
+        through_A, through_B = _through_norm(ds_d, A, B, norm)
+        dA, dB, ds_d = dA - through_A, dB - through_B, ds_d * norm[0][1]
     return dA.to(A.dtype), dB.to(B.dtype), ds_d
 
 

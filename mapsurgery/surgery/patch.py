@@ -72,7 +72,8 @@ def patch(model: Model, config: Config) -> Model:
             have one start, and read `a_scale` alone: another option is an error.
         dropout: probability of dropping an input of the update path in training.
         dtype: of the adapter's parameters; None is float32 (float64 on float64 weights). A half type rounds magnitudes
-            in units of W (DoRA's, MAP's with `Init(relative=False)`), and with them the start.
+            in units of W (DoRA's, MAP's with `Init(relative=False)`), and with them the start; float16 is too narrow
+            for AdamW, which a warning says.
         train: globs of further parameters to train in full and to save (a new head, norms), matched against the names
             of parameters and of the modules that contain them. A layer whose weight is trained is not adapted.
         parameters: globs of raw parameters to adapt, by their names or those of the modules that contain them: a matrix
@@ -87,8 +88,8 @@ def patch(model: Model, config: Config) -> Model:
     Raises:
         TypeError, ValueError: bad arguments, a pattern that matches nothing (the nearest names are in the message) or
             only what cannot be adapted (the reasons are), a model that is patched already or whose gradients are
-            reduced over processes already (DistributedDataParallel, FSDP, DeepSpeed), NaN in a weight. The model is
-            then as it was.
+            reduced over processes already (DistributedDataParallel, FSDP, DeepSpeed), NaN in a weight, a norm of it
+            that cannot be computed with. The model is then as it was.
     """
     refuse_reduced(model)
     root = unwrapped(model)

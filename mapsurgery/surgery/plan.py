@@ -144,7 +144,7 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
     layers = [replace(layer, notes=(*layer.notes, *tie_notes.get(layer.path, ()))) for layer in layers]
     learning = {*trained.values(), *(p for layer in layers for p in _parts(layer.module, layer.parameter))}
     forgotten, certain = fresh.advice(modules, model, learning)
-    warnings = [others.frozen_by_patch(set(trained.values())), forgotten if certain else None]
+    warnings = [others.frozen_by_patch(set(trained.values())), forgotten if certain else None, _narrow(config)]
     advice = [trainers.advice(model), None if certain else forgotten]
     return Plan(
         config=config,
@@ -156,6 +156,16 @@ def make_plan(model: nn.Module, config: Config) -> Plan:
         model_parameters=count_parameters(model),
         warning="\n".join(filter(None, warnings)) or None,
         advice="\n".join(filter(None, advice)) or None,
+    )
+
+
+def _narrow(config: Config) -> str | None:
+    """What to say of adapters in float16."""
+    if config.dtype != torch.float16:
+        return None
+    return (
+        "adapters in float16 are NaN after a step of AdamW: its eps, 1e-8, and the squares of small gradients are 0 "
+        "there. Leave out dtype (float32 adapters work in a float16 model), or give dtype=torch.bfloat16"
     )
 
 

@@ -110,6 +110,59 @@ def test_threads_that_train_one_model_have_graphs_of_their_own() -> None:
             torch.testing.assert_close(gradient, expected)
 
 
+def _recurrent() -> nn.Module:
+    class Last(nn.LSTM):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    return Last(6, 6, batch_first=True)
+
+
+def _parametrised() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 6))
+
+
+def _tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (Experts, {"targets": [], "parameters": "up"}),
+        (_recurrent, {"targets": "*"}),
+        (_parametrised, {"targets": "*"}),
+        (_tied, {"targets": "*"}),
+    ],
+)
+def test_threads_accumulate_the_gradients_of_one_after_the_other(make: Callable[[], nn.Module], options: dict) -> None:
+    """Each with its own forwards and backwards over one model, adding to `.grad`, as torch does without adapters."""
+    torch.manual_seed(0)
+    model = to_generic_point(mapsurgery.patch(make().double(), rank=2, **options))
+    inputs = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+
+    def steps(x: Tensor) -> None:
+        for _ in range(10):
+            model(x).square().sum().backward()
+
+    def gradients() -> list[Tensor]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        return found
+
+    for x in inputs:
+        steps(x)
+    expected = gradients()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(steps, inputs))
+    for got, want in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     model = mapsurgery.patch(Experts(), [], parameters="up", rank=2)
     x = torch.randn(4, 6)

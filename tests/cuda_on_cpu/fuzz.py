@@ -189,9 +189,9 @@ class Case:
         gram_a, gram_b = abs_A @ abs_A.t(), abs_B.t() @ abs_B
         terms, square = (gram_a * gram_b).sum().item(), (want[3] * want[4]).sum().item()
         condition = terms / square if square > 0 else 1.0
-        # The last slope has the norm's third power. Where the norm is rounding alone, anything may come of it.
+        # Where the norm is rounding alone, anything may come of it.
         growth = math.inf if condition * unit(got[0].dtype) > 0.1 else 1 + 3 * condition
-        of_norm = torch.tensor([1.0, growth, growth], dtype=torch.float64)
+        of_norm = torch.tensor([1.0, growth, growth, growth, 1.0, 1.0], dtype=torch.float64)
         sizes = (want[0].abs(), want[1].abs() * growth, want[2].abs() * of_norm, gram_a, gram_b)
         self.check(("s_w", "s_d", "slopes", "gram_a", "gram_b"), got, want, sizes, unit)
         return (A, B, *got[:2]), list(got[2:]) if self.happens(0.7) else []
