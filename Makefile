@@ -24,6 +24,7 @@ FUZZ_SECONDS ?= 20
 FUZZ_ARGS ?=
 # --upgrade takes the newest versions; without it those of constraints.txt stay where they can.
 PINS_ARGS ?=
+MATRIX_ARGS ?=
 
 PY := $(VENV)/bin/python
 # -qq leaves only errors: progress bars and notices would drown the output of the target itself.
@@ -116,6 +117,10 @@ format: $(DONE)/environment  ## Rewrite the sources in the project's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+
+.PHONY: matrix
+matrix: $(DONE)/library  ## Run a part of the tests on machines unlike this one (MATRIX_ARGS="--only 'folder*'", --help)
+	$(PY) .ci/matrix $(MATRIX_ARGS)
 
 LOCK = $(VENV)/tools/bin/uv pip compile -q --universal --generate-hashes --no-header --no-annotate $(PINS_ARGS)
 
