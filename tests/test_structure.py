@@ -141,15 +141,6 @@ def test_no_import_within_the_package_waits_in_a_function() -> None:
     assert not waiting
 
 
-def test_the_forwards_of_adapted_layers_have_no_strings_for_annotations() -> None:
-    """torch.fx takes them into the graph of a traced layer, which torch 2.11 cannot pickle then."""
-    modules = [importlib.import_module(f"mapsurgery.surgery.{name}") for name in ("adapted", "quantised.layer")]
-    classes = [cls for module in modules for cls in vars(module).values() if inspect.isclass(cls)]
-    forwards = {cls.forward for cls in classes if issubclass(cls, mapsurgery.AdaptedLayer) and "forward" in vars(cls)}
-    assert len(forwards) > 3
-    assert not [f for f in forwards if any(isinstance(a, str) for a in inspect.get_annotations(f).values())]
-
-
 def test_nothing_inside_imports_the_package_itself() -> None:
     assert not [name for name in PATHS if "" in _imports(name) and name]
 
