@@ -1,7 +1,8 @@
 # mapsurgery: `make help` lists the targets.
 #
 # Needs python3 (3.10 or newer) with venv and pip, make, and a C++ compiler for the native code. Everything else goes into
-# .venv, at the versions of constraints.txt. A stamp file records each finished step, so that a second run redoes nothing.
+# .venv, at the versions of constraints.txt, each file of which pip checks against its hash. A stamp file records each
+# finished step, so that a second run redoes nothing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,6 +22,9 @@ ZOO_ARGS ?=
 # Of each of three runs of random calls.
 FUZZ_SECONDS ?= 20
 FUZZ_ARGS ?=
+# --upgrade takes the newest versions; without it those of constraints.txt stay where they can.
+PINS_ARGS ?=
+MATRIX_ARGS ?=
 
 PY := $(VENV)/bin/python
 # -qq leaves only errors: progress bars and notices would drown the output of the target itself.
@@ -114,6 +118,27 @@ format: $(DONE)/environment  ## Rewrite the sources in the project's style
 	$(VENV)/bin/ruff format .
 	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
 
+.PHONY: matrix
+matrix: $(DONE)/library  ## Run a part of the tests on machines unlike this one (MATRIX_ARGS="--only 'folder*'", --help)
+	$(PY) .ci/matrix $(MATRIX_ARGS)
+
+LOCK = $(VENV)/tools/bin/uv pip compile -q --universal --generate-hashes --no-header --no-annotate $(PINS_ARGS)
+
+.PHONY: pins
+pins: $(DONE)/tools  ## Renew constraints.txt and its hashes (PINS_ARGS=--upgrade; needs the network)
+	mkdir -p build/pins
+	sed '/^$$/q' constraints.txt > build/pins/header
+	cp constraints.txt build/pins/all
+	cp constraints.txt build/pins/packaged
+	$(LOCK) --python-version 3.10 requirements-dev.txt -o build/pins/all
+	$(LOCK) --python-version 3.10 --no-deps requirements-packaged.txt -o build/pins/packaged
+	(cat build/pins/header build/pins/all; echo; echo "# requirements-packaged.txt"; cat build/pins/packaged) > build/pins/new
+	mv build/pins/new constraints.txt
+
+.PHONY: audit
+audit: $(DONE)/tools  ## Ask PyPI for known vulnerabilities of all that constraints.txt pins (needs the network)
+	$(VENV)/tools/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r constraints.txt
+
 .PHONY: clean
 clean:  ## Remove what was built and written, but keep .venv
 	rm -rf build dist outputs *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(DONE)/library
@@ -138,9 +163,15 @@ $(DONE)/venv:
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(DONE) && touch $@
 
+$(DONE)/tools: | $(DONE)/venv
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/pip --disable-pip-version-check --no-input -qq install uv pip-audit
+	@touch $@
+
 $(DONE)/environment: requirements-dev.txt constraints.txt | $(DONE)/venv
 	@echo "installing the development environment into $(VENV) (several GB once, PyTorch for the most part) ..."
-	$(PIP) install pip -c constraints.txt
+	@# Before 26.1, pip takes no hash from a constraint, only from a requirement.
+	$(PIP) install -r <(sed -n '/^pip==/,/[^\\]$$/p' constraints.txt)
 	@# Python compiles what is imported, a small part of it all.
 	$(PIP) install --no-compile -r requirements-dev.txt -c constraints.txt
 	@touch $@

@@ -25,6 +25,8 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
+# The time of every file in a wheel, unless the environment gives one: the earliest that a zip archive can say.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
 
 
 def find_tool(*names):
@@ -87,7 +89,15 @@ class CMakeBuild(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The libraries use no Python ABI: one wheel per platform serves every Python."""
+    """The libraries use no Python ABI: one wheel per platform serves every Python.
+
+    The same sources and tools give the same bytes, wherever and whenever they are built.
+    """
+
+    def write_wheelfile(self, *args, **kwargs):
+        super().write_wheelfile(*args, **kwargs)
+        for path in Path(self.bdist_dir).rglob("*"):  # a umask says what others may do with the checkout
+            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]

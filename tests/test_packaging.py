@@ -20,6 +20,7 @@ import pytest
 import torch
 from build import ProjectBuilder
 from definition import defined_by
+from packaging.requirements import Requirement
 from torch import nn
 from torch.nn import functional as F
 
@@ -189,6 +190,50 @@ def test_what_the_metadata_name_is_pinned_and_is_what_the_examples_import(archiv
     distributions = importlib.metadata.packages_distributions()
     needed = {name.lower() for module in modules for name in distributions.get(module.partition(".")[0], ())}
     assert needed - {"mapsurgery"} <= {name for name, extra in required if extra in ("", "examples")}
+
+
+@needs_compiler
+@pytest.mark.long
+def test_the_same_sources_give_the_same_wheel_bit_for_bit(tmp_path: Path) -> None:
+    """In folders of two names, with other times of the files, and other permissions, as a umask leaves them."""
+
+    def built(folder: Path, mode: int, time: int) -> Path:
+        folder.mkdir()
+        source = copy_source(folder)
+        for path in (path for path in source.rglob("*") if path.is_file()):
+            path.chmod(mode)
+            os.utime(path, (time, time))
+        options = ("--no-build-isolation", "--no-deps", "-w", folder)
+        run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=folder, **QUICK)
+        (wheel,) = folder.glob("*.whl")
+        return wheel
+
+    one, other = (
+        built(tmp_path / "one", 0o644, 1_600_000_000),
+        built(tmp_path / "of another name", 0o600, 1_700_000_000),
+    )
+    with zipfile.ZipFile(one) as first, zipfile.ZipFile(other) as second:
+        assert [info.filename for info in first.infolist()] == [info.filename for info in second.infolist()]
+        assert [name for name in first.namelist() if first.read(name) != second.read(name)] == []
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_every_pinned_file_has_its_hash_and_every_requirement_its_pin() -> None:
+    """pip then refuses every other file, and whatever is not pinned, on each Python."""
+    pins = re.sub(r" \\\n +", " ", (ROOT / "constraints.txt").read_text()).splitlines()
+    pins = [line.partition(" --hash=") for line in pins if line and not line.startswith("#")]
+    assert all(re.fullmatch("sha256:[0-9a-f]{64}", one) for _, _, hashes in pins for one in hashes.split(" --hash="))
+    pinned = [Requirement(text) for text, _, _ in pins]
+    assert all(str(pin.specifier).startswith("==") and "*" not in str(pin.specifier) for pin in pinned)
+    lines = [
+        line for name in ("dev", "packaged") for line in (ROOT / f"requirements-{name}.txt").read_text().splitlines()
+    ]
+    wanted = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        here = {"python_version": python, "python_full_version": f"{python}.9"}
+        there = [pin.name for pin in pinned if pin.marker is None or pin.marker.evaluate(here)]
+        assert len(there) == len(set(there))
+        assert {one.name for one in wanted if one.marker is None or one.marker.evaluate(here)} <= set(there)
 
 
 # ---- that they run
