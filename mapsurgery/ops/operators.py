@@ -66,7 +66,7 @@ def _weights(count: int, device: torch.device) -> Tensor:
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     x = x ^ (x >> 31 & 0x1FFFFFFFF)
-    return ((x >> 11 & 0x1FFFFFFFFFFFFF) * 2.0**-52 - 1) * 3**0.5
+    return ((x >> 11 & 0x1FFFFFFFFFFFFF).double() * 2**-52 - 1) * 3**0.5
 
 
 @operator

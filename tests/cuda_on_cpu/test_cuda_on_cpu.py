@@ -23,7 +23,7 @@ ORDERS = ("forward", "backward", "shuffled")  # of the threads of a block, and o
 OPERATOR_TESTS = [str(emulated.PROJECT / "tests" / name) for name in ("test_native_kernels.py", "test_ops.py")]
 # Left out, by what their names have in common, because the emulated GPU's tensors call themselves CPU tensors:
 NOT_OF_A_GPU = {
-    "every_operator_has_a_native_cpu_kernel": "squared_norm has none on a GPU",
+    "every_operator_has_a_native_cpu_kernel": "squared_norm and fingerprint have none on a GPU",
     "the_number_of_threads": "torch's products on the CPU stand for those of cuBLAS",
     "the_start_is_the_base_bit_for_bit": "on a GPU no such thing is said of a layer with a bias",
     "switched_off": "of loading, not of kernels",
