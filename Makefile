@@ -25,6 +25,7 @@ FUZZ_ARGS ?=
 # --upgrade takes the newest versions; without it those of constraints.txt stay where they can.
 PINS_ARGS ?=
 MATRIX_ARGS ?=
+RELIABILITY_ARGS ?=
 
 PY := $(VENV)/bin/python
 # -qq leaves only errors: progress bars and notices would drown the output of the target itself.
@@ -81,6 +82,10 @@ test: setup  ## Run all tests (TEST_ARGS="-m 'not slow'" leaves the slow ones ou
 .PHONY: test-long
 test-long:  ## Run the tests that `make test` leaves out: a minute each, or one more of a kind
 	$(MAKE) test TEST_ARGS="-m long $(TEST_ARGS)"
+
+.PHONY: reliability
+reliability: $(DONE)/library  ## Damage files, interrupt and kill by the thousand (RELIABILITY_ARGS="--share 0.1", --help)
+	PYTHONPATH=tests $(PY) tests/reliability.py $(RELIABILITY_ARGS)
 
 .PHONY: zoo
 # Every model is built with random weights: a hub that is asked for anything is a mistake.

@@ -48,27 +48,27 @@ def _fresh() -> nn.Module:
     return net().eval()
 
 
-def _patched(**options: Any) -> nn.Module:
+def patched(**options: Any) -> nn.Module:
     options = {"rank": 2, "train": ["head*"]} | options
     return to_generic_point(mapsurgery.patch(net(), ["stem", "body"], **options)).eval()
 
 
-def _lora() -> nn.Module:
+def lora() -> nn.Module:
     return to_generic_point(mapsurgery.patch(net(), "body", rank=2, method="lora")).eval()
 
 
 def _merged(**options: Any) -> nn.Module:
-    return mapsurgery.merge(_patched(), **options)
+    return mapsurgery.merge(patched(), **options)
 
 
 def _adalora() -> nn.Module:
-    model = _patched(update="adalora")
+    model = patched(update="adalora")
     model(image()).square().mean().backward()
     return model
 
 
 def _with_gradients() -> nn.Module:
-    model = _patched(train=[])
+    model = patched(train=[])
     model.stem.adapter.A.data.mul_(64)
     model(image()).square().mean().backward()
     return model
@@ -76,12 +76,12 @@ def _with_gradients() -> nn.Module:
 
 @functools.cache
 def _state() -> dict[str, torch.Tensor]:
-    return mapsurgery.adapter_state_dict(_patched())
+    return mapsurgery.adapter_state_dict(patched())
 
 
 @functools.cache
 def _peft_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    model, peft = _lora(), mapsurgery.integrations.peft
+    model, peft = lora(), mapsurgery.integrations.peft
     return peft.to_peft_state_dict(model), peft.to_peft_config(model)
 
 
@@ -103,24 +103,24 @@ def _exported(model: nn.Module, folder: Path) -> None:
 
 CHANGES = {
     "patch": Change(_fresh, lambda model, _: mapsurgery.patch(model, ["stem", "body"], rank=2, train=["head*"])),
-    "unpatch": Change(_patched, lambda model, _: mapsurgery.unpatch(model)),
+    "unpatch": Change(patched, lambda model, _: mapsurgery.unpatch(model)),
     "load": Change(_fresh, lambda model, folder: mapsurgery.load(model, folder / "map.safetensors")),
     "load_adapter_state_dict": Change(
-        lambda: to_generic_point(_patched(), seed=9),
+        lambda: to_generic_point(patched(), seed=9),
         lambda model, _: mapsurgery.load_adapter_state_dict(model, _state()),
     ),
-    "merge": Change(_patched, lambda model, _: mapsurgery.merge(model)),
-    "merge(keep_base=True)": Change(_patched, lambda model, _: mapsurgery.merge(model, keep_base=True)),
-    "merge(final=True)": Change(_patched, lambda model, _: mapsurgery.merge(model, final=True)),
+    "merge": Change(patched, lambda model, _: mapsurgery.merge(model)),
+    "merge(keep_base=True)": Change(patched, lambda model, _: mapsurgery.merge(model, keep_base=True)),
+    "merge(final=True)": Change(patched, lambda model, _: mapsurgery.merge(model, final=True)),
     "unmerge": Change(_merged, lambda model, _: mapsurgery.unmerge(model)),
     "unmerge of a kept base": Change(lambda: _merged(keep_base=True), lambda model, _: mapsurgery.unmerge(model)),
-    "disabled": Change(_patched, _in_block(mapsurgery.disabled)),
-    "disabled(trained=True)": Change(_patched, _in_block(mapsurgery.disabled, trained=True)),
-    "reuse_norms": Change(_patched, _in_block(mapsurgery.reuse_norms)),
-    "verify": Change(_patched, lambda model, _: mapsurgery.verify(model, image())),
+    "disabled": Change(patched, _in_block(mapsurgery.disabled)),
+    "disabled(trained=True)": Change(patched, _in_block(mapsurgery.disabled, trained=True)),
+    "reuse_norms": Change(patched, _in_block(mapsurgery.reuse_norms)),
+    "verify": Change(patched, lambda model, _: mapsurgery.verify(model, image())),
     "contrib.rebalance": Change(_with_gradients, lambda model, _: mapsurgery.contrib.rebalance(model)),
     "RankAllocator": Change(_adalora, _allocate),
-    "export": Change(_patched, _exported),
+    "export": Change(patched, _exported),
     "integrations.peft.load_peft": Change(
         _fresh, lambda model, folder: mapsurgery.integrations.peft.load_peft(model, folder / "peft")
     ),
@@ -157,13 +157,13 @@ def test_every_public_function_is_known_here() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files")
-    mapsurgery.save(_patched(), path / "map.safetensors")
-    mapsurgery.integrations.peft.save_peft(_lora(), path / "peft")
+    mapsurgery.save(patched(), path / "map.safetensors")
+    mapsurgery.integrations.peft.save_peft(lora(), path / "peft")
     return path
 
 
 @contextmanager
-def _signal_at(line: int) -> Iterator[list[int]]:
+def signal_at(line: int) -> Iterator[list[int]]:
     """SIGALRM, whose handler raises, when the k-th line of the library runs. Gives a list with the lines that ran."""
     seen = [0]
 
@@ -188,7 +188,7 @@ def _signal_at(line: int) -> Iterator[list[int]]:
         assert signal.signal(signal.SIGALRM, before) is handler, "the program's handler was not put back"
 
 
-class _Failing(TorchDispatchMode):
+class Failing(TorchDispatchMode):
     """The k-th operation fails."""
 
     def __init__(self, at: int) -> None:
@@ -211,25 +211,26 @@ def _as_after(model: nn.Module, after: nn.Module) -> bool:
     return types and flags and list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def _numbers(count: int, all_of_them: bool, name: str) -> list[int]:
-    chosen = random.Random(name)
-    return [*range(1, count + 1)] if all_of_them else sorted(chosen.sample(range(1, count + 1), min(SOME, count)))
+def _numbers(count: int, some: int, name: str) -> list[int]:
+    every = range(1, count + 1)
+    return sorted(random.Random(name).sample(every, min(some, count))) if some else [*every]
 
 
-def _try_all(name: str, folder: Path, every: bool, breaking: Callable[[int], Any]) -> None:
+def try_all(name: str, folder: Path, some: int, breaking: Callable[[int], Any]) -> int:
+    """Break one function at every place (some: 0) or at so many. Returns how many were tried."""
     change = CHANGES[name]
 
     def run(model: nn.Module, k: int) -> int:
         torch.manual_seed(0)
         with breaking(k) as counter:
             change.run(model, folder)
-        return counter.seen if isinstance(counter, _Failing) else counter[0]
+        return counter.seen if isinstance(counter, Failing) else counter[0]
 
     change.run(change.start(), folder)  # what is made once is there
     after = change.start()
     count = run(after, 0)
     failed = 0
-    for k in _numbers(count, every, name):
+    for k in _numbers(count, some, name):
         model = change.start()
         snapshot, grads = Snapshot(model), [p.grad for p in model.parameters()]
         try:
@@ -243,23 +244,24 @@ def _try_all(name: str, folder: Path, every: bool, breaking: Callable[[int], Any
                 except AssertionError as difference:
                     raise AssertionError(f"{name}, {k} of {count}: {error!r} leaves neither") from difference
     assert failed or not count
+    return len(_numbers(count, some, name))
 
 
 @pytest.mark.parametrize("name", [*CHANGES])
 def test_a_signal_leaves_the_model_as_it_was_or_as_it_becomes(name: str, folder: Path) -> None:
-    _try_all(name, folder, False, _signal_at)
+    try_all(name, folder, SOME, signal_at)
 
 
 @pytest.mark.parametrize("name", [*CHANGES])
 def test_a_failure_leaves_the_model_as_it_was_or_as_it_becomes(name: str, folder: Path) -> None:
-    _try_all(name, folder, False, _Failing)
+    try_all(name, folder, SOME, Failing)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("breaking", [_signal_at, _Failing], ids=["signal", "failure"])
+@pytest.mark.parametrize("breaking", [signal_at, Failing], ids=["signal", "failure"])
 @pytest.mark.parametrize("name", [*CHANGES])
 def test_at_every_line_and_operation(name: str, folder: Path, breaking: Any) -> None:
-    _try_all(name, folder, True, breaking)
+    try_all(name, folder, 0, breaking)
 
 
 # The sections themselves ----------------------------------------------------------------------------------------------

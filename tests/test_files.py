@@ -31,19 +31,19 @@ from mapsurgery._tensor_file import opened
 from mapsurgery.integrations.peft import load_peft, save_peft
 
 
-def _model(seed: int = 1, **options: Any) -> nn.Module:
+def trained(seed: int = 1, **options: Any) -> nn.Module:
     return to_generic_point(mapsurgery.patch(net(), ["stem", "body"], rank=2, train=["head"], **options), seed).eval()
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "adapter.safetensors"
-    mapsurgery.save(_model(), path)
+    mapsurgery.save(trained(), path)
     return path
 
 
 def test_safetensors_reads_what_is_written(path: Path) -> None:
-    expected = mapsurgery.adapter_state_dict(_model())
+    expected = mapsurgery.adapter_state_dict(trained())
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == set(expected) and len(file.metadata()["checksum"]) == 64
     assert all(torch.equal(t, expected[name]) for name, t in load_file(path).items())
@@ -102,7 +102,7 @@ def test_no_flipped_bit_goes_unnoticed(path: Path, where: str) -> None:
 
 
 def test_a_damaged_file_is_not_restored_either(path: Path) -> None:
-    model = _model(seed=7)
+    model = trained(seed=7)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
@@ -189,7 +189,7 @@ def test_a_sparse_file_that_announces_gigabytes_takes_no_memory(tmp_path: Path, 
         file.truncate(len(content) + at)
     call = {
         "load": lambda: mapsurgery.load(net(), path),
-        "restore": lambda: mapsurgery._adapter_file.restore(_model(), path),
+        "restore": lambda: mapsurgery._adapter_file.restore(trained(), path),
         "load_peft": lambda: load_peft(net(), tmp_path),
     }[by]
     with pytest.raises(ValueError, match="shape|announces"):
@@ -289,7 +289,7 @@ def test_what_is_no_file_is_refused_and_stays(tmp_path: Path, kind: str, call: s
     mode = os.lstat(path).st_mode
     calls: dict[str, Callable[[], Any]] = {
         "load": lambda: mapsurgery.load(net(), path),
-        "save": lambda: mapsurgery.save(_model(), path),
+        "save": lambda: mapsurgery.save(trained(), path),
         "History.load": lambda: mapsurgery.History.load(path),
     }
     with pytest.raises(OSError, match="folder" if kind == "folder" else "pipe"):
@@ -324,7 +324,7 @@ def test_what_a_killed_save_left_goes_with_the_next(path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     left = [name for name in os.listdir(path.parent) if name != path.name]
     assert len(left) == 1 and left[0].startswith(".mapsurgery-") and path.read_bytes() == before
-    mapsurgery.save(_model(), path)
+    mapsurgery.save(trained(), path)
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -333,7 +333,7 @@ def test_what_another_writer_is_writing_is_left_to_it(path: Path) -> None:
 
     def slowly() -> Any:
         yield b"one"
-        mapsurgery.save(_model(), path)  # another save into the same folder, while this file is not there yet
+        mapsurgery.save(trained(), path)  # another save into the same folder, while this file is not there yet
         seen.append([name for name in os.listdir(path.parent) if name.startswith(".mapsurgery-")])
         yield b"two"
 
@@ -365,7 +365,7 @@ def test_a_file_of_ones_own_that_looks_like_ours_is_not_followed(path: Path, tmp
     target = tmp_path / "precious"
     target.write_text("mine")
     (tmp_path / ".mapsurgery-link.tmp").symlink_to(target)
-    mapsurgery.save(_model(), path)
+    mapsurgery.save(trained(), path)
     assert target.read_text() == "mine"
 
 
@@ -378,7 +378,7 @@ def test_the_folder_is_synced(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         original(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    mapsurgery.save(_model(), path)
+    mapsurgery.save(trained(), path)
     assert synced == [False, True]
 
 
@@ -389,7 +389,7 @@ def test_a_killed_process_leaves_one_of_the_two_files(path: Path, wait: float) -
     script = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "import mapsurgery, test_files\n"
-        "model = test_files._model()\n"
+        "model = test_files.trained()\n"
         "print('ready', flush=True)\n"
         f"while True: mapsurgery.save(model, {str(path)!r})\n"
     )
@@ -400,5 +400,5 @@ def test_a_killed_process_leaves_one_of_the_two_files(path: Path, wait: float) -
     process.kill()
     process.wait()
     mapsurgery.load(net(), path)
-    mapsurgery.save(_model(), path)
+    mapsurgery.save(trained(), path)
     assert os.listdir(path.parent) == [path.name]
