@@ -100,10 +100,10 @@ class Base:
         else:
             here = not any(t.is_meta for t in (*site.layer.parameters(), *site.layer.buffers()))
         sketch = adapter.sketch
-        if here and adapter.computed:
-            sketch = measured(site.base.detach(), adapter.stacked)[1]
-        elif here and adapter.norm_given:
+        if here and adapter.norm_given:
             norms, sketch = _measured(site)
+        elif here and adapter.computed:
+            sketch = measured(site.base.detach(), adapter.stacked)[1]
         held = site.layer._parameters.get(site.parameter)
         stored = f"stored as {held.dtype}" if held is not None and held.itemsize == 1 else ""
         elements = adapter.shape.numel() // adapter.matrices
@@ -199,10 +199,11 @@ Surroundings = dict[str, Numbers]
 def surroundings_of(root: nn.Module, record: Record, but: Collection[str] = ()) -> Surroundings:
     """Of a patched model, as it was at `patch`. Args: but: names of what is known by itself."""
     known, marks = record.originals.tensors, record.originals.marks
-    buffers = {name: t for name in persistent_buffers(root) if (t := known.get(name)) is not None}
+    marked = {name: mark for name in parameters_of(root) if name not in but and (mark := marks.get(name)) is not None}
+    buffers = {name: t for name in persistent_buffers(root) if name not in but and (t := known.get(name)) is not None}
     return {
-        "parameters": _described({n: mark.sample for n, mark in marks.items() if mark is not None and n not in but}),
-        "buffers": _described({n: sample_of(t) for n, t in buffers.items() if t.numel() and n not in but}),
+        "parameters": _described({name: mark.sample for name, mark in marked.items()}),
+        "buffers": _described({name: sample_of(t) for name, t in buffers.items() if _plain(t)}),
     }
 
 

@@ -365,13 +365,18 @@ class Adapter(nn.Module):
         """W may be another: take its norm; of one that was only moved or cast, keep the norm from before."""
         before, sketch, dtype = self.weight_norm, self.sketch, self.norm_dtype
         self.take_norm(weight)
-        same = torch.allclose(before.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0)
-        if sketch is not None and self.sketch is not None:
-            apart = torch.linalg.vector_norm(self.sketch - sketch, dim=1).to(self.weight_norm)
-            same = same and bool((apart <= 4 * torch.finfo(weight.dtype).eps * self.weight_norm).all())
-        if moved and same:
+        if moved and self._is_rounded(weight, before, sketch):
             self.weight_norm, self.norm_dtype = before.to(weight.device), dtype
             self.sketch = self.sketch if sketch is None else sketch
+
+    def _is_rounded(self, weight: Tensor, norm: Tensor, sketch: Tensor | None) -> bool:
+        """Whether a weight that was just measured is the one with this norm and sketch, but for a cast."""
+        if not torch.allclose(norm.to(self.weight_norm), self.weight_norm, rtol=self._rounding(weight), atol=0):
+            return False
+        if sketch is None or self.sketch is None:
+            return True
+        apart = torch.linalg.vector_norm(self.sketch - sketch, dim=1).to(self.weight_norm)
+        return bool((apart <= 4 * torch.finfo(weight.dtype).eps * self.weight_norm).all())
 
     def take_norm(self, weight: Tensor, norm: float | Sequence[float] | None = None) -> None:
         """Set ||W||_F, measured here unless given. Under FakeTensorMode there is nothing to measure.
