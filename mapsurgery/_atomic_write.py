@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from .interrupts import undone_by, uninterrupted
 
@@ -65,6 +66,28 @@ def write_whole(contents: Mapping[str, Content]) -> None:
                 _sync(folder)
 
 
+@contextlib.contextmanager
+def folder_beside(path: str) -> Iterator[str]:
+    """A temporary folder on the file system of a destination; that of a killed process goes as its files do."""
+    parent = os.path.dirname(os.path.realpath(path))
+    _remove_abandoned(parent)
+    made: list[tuple[int, str]] = []
+
+    def remove() -> None:
+        while made:
+            handle, folder = made[-1]
+            shutil.rmtree(folder, ignore_errors=True)
+            made.pop()
+            os.close(handle)
+
+    with undone_by(remove):
+        with uninterrupted():
+            folder = tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=parent)
+            made.append((os.open(folder, os.O_RDONLY), folder))
+            _lock(made[0][0])
+        yield folder
+
+
 def _refuse_strange(path: str) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
@@ -104,10 +127,10 @@ def _remove_abandoned(folder: str) -> None:
             continue
         path = os.path.join(folder, name)
         with contextlib.suppress(OSError):  # another user's, or gone by now
-            handle = os.open(path, os.O_RDWR | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
             try:
                 if _lock(handle):
-                    os.unlink(path)
+                    shutil.rmtree(path) if stat.S_ISDIR(os.fstat(handle).st_mode) else os.unlink(path)
             finally:
                 os.close(handle)
 

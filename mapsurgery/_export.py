@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ._atomic_write import folder_beside
 from ._example import arguments
 from .interrupts import undone_by
 from .surgery.merge import merge
@@ -267,7 +267,7 @@ _WRITERS: dict[str, Callable[..., list[Tensor]]] = {"pt2": _write_pt2, "aoti": _
 @contextmanager
 def _beside(destination: Path) -> Iterator[Path]:
     """A path of the same name in a temporary folder beside the destination, on the same file system."""
-    with tempfile.TemporaryDirectory(prefix=".mapsurgery-", dir=destination.parent) as folder:
+    with folder_beside(str(destination)) as folder:
         yield Path(folder) / destination.name
 
 

@@ -72,6 +72,8 @@ class History:
             if file.metadata.get("format") != FORMAT:
                 raise ValueError(f"{file.path} is a safetensors file, but not one that a history was saved to")
             values = file.read()
+        if "steps" not in values or "layers" not in file.metadata:
+            raise ValueError(f"{file.path} is damaged: it has no steps, or does not name its layers")
         return cls(values.pop("steps"), tuple(json.loads(file.metadata["layers"])), values)
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 import mapsurgery
 from mapsurgery import _tensor_file
-from mapsurgery._atomic_write import write_whole
+from mapsurgery._atomic_write import folder_beside, write_whole
 from mapsurgery._tensor_file import opened
 from mapsurgery.integrations.peft import load_peft, save_peft
 
@@ -326,6 +326,23 @@ def test_what_a_killed_save_left_goes_with_the_next(path: Path) -> None:
     assert len(left) == 1 and left[0].startswith(".mapsurgery-") and path.read_bytes() == before
     mapsurgery.save(trained(), path)
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_folder_of_a_killed_export_goes_with_the_next(tmp_path: Path) -> None:
+    script = (
+        "import os, signal\n"
+        "from mapsurgery._atomic_write import folder_beside\n"
+        f"with folder_beside({str(tmp_path / 'model.pt2')!r}) as folder:\n"
+        "    open(folder + '/half', 'w').close()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=Path(mapsurgery.__file__).parents[1])
+    assert len(os.listdir(tmp_path)) == 1
+    with folder_beside(str(tmp_path / "model.pt2")) as folder:
+        assert os.listdir(tmp_path) == [os.path.basename(folder)]
+        write_whole({str(tmp_path / "other"): [b"x"]})
+        assert os.path.isdir(folder)  # whose process lives
+    assert os.listdir(tmp_path) == ["other"]
 
 
 def test_what_another_writer_is_writing_is_left_to_it(path: Path) -> None:

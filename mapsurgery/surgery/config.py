@@ -87,8 +87,10 @@ class Config:
         Raises:
             KeyError, TypeError, ValueError, AttributeError, OverflowError: the values are none that `to_dict` makes.
         """
-        dtype = None if values["dtype"] is None else getattr(torch, values["dtype"])
-        config = cls(**{**values, "init": None, "dtype": dtype})
+        dtypes = {None: None} | {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+        if values["dtype"] not in dtypes:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, dtypes))}, got {values['dtype']!r}")
+        config = cls(**{**values, "init": None, "dtype": dtypes[values["dtype"]]})
         config.init = Init(**values["init"])  # files of older versions may hold options that their method does not read
         config.method.refuse(config.init)
         config.update.refuse(config.init.kind == "random")
