@@ -187,7 +187,7 @@ def hostile_calls(count: int, folder: Path) -> Outcome:
 
 
 def interruptions(count: int, folder: Path, breaking: Callable[[int], Any]) -> Outcome:
-    """At every line (signal) or operation (failure) of every public function, or `count` of each."""
+    """At so many lines (signals) or operations (failures) of every public function, spread at random over it."""
     outcome = Outcome()
     mapsurgery.save(patched(), folder / "map.safetensors")
     mapsurgery.integrations.peft.save_peft(lora(), folder / "peft")
@@ -228,8 +228,8 @@ def kills(count: int, folder: Path) -> Outcome:
 ATTEMPTS: dict[str, tuple[Callable[[int, Path], Outcome], int]] = {
     "damaged files": (damaged_files, 20_300),
     "hostile operator calls": (hostile_calls, 6_000),
-    "signals within public functions": (lambda count, folder: interruptions(count, folder, signal_at), 0),
-    "failing operations of torch": (lambda count, folder: interruptions(count, folder, Failing), 0),
+    "signals within public functions": (lambda count, folder: interruptions(count, folder, signal_at), 150),
+    "failing operations of torch": (lambda count, folder: interruptions(count, folder, Failing), 150),
     "kills while saving": (kills, 350),
 }
 
@@ -246,7 +246,7 @@ def main() -> int:
         attempt, count = ATTEMPTS[name]
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            outcome = attempt(int(count * options.share), Path(folder))
+            outcome = attempt(max(1, int(count * options.share)), Path(folder))
         wrong += outcome[WRONG]
         said = ", ".join(f"{what} {n}" if n else what for what, n in outcome.items() if n or what != WRONG)
         table.add_row(name, str(sum(outcome.values())), said, f"{time.perf_counter() - start:.0f}")
