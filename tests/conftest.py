@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # graphs that another build compiled expect what its operators return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 torch.set_num_threads(1)  # tiny tensors: threads that wait for one another cost ten times the work on a shared machine
 # cuDNN rounds the inputs of float32 convolutions to TF32 unless told not to: no float32 comparison would hold on a GPU.
