@@ -16,18 +16,20 @@ from torch import Tensor, nn
 
 from ._atomic_write import write_whole
 from ._base import (
-    DTYPES_BY_NAME,
+    MOVING,
     Base,
     Surroundings,
     acts_as,
     check_choice,
+    check_surroundings,
     judge,
+    moves,
     surroundings_of,
     unlike,
 )
-from ._state_dict import Pairs, adapter_state_dict, changed_buffers, fitting, put
+from ._state_dict import Pairs, adapter_state_dict, all_finite, changed_buffers, fitting, put
 from ._tensor_file import CHECKSUM, TensorFile, content_of, opened, refuse_too_large
-from .methods.adapter import DTYPES, common_row, measured
+from .methods.adapter import DTYPES, Adapter, common_row, measured
 from .progress import progress
 from .surgery import trainers
 from .surgery.all_or_nothing import Change, Journal, all_or_nothing, make
@@ -93,7 +95,10 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
     if any(parameter.requires_grad for parameter in root.parameters()):  # else training is over
         refuse_frozen(root, record, frozen, "they would be written without having learned since")
     _refuse_mixed(sites, record.config)
-    holders = all_sites(root)
+    every = all_sites(root)
+    holders: dict[Adapter, list[Site]] = {}
+    for site in every:
+        holders.setdefault(site.adapter, []).append(site)
     layers = {site.path: _describe(site, holders) for site in progress(sites, "reading norms")}
     tensors = adapter_state_dict(model)
     buffers = changed_buffers(root, record)
@@ -106,14 +111,14 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
         "trained": json.dumps(list(trained_names(root, record))),
         "moved": json.dumps(list(moved_names(root, record))),
         "buffers": json.dumps(buffers),
-        "cut": json.dumps(list(record.cut(root, {path for site in holders for path in site.paths})[1])),
+        "cut": json.dumps(list(record.cut(root, {path for site in every for path in site.paths})[1])),
         "form": json.dumps(record.config.update.form()),
         "surroundings": json.dumps(surroundings_of(root, record, tensors)),
     }
-    diverged = [name for name, tensor in tensors.items() if name not in buffers and not tensor.isfinite().all()]
+    diverged = [name for name, tensor in tensors.items() if name not in buffers and not all_finite(tensor)]
     if diverged:
         raise ValueError(f"what was trained holds NaN or infinite values, nothing was saved: {', '.join(diverged[:5])}")
-    write_whole({os.fspath(path): content_of(tensors, metadata)})
+    write_whole({os.fsdecode(path): content_of(tensors, metadata)})
 
 
 def _refuse_mixed(sites: list[Site], config: Config) -> None:
@@ -134,7 +139,7 @@ def _library_version() -> str:
         return "unknown"
 
 
-def _describe(site: Site, holders: list[Site]) -> dict[str, Any]:
+def _describe(site: Site, holders: Mapping[Adapter, list[Site]]) -> dict[str, Any]:
     adapter = site.adapter
     if adapter.weight_norm.is_meta or adapter.pending:
         raise ValueError(f"{site.path}: its weight is not loaded (meta device): there is no adapter to save yet")
@@ -143,7 +148,7 @@ def _describe(site: Site, holders: list[Site]) -> dict[str, Any]:
     return {
         "layer": site.layer_path,
         "parameter": site.parameter,
-        "tied": [[s.layer_path, s.parameter] for s in holders if s.adapter is adapter and s.path != site.path],
+        "tied": [[s.layer_path, s.parameter] for s in holders.get(adapter, ()) if s.path != site.path],
         "type": site.layer.original_class.__name__,
         "shape": list(adapter.shape),
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -326,7 +331,7 @@ def _parsed(source: TensorFile) -> _File:
 def _filled(file: _File, source: TensorFile) -> _File:
     """The file with its tensors."""
     tensors = source.read()
-    diverged = [name for name in file.tensors if name not in file.buffers and not tensors[name].isfinite().all()]
+    diverged = [name for name in file.tensors if name not in file.buffers and not all_finite(tensors[name])]
     if diverged:
         raise ValueError(f"{file.path}: {', '.join(diverged[:5])} holds NaN or infinite values")
     return replace(file, tensors={name: tensors[name] for name in file.tensors})
@@ -397,9 +402,7 @@ def _sketch(layer: dict[str, Any]) -> Tensor | None:
 
 def _surroundings(path: str, metadata: Mapping[str, str]) -> Surroundings:
     value = _json(path, metadata, "surroundings", dict)
-    kinds = [value.get(kind) for kind in ("parameters", "buffers")]
-    entries = [entry for kind in kinds if isinstance(kind, dict) for entry in kind.values()]
-    if len(value) != 2 or not all(isinstance(kind, dict) for kind in kinds) or not all(map(_is_numbers, entries)):
+    if not check_surroundings(value):
         raise ValueError(f"{path}: 'surroundings' in its metadata is not what mapsurgery.save writes")
     return value
 
@@ -410,13 +413,6 @@ def _is_sketch(rows: Any, matrices: int) -> bool:
     if not isinstance(rows, list) or len(rows) != matrices or not all(isinstance(row, list) for row in rows):
         return False
     return all(len(row) == 8 and all(type(x) in (int, float) and abs(x) < 1e300 for x in row) for row in rows)
-
-
-def _is_numbers(entry: Any) -> bool:
-    """Whether an entry is a dtype, a norm and a sketch."""
-    if not isinstance(entry, list) or len(entry) != 10 or entry[0] not in DTYPES_BY_NAME:
-        return False
-    return all(type(number) in (int, float) and abs(number) < 1e300 for number in entry[1:])
 
 
 def _tensor(numbers: float | list[float]) -> Tensor:
@@ -430,10 +426,8 @@ def _entry(layer: dict[str, Any], role: str) -> str:
 
 def _roles(file: _File, layer: dict[str, Any]) -> tuple[str, ...]:
     """Names of the tensors of a layer's adapter. Which there are may depend on the weight's shape and on the rank."""
-    prefix = _entry(layer, "") + "."
-    found = {name.removeprefix(prefix) for name in file.tensors if name.startswith(prefix)}
     known = {*file.config.update.roles, *file.config.update.frozen, *file.config.method.roles}
-    return tuple(sorted(found & known))
+    return tuple(sorted(role for role in known if _entry(layer, role) in file.tensors))
 
 
 def _check_consistent(file: _File) -> None:
@@ -477,13 +471,14 @@ def _plan_of(model: nn.Module, file: _File) -> Plan:
     modules = {path: (module, paths) for module, paths in module_paths(model).items() for path in paths}
     problems: list[str] = []
     layers: list[PlannedLayer] = []
+    taken: set[tuple[nn.Module, str]] = set()
     for name, described in file.layers.items():
         found = _planned_by_file(modules, name, described, file)
-        taken = {(layer.module, layer.parameter) for layer in layers}
         if isinstance(found, list) and any((layer.module, layer.parameter) in taken for layer in found):
             found = "is a layer that the file names twice"
         if isinstance(found, list):
             layers += found
+            taken |= {(layer.module, layer.parameter) for layer in found}
         else:
             problems.append(f"layer {name!r} {found}")
     problems += _problems_with_extras(model, file)
@@ -608,11 +603,12 @@ def _difference(layer: PlannedLayer, described: dict[str, Any]) -> str | None:
     there = _base_of(described)
     with at_hand(layer.module):
         quantised = layer.quantisation.name if layer.quantisation else ""
+        quantised = quantised or (MOVING if moves(layer.module, layer.parameter) else "")
         weight = layer.weight if layer.quantisation is None else kinds.dequantised(layer.module)
         norms, sketch = measured(weight.detach(), layer.stacked)
         acts = acts_as(layer.module)
         here = Base(_tensor(norms), layer.weight.dtype, there.elements, quantised, sketch, acts)
-        return here.difference(there, lambda: layer.weight)
+        return here.difference(there)
 
 
 def _differences(model: nn.Module, file: _File, layers: Iterable[PlannedLayer]) -> list[str]:

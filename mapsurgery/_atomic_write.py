@@ -35,7 +35,7 @@ def write_whole(contents: Mapping[str, Content]) -> None:
         FileNotFoundError: the folder of a destination does not exist.
         OSError: a destination is no file (a folder, a device, a pipe), or cannot be written.
     """
-    targets = {os.path.realpath(path): content for path, content in contents.items()}
+    targets = {os.path.realpath(os.fsdecode(path)): content for path, content in contents.items()}
     for path in targets:
         _refuse_strange(path)
     folders = dict.fromkeys(os.path.dirname(path) for path in targets)
@@ -122,7 +122,10 @@ def _lock(handle: int) -> bool | None:
 
 def _remove_abandoned(folder: str) -> None:
     """Remove what killed processes left, as far as this one may."""
-    for name in os.listdir(folder):
+    names: list[str] = []
+    with contextlib.suppress(PermissionError):  # one may write into a folder that one may not list
+        names = os.listdir(folder)
+    for name in names:
         if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
             continue
         path = os.path.join(folder, name)
@@ -141,22 +144,32 @@ def _write(handle: int, temporary: str, content: Content, path: str) -> None:
             for piece in content:
                 file.write(piece)
             file.flush()
+        with _where_possible():
             os.fsync(handle)
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
-    os.chmod(temporary, _file_mode(path))
+    with _where_possible():
+        os.chmod(temporary, _file_mode(path))
 
 
 def _sync(folder: str) -> None:
     """The names, too, are to be there after a crash of the system."""
-    handle = os.open(folder, os.O_RDONLY)
+    with _where_possible():
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _where_possible() -> Iterator[None]:
+    """What not every file system can do, or lets this user do."""
     try:
-        os.fsync(handle)
+        yield
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES):
             raise
-    finally:
-        os.close(handle)
 
 
 def _file_mode(path: str) -> int:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
-from . import ops
 from .methods.adapter import measured
+from .surgery.fresh import unloaded
 from .surgery.originals import sample_of
 from .surgery.quantised.kinds import kind_of
 from .surgery.quantised.layer import QuantisedLinear
-from .surgery.record import Record, Site, parameters_of, persistent_buffers
+from .surgery.record import Record, Site, names_of, parameters_of, persistent_buffers
 
 _SAME_KERNEL, _OTHER_QUANTISATION = 1e-4, 0.03
 """Relative tolerances of ||W||_F: one quantised weight, dequantised on two machines; one weight, quantised or not."""
 _SKETCH_SAME_KERNEL, _SKETCH_OTHER_QUANTISATION = 1e-2, 0.4
 """Those of the sketch, relative to ||W||_F: 4-bit numbers are about 0.1 off, and two weights about 1.4 apart."""
+
+MOVING = "computed with statistics"
+"""How a weight is held whose value training moves (spectral_norm): there is no one W."""
 
 DTYPES_BY_NAME = {
     str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if type(dtype) is torch.dtype
@@ -43,7 +49,7 @@ def judge(differences: Iterable[str], choice: str, what: str, stacklevel: int) -
     more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
     message = f"{what} was trained on another base: {'; '.join(found[:5])}{more}"
     if choice == "refuse":
-        raise ValueError(f"{message}. Where that is meant, pass base='warn' or base='ignore'")
+        raise ValueError(f"{message}. Where that is meant, load it with base='warn' or base='ignore'")
     warnings.warn(message, stacklevel=stacklevel + 1)
 
 
@@ -53,17 +59,26 @@ def check_choice(choice: str) -> None:
         raise ValueError(f"base must be one of {', '.join(map(repr, CHOICES))}, got {choice!r}")
 
 
+_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    _ConvNd: ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode"),
+    nn.EmbeddingBag: ("mode",),
+    nn.RNNBase: ("mode", "num_layers", "bidirectional", "proj_size"),
+    nn.RNNCell: ("nonlinearity",),
+    nn.MultiheadAttention: ("num_heads",),
+}
+"""Of layers of torch: what beside their parameters says what they compute."""
+
+
 def acts_as(layer: nn.Module) -> str:
-    """What a layer does with its parameters: the class whose forward runs, and how a convolution moves."""
-    original = getattr(layer, "original_class", type(layer))
+    """What a layer does with its parameters: the class whose forward runs, and its settings."""
     if kind_of(layer) is not None:
         return "Linear"
+    original = getattr(layer, "original_class", type(layer))
     owner = next(cls.__name__ for cls in original.__mro__ if "forward" in cls.__dict__)
-    if not isinstance(layer, _ConvNd):
-        return owner
-    options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0, "padding_mode": "zeros"}
-    found = {name: getattr(layer, name) for name in options}
-    told = [f"{n}={v}" for n, v in found.items() if v not in (options[n], (options[n],) * len(layer.kernel_size))]
+    names = next((names for cls, names in _SETTINGS.items() if issubclass(original, cls)), ())
+    told = [f"{name}={getattr(layer, name)}" for name in names]
+    if "bias" in layer._parameters:
+        told.append(f"bias={layer._parameters['bias'] is not None}")
     return f"{owner}({', '.join(told)})" if told else owner
 
 
@@ -107,20 +122,20 @@ class Base:
         held = site.layer._parameters.get(site.parameter)
         stored = f"stored as {held.dtype}" if held is not None and held.itemsize == 1 else ""
         elements = adapter.shape.numel() // adapter.matrices
-        quantised = kind.name if kind else stored
+        quantised = kind.name if kind else MOVING if moves(site.layer, site.parameter) else stored
         return cls(norms.detach(), dtype, elements, quantised, sketch, acts_as(site.layer))
 
-    def difference(self, trained_on: Base, weight: Callable[[], Tensor]) -> str | None:
-        """What to say where this is not the base that an adapter was trained on, as far as can be told; else None.
-
-        Args: weight: gives W, (m, ...), or (E, m, ...) of a stack; asked where a cast may explain the difference.
-        """
-        if self.layer and trained_on.layer and self.layer != trained_on.layer:
-            return f" is a {self.layer}, the adapter was trained on a {trained_on.layer}"
+    def difference(self, trained_on: Base) -> str | None:
+        """What to say where this is not the base that an adapter was trained on, as far as can be told; else None."""
+        layers = [self.layer, trained_on.layer]
+        if self.quantised or trained_on.quantised:
+            layers = [layer.partition("(")[0] for layer in layers]
+        if all(layers) and layers[0] != layers[1]:
+            return f" is a {layers[0]}, the adapter was trained on a {layers[1]}"
+        if MOVING in (self.quantised, trained_on.quantised):
+            return None
         found, expected = (base.norms.detach().cpu().double().reshape(-1) for base in (self, trained_on))
-        off = ~((found - expected).abs() <= self._tolerance(trained_on) * expected)
-        if off.any() and self.dtype != trained_on.dtype and not self.quantised and not trained_on.quantised:
-            off &= ~self._cast_apart(trained_on, weight().detach().reshape(found.numel(), -1))
+        off = ~((found - expected).abs() <= self._tolerance(trained_on, expected) * expected)
         if off.any():
             first = int(off.nonzero()[0])
             return (
@@ -136,40 +151,26 @@ class Base:
         first = int(off.nonzero()[0])
         return f"{_matrix(first, found)} has another weight of the same norm ({apart[first] / expected[first]:.2g} off)"
 
-    def _cast_apart(self, trained_on: Base, weight: Tensor) -> Tensor:
-        """Whether each matrix is the other's but for a cast, also where few elements or few values decide the norm.
-
-        A cast that W went through before training is repeated. One since then moves the norm by about
-        eps (‖W‖₄/‖W‖₂)², which is eps/sqrt(n) where all elements are of one size.
-        """
-        expected = trained_on.norms.detach().cpu().double().reshape(-1)
-        again = torch.tensor([ops.frobenius_norm(w) for w in weight.to(trained_on.dtype)], dtype=torch.float64)
-        eps = torch.finfo(self.dtype).eps
-        if eps <= torch.finfo(trained_on.dtype).eps:
-            return (again - expected).abs() <= 1e-6 * expected
-        fourth = torch.linalg.vector_norm(weight, 4, dim=1, dtype=torch.float32).double().cpu()
-        return (again - expected).abs() <= 4 * eps * (fourth / again) ** 2 * expected
-
-    def _tolerance(self, other: Base) -> float:
-        """Relative: float32 rounding of a norm; more where the base was cast from or to a half type, or quantised.
-
-        Rounding n elements, each by at most eps/2 and independently, moves the norm by about eps/sqrt(n).
-        """
+    def _tolerance(self, other: Base, norms: Tensor) -> Tensor | float:
+        """Relative, of ||W||_F: float32 rounding; that of a cast, which may be the same for all elements; or more."""
         if self.quantised or other.quantised:
             return _SAME_KERNEL if self.quantised == other.quantised else _OTHER_QUANTISATION
-        if self.dtype == other.dtype:
-            return 1e-6
-        return 1e-6 + 4 * max(torch.finfo(self.dtype).eps, torch.finfo(other.dtype).eps) / self.elements**0.5
+        return 1e-6 + _rounding(self.dtype, other.dtype, self.elements, norms)
 
     def _sketch_tolerance(self, other: Base, norms: Tensor) -> Tensor | float:
-        """Relative to ||W||_F. Roundings of a cast are random: together they are about eps ||W||_F / 3 at most."""
+        """Relative to ||W||_F. Roundings of a cast are below eps/2 together, their sketch seldom twice as large."""
         if self.quantised or other.quantised:
             return _SKETCH_SAME_KERNEL if self.quantised == other.quantised else _SKETCH_OTHER_QUANTISATION
-        if self.dtype == other.dtype:
-            return 1e-6
-        coarse = max((torch.finfo(dtype) for dtype in (self.dtype, other.dtype)), key=lambda info: info.eps)
-        below = coarse.smallest_normal * coarse.eps * self.elements**0.5  # numbers of float16 may be subnormal
-        return 1e-6 + 4 * (coarse.eps + below / norms.clamp_min(1e-300))
+        return 1e-6 + 1.5 * _rounding(self.dtype, other.dtype, self.elements, norms)
+
+
+def _rounding(a: torch.dtype, b: torch.dtype, elements: int, norms: Tensor) -> Tensor | float:
+    """By how much a cast may move numbers of these norms, relative to them: eps, more where float16 is subnormal."""
+    if a == b:
+        return 0.0
+    coarse = max((torch.finfo(dtype) for dtype in (a, b)), key=lambda info: (info.eps, info.smallest_normal))
+    narrow = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in (a, b))
+    return coarse.eps + narrow * elements**0.5 / norms.clamp_min(1e-300)
 
 
 def _matrix(index: int, of: Tensor) -> str:
@@ -187,38 +188,62 @@ def _measured(site: Site) -> tuple[Tensor, Tensor]:
     return known[1], known[2]
 
 
+def moves(layer: nn.Module, parameter: str) -> bool:
+    """Whether a weight is computed with buffers that training changes."""
+    if parameter in layer._parameters:
+        return False
+    parts = layer.parametrizations.modules() if parametrize.is_parametrized(layer) else [layer]  # type: ignore[union-attr]
+    return any(part._buffers for part in parts)
+
+
 # What is not adapted --------------------------------------------------------------------------------------------------
 
 Numbers = dict[str, list[Any]]
-"""Name of a tensor -> its dtype, and norm and sketch of some of its elements."""
+"""Name of a tensor -> its dtype, its shape, and some of its elements: float32, in base 64."""
 
 Surroundings = dict[str, Numbers]
 """What of a model is neither adapted nor trained: "parameters" and "buffers"."""
 
+_LARGEST = 6e4
+"""Masks hold the largest number of a dtype, or infinity: both are this one, which float16 has as well."""
+
 
 def surroundings_of(root: nn.Module, record: Record, but: Collection[str] = ()) -> Surroundings:
-    """Of a patched model, as it was at `patch`. Args: but: names of what is known by itself."""
-    known, marks = record.originals.tensors, record.originals.marks
-    marked = {name: mark for name in parameters_of(root) if name not in but and (mark := marks.get(name)) is not None}
-    buffers = {name: t for name in persistent_buffers(root) if name not in but and (t := known.get(name)) is not None}
+    """Of a patched model, as it was at `patch`. Layers that a checkpoint did not hold are random in each process.
+
+    Args: but: names of what is known by itself.
+    """
+    known, marks, paths = record.originals.tensors, record.originals.marks, names_of(root)
+    random = {id(p) for module in unloaded(paths) for p in module._parameters.values()}
+    names = {name for name, p in parameters_of(root).items() if id(p) not in random and name not in but}
+    buffers = {name: known.get(name) for name in persistent_buffers(root) if name not in but}
     return {
-        "parameters": _described({name: mark.sample for name, mark in marked.items()}),
-        "buffers": _described({name: sample_of(t) for name, t in buffers.items() if _plain(t)}),
+        "parameters": _described({n: (m.sample, m.shape) for n, m in marks.items() if n in names and m is not None}),
+        "buffers": _described({n: (sample_of(t), t.shape) for n, t in buffers.items() if t is not None and _plain(t)}),
     }
 
 
 def unlike(model: nn.Module, expected: Surroundings) -> list[str]:
     """What of a plain model is not as it was around an adapter. A buffer may be missing: versions of a model differ."""
-    here: dict[str, dict[str, Tensor]] = {
-        "parameters": dict(parameters_of(model)),
-        "buffers": persistent_buffers(model),
-    }
+    paths = names_of(model)
+    parameters: dict[str, Tensor] = dict(parameters_of(model))
+    here = {"parameters": parameters, "buffers": persistent_buffers(model)}
+    modules = {name for names in paths.values() for name in names}
     missing = expected["parameters"].keys() - here["parameters"].keys()
+    # A layer that is there, without it, is quantised: it holds its numbers in another way.
+    gone = sorted(name for name in missing if name.rpartition(".")[0] not in modules or "." not in name)
+    random = {id(p) for module in unloaded(paths) for p in module._parameters.values()}
     found = {
-        kind: _described({name: sample_of(t) for name, t in named.items() if name in expected[kind] and _plain(t)})
+        kind: _described(
+            {
+                name: (sample_of(t), t.shape)
+                for name, t in named.items()
+                if name in expected[kind] and _plain(t) and id(t) not in random
+            }
+        )
         for kind, named in here.items()
     }
-    return [*(f"{name} is missing" for name in sorted(missing)), *differing(found, expected)]
+    return [*(f"{name} is missing" for name in gone), *differing(found, expected)]
 
 
 def differing(found: Surroundings, expected: Surroundings) -> list[str]:
@@ -232,26 +257,56 @@ def differing(found: Surroundings, expected: Surroundings) -> list[str]:
 
 
 def _apart(found: list[Any], expected: list[Any]) -> bool:
+    """Whether more than a few elements differ by more than a cast: of an embedding, a row may have been added since."""
     dtypes = [DTYPES_BY_NAME.get(numbers[0]) for numbers in (found, expected)]
-    eps = [torch.finfo(dtype).eps if dtype is not None and dtype.is_floating_point else None for dtype in dtypes]
-    if (eps[0] is None) != (eps[1] is None):
-        return False  # one of them is packed
-    here, there = (torch.tensor(numbers[1:], dtype=torch.float64) for numbers in (found, expected))
-    tolerance = 1e-6 if dtypes[0] == dtypes[1] else 1e-6 + 4 * max(e or 0.0 for e in eps)
-    return not torch.linalg.vector_norm(here - there) <= tolerance * there[0]
+    infos = [torch.finfo(d) if d is not None and d.is_floating_point else None for d in dtypes]
+    if (infos[0] is None) != (infos[1] is None) or found[1][1:] != expected[1][1:]:
+        return found[1] == expected[1] and infos[0] is infos[1]  # packed, or of another width
+    if found[1] != expected[1]:
+        return False  # resized
+    here, there = (_numbers(numbers[2]) for numbers in (found, expected))
+    if len(here) != len(there):
+        return True
+    relative, absolute = 1e-6, 0.0
+    if dtypes[0] != dtypes[1]:
+        known = [info for info in infos if info is not None]
+        relative += max(info.eps for info in known)
+        absolute = max(info.smallest_normal * info.eps for info in known)
+    off = (here - there).abs() > relative * there.abs() + absolute
+    return int(off.sum()) > len(here) // 16
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (nn.Parameter, Tensor) and not tensor.is_meta and tensor.numel() > 0
+    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided
+    return plain and not tensor.is_meta and tensor.numel() > 0 and not tensor.is_complex()
 
 
-def _described(samples: Mapping[str, Tensor]) -> Numbers:
-    if not samples:
-        return {}
-    numbers = (torch.nan_to_num(t.detach().double(), 0, 1, -1) for t in samples.values())
-    found = torch.stack([ops.fingerprint(t.reshape(-1)).cpu() for t in numbers])
-    found[:, 0] = found[:, 0].sqrt()
-    return {
-        name: [str(t.dtype).removeprefix("torch."), *(float(f"{value:.9g}") for value in row)]
-        for (name, t), row in zip(samples.items(), found.tolist(), strict=True)
-    }
+def _described(samples: Mapping[str, tuple[Tensor, torch.Size]]) -> Numbers:
+    described: Numbers = {}
+    for name, (sample, shape) in samples.items():
+        numbers = torch.nan_to_num(sample.detach().double(), 0).clamp(-_LARGEST, _LARGEST).reshape(-1).tolist()
+        text = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+        described[name] = [str(sample.dtype).removeprefix("torch."), [*shape], text]
+    return described
+
+
+def _numbers(text: str) -> Tensor:
+    """Raises ValueError for what is no numbers in base 64."""
+    content = base64.b64decode(text, validate=True)
+    return torch.tensor([number for (number,) in struct.iter_unpack("<f", content)], dtype=torch.float64)
+
+
+def check_surroundings(value: dict[str, Any]) -> bool:
+    """Whether what was read is of this form."""
+    kinds = [value.get("parameters"), value.get("buffers")]
+    return all(isinstance(kind, dict) and all(map(_is_entry, kind.values())) for kind in kinds)
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, list) or [*map(type, entry)] != [str, list, str] or entry[0] not in DTYPES_BY_NAME:
+        return False
+    try:
+        _numbers(entry[2])
+    except (ValueError, struct.error):
+        return False
+    return all(type(size) is int for size in entry[1])

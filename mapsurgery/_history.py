@@ -59,7 +59,7 @@ class History:
         """
         metadata = {"format": FORMAT, "layers": json.dumps(self.layers)}
         tensors = {"steps": self.steps} | self.values
-        write_whole({os.fspath(path): content_of(tensors, metadata)})
+        write_whole({os.fsdecode(path): content_of(tensors, metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._base import Base, check_choice, differing, judge, surroundings_of
@@ -124,7 +125,7 @@ def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:
     """Why an adapter of a base that was described so is none for this site's."""
     if described is None or site.adapter.pending:
         return []
-    difference = Base.of(site).difference(Base(**described), lambda: site.base)
+    difference = Base.of(site).difference(Base(**described))
     return [f"{site.path}{difference}"] if difference else []
 
 
@@ -163,15 +164,22 @@ def write(pairs: Pairs) -> None:
 
 def _not_finite(name: str, value: Tensor, place: Tensor, mask: bool) -> str | None:
     """Why a tensor cannot hold these numbers, or None. Args: mask: it may be one, which holds -inf."""
-    if not value.is_floating_point():
+    if not value.is_floating_point() or value.numel() == 0:
         return None
-    wide = value.double()  # float8 cannot say what is finite
-    finite = wide.isfinite()
-    if not mask and not finite.all():
+    wide = value if value.itemsize > 1 else value.float()  # few operations know 8 bits
+    if mask:
+        wide = torch.where(wide.isfinite(), wide, 0)
+    ends = torch.stack(wide.aminmax())  # one read of it; NaN if there is one
+    if not ends.isfinite().all():
         return f"{name} holds NaN or infinite values"
-    if (finite & ~wide.to(place.dtype).double().isfinite()).any():
+    if not ends.to(place.dtype).double().isfinite().all():
         return f"{name} holds values that are infinite in {place.dtype}, as the model's is"
     return None
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """In one read, without a second tensor."""
+    return _not_finite("", tensor, tensor, mask=False) is None
 
 
 def _misfit(name: str, value: object, place: Tensor) -> str | None:
@@ -180,7 +188,7 @@ def _misfit(name: str, value: object, place: Tensor) -> str | None:
         return f"{name} is a {type(value).__name__}, not a tensor"
     if value.shape != place.shape:
         return f"{name} has shape {tuple(value.shape)}, the model's has {tuple(place.shape)}"
-    if value.is_floating_point() != place.is_floating_point() or value.is_complex():
+    if (value.is_floating_point(), value.is_complex()) != (place.is_floating_point(), place.is_complex()):
         return f"{name} is {value.dtype}, the model's is {place.dtype}"
     if place.is_meta or value.is_meta:
         return f"{name} is on meta: load the model's weights first"

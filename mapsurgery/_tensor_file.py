@@ -38,6 +38,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "C64": torch.complex64,
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (16, 32, 64)},
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
 _MOST_DIMENSIONS = 64  # of a tensor of torch
 _LONGEST_HEADER = 100_000_000  # as in safetensors
@@ -45,7 +47,12 @@ _LONGEST_HEADER = 100_000_000  # as in safetensors
 
 def content_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], beside: str = "") -> Content:
     """A safetensors file, with a checksum in its metadata. Args: beside: a text that is to be read with it."""
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        t = tensor.detach().cpu().contiguous()
+        place = t.untyped_storage().data_ptr()
+        plain[name] = t.clone() if place in storages else t  # safetensors refuses what shares memory
+        storages.add(place)
     data = memoryview(serialised(plain, dict(metadata)))
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(bytes(data[8 : 8 + length])), data[8 + length :]
@@ -144,7 +151,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
         FileNotFoundError, IsADirectoryError, PermissionError, OSError: it is not there, is no file, or cannot be read.
         ValueError: it is no complete safetensors file.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     with open_file(path) as handle:
         size = os.fstat(handle.fileno()).st_size
         header, start = _header(path, handle, size)

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mapsurgery
 import mapsurgery.integrations.peft
 from mapsurgery.interrupts import undone_by, uninterrupted
+from mapsurgery.surgery import all_or_nothing
 
 LIBRARY = os.path.dirname(mapsurgery.__file__)
 SOME = 24
@@ -262,6 +264,62 @@ def test_a_failure_leaves_the_model_as_it_was_or_as_it_becomes(name: str, folder
 @pytest.mark.parametrize("name", [*CHANGES])
 def test_at_every_line_and_operation(name: str, folder: Path, breaking: Any) -> None:
     try_all(name, folder, 0, breaking)
+
+
+class Odd(nn.Module):
+    """Attributes and containers that forbid what torch's allow, as a configuration of diffusers does."""
+
+    class Frozen(OrderedDict):
+        def __init__(self, required: int, **values: Any) -> None:
+            super().__init__(**values)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            if hasattr(self, "ready"):
+                raise RuntimeError("frozen")
+            super().__setitem__(key, value)
+
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("frozen")
+
+        copy = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = self.Frozen(1, width=8)
+        self.config.ready = True
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise RuntimeError("keeps its class")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("name", ["load", "unpatch"])
+def test_a_model_with_ways_of_its_own_is_put_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapsurgery.save(mapsurgery.patch(Odd(), "layer", rank=2, train=["head"]), tmp_path / "file")
+    model = Odd() if name == "load" else mapsurgery.patch(Odd(), "layer", rank=2, train=["head"])
+    model.head.weight.data.add_(1)
+    snapshot, config = Snapshot(model), dict(model.config)
+    change = {
+        "load": lambda: mapsurgery.load(model, tmp_path / "file", base="ignore"),
+        "unpatch": lambda: mapsurgery.unpatch(model),
+    }
+    original = all_or_nothing.Journal.write
+    calls = iter(range(100))
+
+    def failing(self: Any, place: Any, value: Any) -> None:
+        original(self, place, value)
+        if next(calls) == 1:
+            raise Failure("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(all_or_nothing.Journal, "write", failing)
+        with pytest.raises(Failure):
+            change[name]()
+    snapshot.assert_holds(model)
+    assert dict(model.config) == config
+    change[name]()
 
 
 # The sections themselves ----------------------------------------------------------------------------------------------

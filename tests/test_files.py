@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import random
@@ -419,3 +420,19 @@ def test_a_killed_process_leaves_one_of_the_two_files(path: Path, wait: float) -
     mapsurgery.load(net(), path)
     mapsurgery.save(trained(), path)
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("call", ["fsync", "chmod"])
+def test_a_file_system_that_cannot_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def unable(*args: Any) -> None:
+        raise OSError(errno.EINVAL if call == "fsync" else errno.EPERM, "not here")
+
+    monkeypatch.setattr(os, call, unable)
+    mapsurgery.save(trained(), tmp_path / "file")
+    mapsurgery.load(net(), tmp_path / "file")
+
+
+def test_a_path_may_be_bytes(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path / "file")
+    mapsurgery.save(trained(), path)
+    mapsurgery.load(net(), path)

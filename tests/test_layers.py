@@ -317,7 +317,7 @@ def test_backward_keeps_what_plain_lora_keeps_and_rank_by_rank_matrices(make, sh
     x = torch.randn(shape, requires_grad=True)
     lora = sum(t.untyped_storage().nbytes() for t in _saved(_PlainLora(make(), rank), x).values())
     kept = _saved(mapsurgery.patch(make(), "*", rank=rank), x)
-    extra = (2 * rank * rank + 5) * 4  # two Gram matrices and the scalars
+    extra = (2 * rank * rank + 8) * 4  # two Gram matrices and the scalars
     assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= lora + extra
 
 
@@ -330,7 +330,7 @@ def test_backward_of_a_fused_layer_keeps_nothing_of_the_weights_or_the_outputs_s
     y = adapted(x)
     m, K = adapted.adapter.matrix.view(adapted.get_parameter("weight")).shape
     rank = adapted.adapter.rank
-    allowed = {x.shape, (rank, rank), (1,), (3,)}
+    allowed = {x.shape, (rank, rank), (1,), (6,)}  # the last are slopes of the scales
     for t in _saved(adapted, x).values():
         is_h = rank * (adapted.groups if hasattr(adapted, "groups") else 1) in t.shape
         padded = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,26 +79,36 @@ class Journal:
             place.copy_(value)
 
 
+_CONTAINERS = (*(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)), "_flat_weights")
+"""Attributes of a module that a change fills and empties: parameters, children, hooks; of an LSTM, its weights."""
+
+_KINDS = (OrderedDict, dict, set, list)
+
+
 @dataclass
 class _Before:
-    """A module as it was. Containers among its attributes (parameters, children, hooks) are held with their content."""
+    """A module as it was. A class may have its own ways of setting attributes and items: they are passed by."""
 
     module: nn.Module
     layer_class: type[nn.Module]
     attributes: dict[str, Any]
-    contents: list[tuple[Any, Any]]
+    contents: list[tuple[Any, list[Any]]]
     requires_grad: list[tuple[nn.Parameter, bool]]
 
     @classmethod
     def of(cls, module: nn.Module) -> _Before:
         attributes = dict(module.__dict__)
-        contents = [(value, value.copy()) for value in attributes.values() if isinstance(value, dict | set | list)]
+        own = (attributes.get(name) for name in _CONTAINERS)
+        containers = [value for value in own if isinstance(value, _KINDS)]
         parameters = [p for p in module._parameters.values() if p is not None]
+        contents = [(container, _content(container)) for container in containers]
         return cls(module, type(module), attributes, contents, [(p, p.requires_grad) for p in parameters])
 
     def put_back(self) -> None:
-        self.module.__class__ = self.layer_class
-        _fill(self.module.__dict__, self.attributes)
+        object.__setattr__(self.module, "__class__", self.layer_class)
+        now = self.module.__dict__
+        now.clear()
+        now.update(self.attributes)
         for container, content in self.contents:
             _fill(container, content)
         for parameter, requires_grad in self.requires_grad:
@@ -105,6 +116,15 @@ class _Before:
                 parameter.requires_grad = requires_grad
 
 
-def _fill(container: Any, content: Any) -> None:
-    container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
+def _content(container: Any) -> list[Any]:
+    return list(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _fill(container: Any, content: list[Any]) -> None:
+    kind: Any = next(kind for kind in _KINDS if isinstance(container, kind))
+    kind.clear(container)
+    if kind in (dict, OrderedDict):
+        for key, value in content:
+            kind.__setitem__(container, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(container, content)

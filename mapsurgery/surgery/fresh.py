@@ -27,10 +27,10 @@ def advice(paths: Paths, model: nn.Module, learning: Collection[nn.Parameter]) -
     Args: learning: parameters that are trained or adapted.
     """
     of_heads = heads(model)
-    unloaded = _names(paths, _unloaded(paths), learning)
-    if unloaded:
-        certain = any(paths_of[0] in unloaded for module, paths_of in paths.items() if module in of_heads)
-        return _said(unloaded, "from_pretrained found no values for it in the checkpoint"), certain
+    new = _names(paths, unloaded(paths), learning)
+    if new:
+        certain = any(paths_of[0] in new for module, paths_of in paths.items() if module in of_heads)
+        return _said(new, "from_pretrained found no values for it in the checkpoint"), certain
     made, reason = _remade(paths, of_heads)
     return (_said(names, reason) if (names := _names(paths, made, learning)) else None), False
 
@@ -48,7 +48,7 @@ def _said(names: list[str], reason: str) -> str:
     return f"{what} freshly initialised ({reason}) and would stay frozen; train=[{listed}] trains {them}"
 
 
-def _unloaded(paths: Paths) -> list[nn.Module]:
+def unloaded(paths: Paths) -> list[nn.Module]:
     """Modules of transformers' models with parameters that from_pretrained did not load and that hold a start.
 
     It marks each parameter that it loads; a model that was not loaded has no marks, and neither has a copy.

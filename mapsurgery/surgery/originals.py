@@ -17,11 +17,12 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class Mark:
-    """What is remembered of a frozen parameter: torch's counter of writes, its address, and some of its numbers."""
+    """What is remembered of a frozen parameter: torch's counter of writes, its address, shape and some numbers."""
 
     version: int
     address: int
     sample: Tensor
+    shape: torch.Size
 
     @classmethod
     def of(cls, parameter: Tensor) -> Mark | None:
@@ -30,7 +31,7 @@ class Mark:
         if not plain or parameter.is_meta or isinstance(parameter, FakeTensor) or parameter.numel() == 0:
             return None
         version = 0 if parameter.is_inference() else parameter._version
-        return cls(version, parameter.data_ptr(), sample_of(parameter))
+        return cls(version, parameter.data_ptr(), sample_of(parameter), parameter.shape)
 
     def moved(self, parameter: Tensor) -> bool:
         """Whether the parameter holds other numbers, as far as can be told; moving and casting it changes none."""
@@ -122,7 +123,7 @@ class _Arrival:
             for key, name in self.names.items():
                 here = module._parameters.get(key)
                 if here is not None and self._writes_the_same(name, here, state_dict.get(prefix + key)):
-                    self.originals.marks[name] = Mark(0, 0, sample_of(here))
+                    self.originals.marks[name] = Mark(0, 0, sample_of(here), here.shape)
             return
         for key, name in self.names.items():
             value = state_dict.get(prefix + key)
@@ -131,7 +132,7 @@ class _Arrival:
             if name in self.originals.tensors:
                 self.originals.tensors[name] = value.detach().clone()
             elif type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.numel():
-                self.originals.marks[name] = Mark(0, 0, sample_of(value))
+                self.originals.marks[name] = Mark(0, 0, sample_of(value), value.shape)
 
     def _writes_the_same(self, name: str, here: Tensor, value: Tensor | None) -> bool:
         """Whether a frozen parameter that nothing has moved gets the numbers that it holds: nor will that move it."""
