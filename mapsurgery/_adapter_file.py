@@ -186,7 +186,8 @@ def load(model: Model, path: Path, *, base: str = "refuse") -> Model:
         base: what becomes of an adapter that was trained on another base: "refuse" is an error, "warn" loads it with a
             warning that says what differs, "ignore" loads it and looks at no weight. Compared are, of each adapted
             layer, what it does, and norm and sketch of its weight (`ops.fingerprint`), up to the rounding of a cast
-            or a quantisation; of everything else that the file does not hold, up to 64 numbers of each tensor.
+            or a quantisation; of everything else that the file does not hold, up to 64 numbers of each tensor. What is
+            promised of that, and what not: docs/reliability.md.
 
     Returns:
         The same model, patched; layers that `train` named at `patch` are trainable again.

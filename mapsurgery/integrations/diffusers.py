@@ -181,8 +181,11 @@ def save_adapters(pipe: Any, folder: Path, *, frozen: str = "refuse") -> None:
         save(part, _file(folder, name), frozen=frozen)
 
 
-def load_adapters(pipe: Pipeline, folder: Path) -> Pipeline:
+def load_adapters(pipe: Pipeline, folder: Path, *, base: str = "refuse") -> Pipeline:
     """Patch the parts of a fresh pipeline for which `save_adapters` wrote files.
+
+    Args:
+        base: of `mapsurgery.load`.
 
     Returns:
         The same pipeline.
@@ -195,7 +198,7 @@ def load_adapters(pipe: Pipeline, folder: Path) -> Pipeline:
     files = {name: file for name in parts if os.path.exists(file := _file(os.fspath(folder), name))}
     if not files:
         raise FileNotFoundError(f"{folder} holds no adapters for a part of the pipeline: {', '.join(parts)}")
-    make(*(loading(parts[name], file) for name, file in files.items()))
+    make(*(loading(parts[name], file, base) for name, file in files.items()))
     return pipe
 
 
