@@ -105,6 +105,8 @@ class Adapter(nn.Module):
         kept_row: the row that all of these pass over: it stays W's in W', as it does where W itself is trained.
     """
 
+    sketch: Tensor | None = None  # of adapters that were pickled without one, too
+
     def __init__(
         self,
         weight: Tensor,
@@ -142,7 +144,6 @@ class Adapter(nn.Module):
         self.weight_norm = torch.full((self.matrices,), float("nan"), dtype=norm_dtype, device=weight.device)
         self._measured: tuple[Tensor, Tensor | None, _Mark] | None = None
         self.norm_dtype, self.norm_given = weight.dtype, False
-        self.sketch: Tensor | None = None
         self._numbers: list[float] | None = None
         self._siblings = {} if siblings is None else siblings
         self._dtype = dtype
