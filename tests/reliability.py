@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -138,7 +140,7 @@ def _spoiled(value: Any, chosen: random.Random) -> Any:
             lambda t: t[:0],
             lambda t: t.reshape(-1),
             lambda t: t.unsqueeze(0),
-            lambda t: t.mT if t.dim() > 1 else t.expand(5),
+            lambda t: t.mT if t.dim() > 1 else t.expand(5, *t.shape),
             lambda t: torch.as_strided(t, (t.numel() or 1, 3), (0, 0)) if t.numel() else t,
             lambda t: t.to_sparse(),
             lambda t: torch.full_like(t, float("nan")),
@@ -240,6 +242,8 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the cases to try")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable()  # of torch.export, whose operations fail
+    warnings.simplefilter("ignore")
     table = Table("attempt", "cases", "outcome", "seconds")
     wrong = 0
     for name in options.only:
