@@ -204,6 +204,7 @@ def test_ops(tmp_path, dtype, operators):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ops_compiled(tmp_path):
     import ops
 

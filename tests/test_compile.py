@@ -341,7 +341,7 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]
 }
 
 
-_LARGER = ("timm_swin", "timm_efficientnet", "bert", "qwen_moe", "diffusers_unet")
+_LARGER = ("timm_swin", "timm_convnext", "timm_efficientnet", "bert", "qwen_moe", "diffusers_unet")
 _UNUSED = {"bert": "pooler."}
 """BERT's first output, the hidden states, does not depend on its pooler, which computes the second."""
 

@@ -23,6 +23,7 @@ pytest.importorskip("timm", reason="the example exports a model of timm")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,  # builds and exports for a minute and a half
     pytest.mark.skipif(not mapsurgery.native_info().cpu, reason="no native library is loaded"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
     pytest.mark.skipif(sys.platform != "linux", reason="the example is built and run as on Linux"),

@@ -88,9 +88,8 @@ def test_sft_runs(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "words"), [pytest.param("trainer", "accuracy", marks=pytest.mark.long), ("sft", "loss")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "words"), [("trainer", "accuracy"), ("sft", "loss")])
 def test_packaged_models_learn(
     example: Any, name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -226,7 +226,8 @@ def test_exported_with_dynamic_shapes_and_decomposed_to_core_aten(spec: Model, s
         )
 
 
-_AS_ONNX = [("vit", False), ("vit", True), pytest.param("convnext", False, marks=pytest.mark.long), ("llama", False)]
+_AS_ONNX = [("vit", False), ("vit", True)]
+_AS_ONNX += [pytest.param(name, False, marks=pytest.mark.long) for name in ("convnext", "llama")]
 
 
 @pytest.mark.slow
