@@ -105,7 +105,7 @@ class Adapter(nn.Module):
         kept_row: the row that all of these pass over: it stays W's in W', as it does where W itself is trained.
     """
 
-    sketch: Tensor | None = None  # of adapters that were pickled without one, too
+    sketch = None  # type: Tensor | None  # TorchScript reads annotations; adapters that were pickled before have none
 
     def __init__(
         self,
