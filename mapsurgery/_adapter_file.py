@@ -24,7 +24,6 @@ from ._base import (
     check_surroundings,
     judge,
     moves,
-    surroundings_of,
     unlike,
 )
 from ._state_dict import Pairs, adapter_state_dict, all_finite, changed_buffers, fitting, put
@@ -113,7 +112,7 @@ def save(model: nn.Module, path: Path, *, frozen: str = "refuse") -> None:
         "buffers": json.dumps(buffers),
         "cut": json.dumps(list(record.cut(root, {path for site in every for path in site.paths})[1])),
         "form": json.dumps(record.config.update.form()),
-        "surroundings": json.dumps(surroundings_of(root, record, tensors)),
+        "surroundings": json.dumps(tensors._metadata[""]["surroundings"]),  # type: ignore[attr-defined]
     }
     diverged = [name for name, tensor in tensors.items() if name not in buffers and not all_finite(tensor)]
     if diverged:

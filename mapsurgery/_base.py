@@ -214,13 +214,18 @@ def surroundings_of(root: nn.Module, record: Record, but: Collection[str] = ()) 
     Args: but: names of what is known by itself.
     """
     known, marks, paths = record.originals.tensors, record.originals.marks, names_of(root)
-    random = {id(p) for module in unloaded(paths) for p in module._parameters.values()}
+    random = _random(paths)
     names = {name for name, p in parameters_of(root).items() if id(p) not in random and name not in but}
     buffers = {name: known.get(name) for name in persistent_buffers(root) if name not in but}
     return {
         "parameters": _described({n: (m.sample, m.shape) for n, m in marks.items() if n in names and m is not None}),
         "buffers": _described({n: (sample_of(t), t.shape) for n, t in buffers.items() if t is not None and _plain(t)}),
     }
+
+
+def _random(paths: Mapping[nn.Module, tuple[str, ...]]) -> set[int]:
+    """The parameters, by identity, that a checkpoint did not hold."""
+    return {id(p) for module in unloaded(paths) for p in module._parameters.values()}
 
 
 def unlike(model: nn.Module, expected: Surroundings) -> list[str]:
@@ -232,7 +237,7 @@ def unlike(model: nn.Module, expected: Surroundings) -> list[str]:
     missing = expected["parameters"].keys() - here["parameters"].keys()
     # A layer that is there, without it, is quantised: it holds its numbers in another way.
     gone = sorted(name for name in missing if name.rpartition(".")[0] not in modules or "." not in name)
-    random = {id(p) for module in unloaded(paths) for p in module._parameters.values()}
+    random = _random(paths)
     found = {
         kind: _described(
             {
@@ -260,10 +265,10 @@ def _apart(found: list[Any], expected: list[Any]) -> bool:
     """Whether more than a few elements differ by more than a cast: of an embedding, a row may have been added since."""
     dtypes = [DTYPES_BY_NAME.get(numbers[0]) for numbers in (found, expected)]
     infos = [torch.finfo(d) if d is not None and d.is_floating_point else None for d in dtypes]
-    if (infos[0] is None) != (infos[1] is None) or found[1][1:] != expected[1][1:]:
-        return found[1] == expected[1] and infos[0] is infos[1]  # packed, or of another width
+    if (infos[0] is None) != (infos[1] is None):
+        return False  # packed
     if found[1] != expected[1]:
-        return False  # resized
+        return found[1][1:] != expected[1][1:]  # else rows were added, or left out
     here, there = (_numbers(numbers[2]) for numbers in (found, expected))
     if len(here) != len(there):
         return True

@@ -118,6 +118,7 @@ OTHERS: dict[str, tuple[Callable[[Base], object], str]] = {
     "another head": (lambda b: _write(b.head.weight, torch.randn(5, 64)), "head.weight"),
     "other statistics": (lambda b: b.norm.running_var.mul_(1.01), "norm.running_var"),
     "another table": (lambda b: _write(b.table, b.table.flip(0)), "table"),
+    "a head of another width": (lambda b: setattr(b, "head", nn.Linear(32, 5)), "head.weight"),
     "no head": (lambda b: delattr(b, "head"), "head.bias is missing"),
     "another forward": (_other_forward, r"attention is a Scaled.*, the adapter was trained on a Linear"),
     "a transposed convolution": (_transposed_conv, "conv is a ConvTranspose2d"),
