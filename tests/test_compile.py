@@ -125,7 +125,11 @@ def _graphs_of(model: nn.Module, inputs: list[Tensor], dynamic: bool | None) -> 
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [("net", True), ("net", None), pytest.param("llama", None, marks=(pytest.mark.slow, pytest.mark.long))],
+    [
+        pytest.param("net", True, marks=pytest.mark.long),
+        ("net", None),
+        pytest.param("llama", None, marks=(pytest.mark.slow, pytest.mark.long)),
+    ],
     ids=["net-dynamic", "net-automatic", "llama-automatic"],
 )
 def test_other_sizes_compile_no_more_graphs_than_without_adapters(name: str, dynamic: bool | None) -> None:
@@ -170,7 +174,7 @@ def _counts(model: nn.Module, graphs: CompileCounterWithBackend, x: Tensor) -> l
     return counts
 
 
-@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("llama", marks=pytest.mark.long)])
 def test_blocks_compiled_one_by_one_share_their_graph_as_without_adapters(name: str) -> None:
     if name == "vit":
         original, x = _vit(depth=2), torch.randn(2, 3, 32, 32)
@@ -359,7 +363,7 @@ def test_real_models_compile_to_one_graph_with_the_eager_numbers(name: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("max-autotune", marks=pytest.mark.long)])
 def test_inductors_modes_on_the_cpu(mode: str) -> None:
     model = _patched()
     _assert_same(model, torch.compile(model, fullgraph=True, mode=mode), (image(),))

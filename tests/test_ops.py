@@ -482,7 +482,7 @@ def test_weights_are_computed_in_full_precision_under_autocast() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_compiled_operators_and_their_gradients_are_the_eager_ones(backend: str) -> None:
     tensors, conv = conv_inputs("2d")
 
