@@ -1,8 +1,10 @@
-"""Every invariant, for every method with every update family, on each way in which a layer is computed."""
+"""Every invariant, for every method with every update family, and for both on each way in which a layer is computed."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,11 +43,25 @@ OTHERS = [case for case in MORE_CASES if case.name in _OTHERS]
 # rsLoRA differs from LoRA in a number, DoRA from its exact form in its gradient alone: no layer is run with both.
 every_method = pytest.mark.parametrize("method", [name for name in METHODS if name not in ("rslora", "dora")])
 every_update = pytest.mark.parametrize("update", UPDATES)
-# On each layer: the families once, MAP as it starts by default.
-main_methods = pytest.mark.parametrize("method", ["map", "lora", "dora_exact"])
-main_updates = pytest.mark.parametrize("update", updates.REGISTRY)
-every_layer = pytest.mark.parametrize("case", LAYERS, ids=str)
 few_layers = pytest.mark.parametrize("case", FEW_LAYERS, ids=str)
+# The families once, MAP as it starts by default.
+MAIN_METHODS = ("map", "lora", "dora_exact")
+main_methods = pytest.mark.parametrize("method", MAIN_METHODS)
+main_updates = pytest.mark.parametrize("update", updates.REGISTRY)
+
+
+def every_pair(cases: Sequence[object]) -> pytest.MarkDecorator:
+    """Layers, families and methods: each of one with each of another; all of all only in `make test-long`."""
+    found = []
+    for (i, case), (j, update), (k, method) in itertools.product(
+        enumerate(cases), enumerate(updates.REGISTRY), enumerate(MAIN_METHODS)
+    ):
+        marks = () if (i + j + k) % len(MAIN_METHODS) == 0 else pytest.mark.long
+        found.append(pytest.param(case, update, method, marks=marks, id=f"{case}-{update}-{method}"))
+    return pytest.mark.parametrize(("case", "update", "method"), found)
+
+
+on_every_layer = every_pair(LAYERS)
 
 
 def options(method: str, update: str) -> dict:
@@ -65,18 +81,14 @@ def adapted_case(
     return original, to_generic_point(adapted) if generic else adapted, torch.randn(case.shape, dtype=dtype)
 
 
-@main_methods
-@main_updates
-@every_layer
+@on_every_layer
 def test_the_start_is_the_base(case: Case, update: str, method: str) -> None:
     original, adapted, x = adapted_case(case, method, update, generic=False)
     torch.testing.assert_close(adapted.weight, original.weight.detach(), rtol=0, atol=1e-15 if "dora" in method else 0)
     torch.testing.assert_close(adapted(x), original(x), rtol=1e-13, atol=1e-13)
 
 
-@main_methods
-@main_updates
-@every_layer
+@on_every_layer
 def test_forward_gradients_and_merge_are_those_of_the_materialised_weight(case: Case, update: str, method: str) -> None:
     original, adapted, x = adapted_case(case, method, update)
     W = weight_of(adapted)
@@ -151,9 +163,7 @@ def test_the_first_step_moves_the_weight_a_little_and_every_parameter_can_learn(
     assert 0 < change < {"map": 30 * lr, "map_paper": 0.15}.get(method, 1.0)
 
 
-@main_methods
-@main_updates
-@every_layer
+@on_every_layer
 def test_the_original_comes_back_and_a_file_gives_the_same(case: Case, update: str, method: str, tmp_path) -> None:
     torch.manual_seed(3)
     original = case.make()
@@ -174,9 +184,7 @@ def test_the_original_comes_back_and_a_file_gives_the_same(case: Case, update: s
     snapshot.assert_holds(layer)
 
 
-@main_methods
-@main_updates
-@every_layer
+@on_every_layer
 def test_verify_and_report(case: Case, update: str, method: str) -> None:
     if (update, method, case.rank) == ("adalora", "map_paper", 1):
         pytest.skip("one λ is a factor of the whole update, which the paper's formula does not depend on")
@@ -198,9 +206,7 @@ def test_verify_and_report(case: Case, update: str, method: str) -> None:
     assert numbers["effective_rank"] == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-3)
 
 
-@main_methods
-@main_updates
-@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+@every_pair(OTHERS)
 def test_other_layers_compute_with_the_same_weight(case, update: str, method: str, tmp_path) -> None:
     original, data = case.built(), case.data()
     adapted = case.patched(**options(method, update))
@@ -310,7 +316,7 @@ def _diagonal():
 
 @pytest.mark.usefixtures("_diagonal")
 @pytest.mark.parametrize("method", ["map", "lora", "dora"])
-@every_layer
+@pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_a_family_of_ones_own_needs_nothing_else(case: Case, method: str, tmp_path) -> None:
     torch.manual_seed(3)
     original = case.make().double()

@@ -143,7 +143,7 @@ def test_a_backward_that_recomputes_after_the_block_is_right() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_compiled_steps_keep_every_bit_and_compile_once_for_the_block(backend: str) -> None:
     model, x = layers(torch.float32), image(4)
     counter = CompileCounterWithBackend(backend)
