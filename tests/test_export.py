@@ -332,9 +332,10 @@ def test_the_onnx_exporter_needs_to_know_nothing_of_the_library(tmp_path) -> Non
 def test_a_package_of_aotinductor_calls_the_operators_and_names_its_constants(tmp_path) -> None:
     model = to_generic_point(mapsurgery.patch(nn.Sequential(nn.Linear(5, 4)).eval(), "*", rank=2))
     options = {"dynamic_shapes": _DYNAMIC, "format": "aoti"}
-    result = or_torch_cannot(
-        lambda: mapsurgery.export(model, tmp_path / "m.pt2", torch.randn(2, 5), **options), lambda: _aoti(tmp_path)
-    )
+    with torch._inductor.config.patch("aot_inductor.precompile_headers", False):  # for one model they cost a half more
+        result = or_torch_cannot(
+            lambda: mapsurgery.export(model, tmp_path / "m.pt2", torch.randn(2, 5), **options), lambda: _aoti(tmp_path)
+        )
     assert result.operators == ("mapsurgery::lowrank_linear", "mapsurgery::map_scales")
     assert result.relative_deviation < 1e-5
     package = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))

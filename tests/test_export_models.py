@@ -145,7 +145,16 @@ MODELS = [
         ("patch_embed*", "*attn*"),
         pace=(),
     ),
-    Model("convnext", _timm("convnext_atto", **_CONVNEXT), _images, _PIXELS, (2, 64), (3, 96), ("stem*", "stages.1*")),
+    Model(
+        "convnext",
+        _timm("convnext_atto", **_CONVNEXT),
+        _images,
+        _PIXELS,
+        (2, 64),
+        (3, 96),
+        ("stem*", "stages.1*"),
+        pace=LONG,
+    ),
     Model("swin", _timm("swin_tiny_patch4_window7_224", **_SWIN), _images, _BATCH, (2,), (5,), pace=LONG),
     Model(
         "efficientnet",
@@ -179,6 +188,7 @@ MODELS = [
         (3, 16),
         ("conv_in", "down_blocks.0.attentions.*", "up_blocks.0.*shortcut"),
         package="diffusers",
+        pace=LONG,
     ),
 ]
 
@@ -280,6 +290,7 @@ def test_generation_with_a_static_cache_is_that_of_eager() -> None:
     assert torch.equal(_generated(program), expected)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_static_cache_program_is_decomposed() -> None:
     spec = next(m for m in MODELS if m.name == "llama")

@@ -310,7 +310,13 @@ def test_copies_compute_the_same(case: Case) -> None:
         assert torch.equal(pickle.loads(pickle.dumps(model))(case.data()), expected)
 
 
-@every_case
+COMPILED = ("embedding", "embedding_bag", "conv_transpose", "bilinear", "attention", "encoder", "gru_cell", "experts")
+COMPILED += ("tied", "parametrized", "weight_norm")  # the others are one more of a kind
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c.name in COMPILED else pytest.mark.long) for c in CASES], ids=str
+)
 def test_compiled_is_eager(case: Case, _fresh_compiler: None) -> None:
     if (
         case.name in ("embedding_bag_sparse", "old_spectral_norm", "old_weight_norm")

@@ -16,7 +16,15 @@ import mapsurgery
 from mapsurgery.ops import conv_weight_space
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=str)
-every_start = pytest.mark.parametrize("init", STARTS, ids=start_name)
+# The start that is the default, and one of the others, in turn.
+every_start = pytest.mark.parametrize(
+    ("case", "init"),
+    [
+        pytest.param(case, init, id=f"{case}-{start_name(init)}")
+        for i, case in enumerate(CASES)
+        for init in (STARTS[0], STARTS[1 + i % (len(STARTS) - 1)])
+    ],
+)
 
 
 def test_the_cases_cover_both_execution_spaces_of_each_convolution() -> None:
@@ -36,7 +44,6 @@ def test_plan_names_the_execution_path(case: Case) -> None:
     assert mapsurgery.plan(case.make(), "*").layers[0].way == ("fused" if case.fused else "effective")
 
 
-@every_layer
 @every_start
 def test_the_start_is_the_base(case: Case, init: mapsurgery.Init) -> None:
     original, adapted, x = patched_case(case, generic=False, init=init)
@@ -63,7 +70,6 @@ def test_the_start_is_the_base_in_half_precision(case: Case, dtype: torch.dtype)
     torch.testing.assert_close(y, original(x), rtol=2 * eps, atol=4 * eps)
 
 
-@every_layer
 @every_start
 def test_forward_is_that_of_the_materialised_weight(case: Case, init: mapsurgery.Init, device: torch.device) -> None:
     original, adapted, x = patched_case(case, dtype=torch.float64, init=init, device=device)
@@ -149,7 +155,7 @@ def test_the_direction_has_no_radial_gradient(case: Case, kind: str) -> None:
         assert abs((factor.grad * factor).sum()) <= 1e-12 * factor.grad.norm() * factor.norm() * 100
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-2, 3.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
 @every_layer
 def test_scaling_a_factor_changes_nothing(case: Case, scale: float) -> None:
     _, adapted, x = patched_case(case, dtype=torch.float64, init="zero")
@@ -172,7 +178,6 @@ def test_the_first_step_does_not_jump(case: Case) -> None:
 
 
 @every_start
-@every_layer
 def test_every_adapter_parameter_gets_a_finite_gradient(case: Case, init: mapsurgery.Init) -> None:
     _, adapted, x = patched_case(case, generic=False, init=init)
     adapted(x).pow(2).sum().backward()

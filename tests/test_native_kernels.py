@@ -838,8 +838,8 @@ def test_the_cmake_package_lies_where_its_path_says_or_the_error_says_how_to_get
         mapsurgery.cmake_prefix_path()
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_missing_or_broken_library_is_said_once(tmp_path, broken):
+def test_a_broken_library_is_said_once(tmp_path):
+    """One that is missing: test_packaging."""
     package = Path(mapsurgery.__file__).parent
     copy = tmp_path / "mapsurgery"
     copy.mkdir()
@@ -849,10 +849,9 @@ def test_a_missing_or_broken_library_is_said_once(tmp_path, broken):
     # Files that are links resolve to the original folder: _native.py must be a file of its own.
     (copy / "_native.py").unlink()
     (copy / "_native.py").write_bytes((package / "_native.py").read_bytes())
-    if broken:
-        (copy / "libmapsurgery.so").write_bytes(b"not a library")
+    (copy / "libmapsurgery.so").write_bytes(b"not a library")
     code = "import mapsurgery; mapsurgery.native_info(); import mapsurgery.ops; print(mapsurgery.native_info().cpu)"
     result = run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
     assert result.stdout.strip() == "False", result.stderr
     assert result.stderr.count("in pure torch:") == 1
-    assert ("invalid ELF header" in result.stderr or "too short" in result.stderr) == broken
+    assert "invalid ELF header" in result.stderr or "too short" in result.stderr

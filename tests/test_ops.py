@@ -365,7 +365,7 @@ def test_opcheck_scales_linear_and_effective_weight() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@convs
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "2d_grouped" else pytest.mark.long) for n in CONVS])
 @pytest.mark.parametrize("weight_space", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_opcheck_conv(name: str, weight_space: bool) -> None:
     tensors, conv = conv_inputs(name)

@@ -181,8 +181,7 @@ def _assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 
 # Equality -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["file", "memory"])
-@pytest.mark.parametrize("make", [_theirs, _ours], ids=["theirs", "ours"])
+@pytest.mark.parametrize(("make", "way"), [(_theirs, "file"), (_ours, "memory")], ids=["theirs-file", "ours-memory"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_converted_adapter_computes_and_trains_the_same(

@@ -4,6 +4,7 @@ functions stand between an adapted layer and the C++ code."""
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -65,7 +66,8 @@ PATHS = {
 }
 
 
-def _imports(name: str) -> set[str]:
+@functools.cache
+def _imports(name: str) -> frozenset[str]:
     """The modules of the package that a module imports, inside functions and for types alone included."""
     found: set[str] = set()
     package = name if PATHS[name].name == "__init__.py" else name.rpartition(".")[0]
@@ -82,7 +84,7 @@ def _imports(name: str) -> set[str]:
             for alias in node.names:
                 module = f"{base}.{alias.name}".lstrip(".")
                 found.add(module if module in PATHS else base)
-    return found
+    return frozenset(found)
 
 
 def _ours(name: str) -> bool:

@@ -323,8 +323,7 @@ def _seeded_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return dict(zip((name for name, p in model.named_parameters() if p.grad is not None), gradients, strict=True))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside"])
+@pytest.mark.parametrize(("inside", "dropout"), [(False, 0.0), (True, 0.5)], ids=["itself", "inside_with_dropout"])
 @every_layer
 def test_fx_traces_what_it_traces_without_adapters(case: Case, inside: bool, dropout: float) -> None:
     original, adapted, x = patched_case(case, dropout=dropout)
