@@ -247,6 +247,11 @@ x = torch.randn(40, 24, requires_grad=True)
 y = layer(x)
 y.square().sum().backward()
 torch.save([x.detach(), y.detach(), x.grad, layer.state_dict()], "numbers.pt")
+wide, W, A, B, one = (torch.ones(shape) for shape in ((3, 4), (6, 5), (2, 5), (6, 2), (1,)))
+try:
+    torch.ops.mapsurgery.lowrank_linear(wide, W, None, A, B, one, one)
+except RuntimeError as error:
+    print(error)
 sys.argv[1:] = ["info"]
 runpy.run_module("mapsurgery", run_name="__main__")  # python -m mapsurgery info
 """
@@ -276,6 +281,8 @@ def assert_native(python: Path, folder: Path) -> None:
     assert info["cpu"] == "True" and info["cpu library"] == str(site / "mapsurgery" / "libmapsurgery.so"), printed
     assert info["version"] == VERSION and info["built with torch"] == torch.__version__.partition("+")[0], printed
     assert "Warning" not in printed
+    # It holds a libstdc++ of its own (QUICK): streams of two copies that mix lose the numbers of a message, or crash.
+    assert "mapsurgery: x has shape (3, 4), but its dimension -1 must be 5 (the weight's columns)" in printed
 
 
 def assert_pure(python: Path, folder: Path) -> None:
@@ -285,27 +292,9 @@ def assert_pure(python: Path, folder: Path) -> None:
 
 
 @needs_compiler
-def test_the_sdist_is_built_where_it_is_installed(native: SimpleNamespace, tmp_path: Path) -> None:
-    assert_native(native.python, tmp_path)
-
-
-@needs_compiler
-def test_a_library_that_holds_libstdcpp_itself_keeps_it_from_torch_s(native: SimpleNamespace, tmp_path: Path) -> None:
-    """Streams of two copies that mix lose the numbers of an error message, or crash."""
-    code = """
-import torch, mapsurgery
-x, W, A, B, one = (torch.ones(shape) for shape in ((3, 4), (6, 5), (2, 5), (6, 2), (1,)))
-try:
-    torch.ops.mapsurgery.lowrank_linear(x, W, None, A, B, one, one)
-except RuntimeError as error:
-    print(error)
-"""
-    said = run(native.python, "-c", code, cwd=tmp_path)
-    assert "mapsurgery: x has shape (3, 4), but its dimension -1 must be 5 (the weight's columns)" in said
-
-
-@needs_compiler
-def test_the_wheel_runs_where_no_compiler_is(native: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_wheel_that_pip_built_of_the_sdist_runs_where_no_compiler_is(
+    native: SimpleNamespace, tmp_path: Path
+) -> None:
     python = make_environment(tmp_path / "fresh")
     install(python, native.wheel, tools="")
     assert_native(python, tmp_path)
@@ -328,9 +317,9 @@ def test_the_sdist_is_installed_in_pure_torch_where_a_tool_is_missing(
         place = {"cwd": tmp_path / f"mapsurgery-{VERSION}", "PATH": str(tools)}
         said = run(*build, **place, fails=True, MAPSURGERY_NATIVE="require")
         assert f"mapsurgery: {missing}, and MAPSURGERY_NATIVE=require asks for the native code" in said
-        assert "MAPSURGERY_NATIVE" not in run(*build, **place, MAPSURGERY_NATIVE="0")
         said = run(*build, **place)
         assert f"mapsurgery: {missing}: no native code is built, the library will run in pure torch" in said
         (tools / tool).symlink_to(shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"))
+    assert "MAPSURGERY_NATIVE" not in run(*build, **place, MAPSURGERY_NATIVE="0")
     assert "no native code is built" in install(python, archives.sdist, tools="", PIP_NO_CACHE_DIR="1")
     assert_pure(python, tmp_path)

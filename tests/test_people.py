@@ -744,7 +744,9 @@ def test_an_interrupt_leaves_the_terminal_clean(
 _COMPLETION = """
 import sys, mapsurgery
 heavy = {"transformers", "peft", "accelerate", "timm", "trl", "diffusers", "lightning", "rich", "matplotlib", "IPython"}
+mapsurgery.plots.heat_map
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+assert not [name for name in sys.modules if name.startswith("mapsurgery.integrations.")]
 from rlcompleter import Completer
 found = Completer({"mapsurgery": mapsurgery}).attr_matches("mapsurgery.")
 names = {name.removeprefix("mapsurgery.").rstrip("()") for name in found}
