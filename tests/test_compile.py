@@ -365,7 +365,7 @@ def test_real_models_compile_to_one_graph_with_the_eager_numbers(name: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", pytest.param("max-autotune", marks=pytest.mark.long)])
 def test_inductors_modes_on_the_cpu(mode: str) -> None:
-    model = _patched()
+    model = _patched(_tiny())  # each kernel takes seconds to compile
     _assert_same(model, torch.compile(model, fullgraph=True, mode=mode), (image(),))
 
 

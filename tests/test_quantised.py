@@ -383,10 +383,22 @@ def test_report_is_that_of_the_dequantised_weight(case: Case) -> None:
     assert found["weight_norm"] == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
+COMPILED = (
+    "packed",
+    "bnb_nf4",
+    "bnb_8bit",
+    "torchao_int8",
+)  # the others are one more of a kind; gguf torch cannot compile
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c.name in COMPILED else pytest.mark.long) for c in CASES if c.name != "gguf"],
+    ids=str,
+    indirect=True,
+)
 def test_compiled_is_eager(case: Case, _fresh_compiler: None) -> None:
-    if case.name == "gguf":
-        pytest.skip("torch does not compile the base")
     model = to_generic_point(case.patched())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(data()), model(data()), rtol=1e-5, atol=1e-6)

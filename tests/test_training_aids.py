@@ -45,8 +45,11 @@ def _timm_ema(model: nn.Module, decay: float) -> tuple[nn.Module, Callable[[nn.M
 
 
 @every_method
-@pytest.mark.parametrize("update", ["lora", "pissa", "adalora", "vera", "lokr"])
-@pytest.mark.parametrize("make", [_torch_ema, _timm_ema], ids=["torch", "timm"])
+@pytest.mark.parametrize(
+    ("make", "update"),
+    [(_torch_ema, "lora"), (_timm_ema, "pissa"), (_torch_ema, "adalora"), (_timm_ema, "vera"), (_torch_ema, "lokr")],
+    ids=["torch-lora", "timm-pissa", "torch-adalora", "timm-vera", "torch-lokr"],
+)
 def test_an_average_of_weights_is_a_patched_model_of_its_own(
     make: Callable, update: str, method: str, tmp_path: Path
 ) -> None:
@@ -182,8 +185,10 @@ def _frozen(model: nn.Module) -> dict[str, set[str]]:
     return {path: {name for name, p in found.items() if not p.requires_grad} for path, found in own.items()}
 
 
-@pytest.mark.parametrize("names", FROZEN)
-@pytest.mark.parametrize("update", ["lora", "adalora", "loha", "dense"])
+@pytest.mark.parametrize(
+    ("names", "update"),
+    [*((names, "lora") for names in FROZEN), *(("alpha, beta", u) for u in ("adalora", "loha", "dense"))],
+)
 def test_a_frozen_magnitude_stays_from_patch_to_merge(names: str, update: str, tmp_path: Path) -> None:
     base, chosen = net(), set(names.split(", "))
     before = Snapshot(base)
