@@ -215,7 +215,7 @@ _SAVING: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", _SAVING)
+@pytest.mark.parametrize("name", ["vit", pytest.param("net", marks=pytest.mark.long)])
 def test_the_compiled_step_keeps_no_more_than_the_eager_one(name: str) -> None:
     make, inputs = _SAVING[name]
     model, x = _patched(make()), inputs()

@@ -302,7 +302,9 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("sd", "flux") else pytest.mark.long) for name in PIPELINES]
+)
 def test_pipeline_predicts_its_target_and_one_step_trains_it(example, pipelines, name):
     models, dreambooth = example("diffusion_models"), example("dreambooth_task")
     model = models.load_model(str(pipelines(name)), SIDE)
@@ -412,6 +414,7 @@ def test_script_runs_on_a_pipeline(example, pipelines, photos, tmp_path, capsys,
     assert "draws" not in capsys.readouterr().out, "images of the class are there already"
 
 
+@pytest.mark.long
 def test_half_precision_weights_train_and_prove(example, pipelines, photos, tmp_path, local_features, capsys):
     options = [
         "--model", str(pipelines("sd")), "--instance-images", str(photos), "--instance-prompt", "a sks dog",

@@ -387,9 +387,9 @@ def commonsense_main(example, language_model_folder, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        [],
+        pytest.param([], marks=pytest.mark.long),
         ["--style", "instruction", "--length-normalised", "--checkpointing", "--micro-batch", "2"],
-        ["--no-shared-prompt"],
+        pytest.param(["--no-shared-prompt"], marks=pytest.mark.long),
     ],
     ids=["cloze", "instruction", "no-cache"],
 )
@@ -584,7 +584,9 @@ def glue_main(example, encoder_folder, tmp_path):
     return main
 
 
-@pytest.mark.parametrize(("task", "metric"), [("rte", "accuracy"), ("stsb", "pearson")])
+@pytest.mark.parametrize(
+    ("task", "metric"), [("rte", "accuracy"), pytest.param("stsb", "pearson", marks=pytest.mark.long)]
+)
 def test_glue_learns_and_proves(glue_main, capsys, task, metric):
     assert glue_main(task, "--epochs", "15", "--lr", "0.02", "--batch-size", "8") == 0
     out = capsys.readouterr().out

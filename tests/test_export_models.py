@@ -26,7 +26,7 @@ from transformers import (
 import mapsurgery
 
 AUTO = torch.export.Dim.DYNAMIC
-SLOW, LONG = (pytest.mark.slow,), (pytest.mark.slow, pytest.mark.long)
+LONG = (pytest.mark.slow, pytest.mark.long)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -114,7 +114,7 @@ class Model:
     targets: tuple[str, ...] = ("*",)
     options: dict[str, Any] = field(default_factory=dict)
     package: str = "torch"
-    pace: tuple[pytest.MarkDecorator, ...] = SLOW
+    pace: tuple[pytest.MarkDecorator, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -166,7 +166,7 @@ MODELS = [
         ("*conv_pw", "*conv_dw"),
         pace=LONG,
     ),
-    Model("llama", _llama, _tokens, _SEQUENCE, (2,), (3, 9), ("*embed*", "*proj")),
+    Model("llama", _llama, _tokens, _SEQUENCE, (2,), (3, 9), ("*embed*", "*proj"), pace=LONG),
     Model("bert", _bert, _tokens, _SEQUENCE, (2,), (3, 9), ("*attention*",), pace=LONG),
     Model(
         "qwen_moe",
@@ -236,7 +236,7 @@ def test_exported_with_dynamic_shapes_and_decomposed_to_core_aten(spec: Model, s
         )
 
 
-_AS_ONNX = [("vit", False), ("vit", True)]
+_AS_ONNX = [("vit", False), pytest.param("vit", True, marks=pytest.mark.long)]
 _AS_ONNX += [pytest.param(name, False, marks=pytest.mark.long) for name in ("convnext", "llama")]
 
 

@@ -498,7 +498,9 @@ def test_gradients_of_any_layout_through_a_pointwise_convolution(device, layout,
 
 @pytest.mark.parametrize("weight_space", [True, False])
 @pytest.mark.parametrize("kernel_stride", [(1, 1), (1, 2), (3, 1)], ids=str)
-@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize(
+    "spatial", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("order", ["x", "weight", "x and weight", "neither", "x outermost last"])
 def test_traced_convolutions_have_the_strides_of_real_ones(device, weight_space, kernel_stride, spatial, order):
     """A compiled graph is planned for the strides of fake tensors, and what comes next reads with them."""

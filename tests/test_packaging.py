@@ -143,6 +143,7 @@ def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(archives: Simp
 
 
 @needs_compiler
+@pytest.mark.long
 def test_the_wheel_holds_the_package_and_the_libraries_of_its_own_build(native: SimpleNamespace) -> None:
     wheel = zipfile.ZipFile(native.wheel)
     names = {re.sub(r"^mapsurgery-[^/]*\.dist-info", "dist-info", name) for name in wheel.namelist()}
@@ -292,6 +293,7 @@ def assert_pure(python: Path, folder: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.long
 def test_the_wheel_that_pip_built_of_the_sdist_runs_where_no_compiler_is(
     native: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -84,7 +84,9 @@ def _one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"method": "dora"}, {"update": "dense"}, {"update": "vera"}], ids=["map", "dora", "dense", "vera"]
+    "options",
+    [{}, {"method": "dora", "update": "dense"}, pytest.param({"update": "vera"}, marks=pytest.mark.long)],
+    ids=["map", "dora-dense", "vera"],
 )
 def test_stages_that_torch_traces_compute_and_train_the_models_own_adapters(options: dict) -> None:
     model = _patched(**options)
