@@ -112,9 +112,10 @@ def fitting(model: nn.Module, state: Mapping[str, Tensor], base: str = "refuse")
         described = metadata.get(site.entry(""), {})
         misfit = site.adapter.misfit(described.get("form"))
         problems += [misfit] if misfit else []
-        differences += _other_base(site, described.get("base"))
+        if base != "ignore":
+            differences += _other_base(site, described.get("base"))
     expected = metadata.get("", {}).get("surroundings")
-    if expected is not None:
+    if expected is not None and base != "ignore":
         differences += differing(surroundings_of(root, record), expected)
     pairs = _fitting(root, record, state, problems)
     judge(differences, base, "the adapter", stacklevel=3)

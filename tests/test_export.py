@@ -21,7 +21,7 @@ import mapsurgery
 from mapsurgery.ops import operators
 
 _DYNAMIC = ({0: torch.export.Dim("batch")},)
-_LAYERS = ["linear", "linear_own_forward", "transformers_conv1d", "conv2d", "conv2d_grouped_wide", "conv2d_depthwise"]
+_LAYERS = ["linear_own_forward", "transformers_conv1d", "conv2d", "conv2d_depthwise"]
 few_layers = pytest.mark.parametrize("case", [c for c in CASES if c.name in _LAYERS], ids=str)
 every_tracer = pytest.mark.parametrize(
     "strict", [False, pytest.param(True, marks=pytest.mark.long)], ids=["", "strict"]

@@ -115,7 +115,11 @@ MODELS = [
     Model("gpt2", _gpt2, ["*attn*", "*mlp*"], size=None, options={"train": ["*ln_f*"]}),
     Model("bert", _bert, ["encoder"], size=None),
 ]
-every_model = pytest.mark.parametrize("spec", MODELS, ids=str)
+# The others, and many more, are judged by the zoo; these tests run on them in `make test-long`.
+QUICK = ("vit", "resnet", "efficientnet", "bit_resnetv2", "llama", "gpt2")
+every_model = pytest.mark.parametrize(
+    "spec", [pytest.param(m, marks=() if m.name in QUICK else pytest.mark.long) for m in MODELS], ids=str
+)
 few_models = pytest.mark.parametrize("spec", [m for m in MODELS if m.name in ("resnet", "convnext", "swin")], ids=str)
 
 

@@ -30,6 +30,10 @@ import mapsurgery
 from mapsurgery.surgery.adapted import AdaptedLayer
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=str)
+_FIRST = {type(case.make()): case for case in CASES}.values()
+one_of_a_class = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in _FIRST else pytest.mark.long) for case in CASES], ids=str
+)
 some_layers = pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("linear", "conv2d", "conv2d_depthwise", "timm_std_conv")], ids=str
 )
@@ -324,7 +328,7 @@ def _seeded_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("inside", "dropout"), [(False, 0.0), (True, 0.5)], ids=["itself", "inside_with_dropout"])
-@every_layer
+@one_of_a_class
 def test_fx_traces_what_it_traces_without_adapters(case: Case, inside: bool, dropout: float) -> None:
     original, adapted, x = patched_case(case, dropout=dropout)
     adapted.train(dropout > 0)
@@ -500,7 +504,7 @@ def test_jit_scripts_a_merged_model_only() -> None:
 # Tensors without values --------------------------------------------------------------------------------------------
 
 
-@every_layer
+@one_of_a_class
 def test_a_layer_is_made_patched_and_trained_under_fake_tensor_mode(case: Case) -> None:
     with FakeTensorMode():
         layer = mapsurgery.patch(case.make(), "*", rank=case.rank)

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..interrupts import undone_by, uninterrupted
 from ..methods import Adapter
+from ..methods.adapter import frobenius_norms
 from ..progress import progress
 from . import cut_graphs, originals, resizing, trainers
 from .all_or_nothing import Change, Journal, all_or_nothing, make
@@ -24,7 +25,7 @@ from .offloaded import at_hand
 from .originals import Mark, Originals
 from .paths import first_names, module_paths, named_parameters, unwrapped
 from .plan import Plan, make_plan
-from .planned import PlannedLayer, norm_of
+from .planned import PlannedLayer
 from .quantised import kinds
 from .record import (
     ModuleNames,
@@ -118,11 +119,12 @@ def build(layer: PlannedLayer, siblings: dict[Any, Any], start: bool = True) -> 
     """
     with at_hand(layer.module):
         weight = layer.weight
+        packed = layer.quantisation is not None and layer.weight_norm is None
         adapter = layer.adapter(
             weight,
             dtype=layer.dtype or layer.config.dtype or default_dtype(weight.dtype),
             name=layer.path,
-            weight_norm=norm_of(layer) if layer.weight_norm is None and layer.quantisation else layer.weight_norm,
+            weight_norm=frobenius_norms(kinds.dequantised(layer.module)) if packed else layer.weight_norm,
             values=partial(kinds.dequantised, layer.module) if layer.quantisation else None,
             siblings=siblings,
             start=start,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..methods import Adapter, Way
-from ..methods.adapter import frobenius_norms
 from ..updates import Matrix
 from .config import Config
 from .forwards import carried_forward
@@ -184,10 +183,3 @@ def parameter_shapes(config: Config, matrix: Matrix, rank: int, frozen: bool = F
     of_update = config.update.shapes(matrix, rank)
     kept = {name: shape for name, shape in of_update.items() if frozen or name not in config.update.frozen}
     return kept | config.method.shapes(matrix)
-
-
-def norm_of(layer: PlannedLayer) -> float | list[float]:
-    """||W||_F of a planned layer, or one for each matrix of a stack; a quantised weight is dequantised for it."""
-    if layer.quantisation is not None:
-        return frobenius_norms(kinds.dequantised(layer.module))
-    return frobenius_norms(layer.weight.detach(), layer.stacked)

@@ -130,7 +130,10 @@ def test_a_wrapper_around_the_model_is_refused_by_name(kind: str, how: str, file
 
 @alone
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "replicate", "replicate_with_fsdp"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ddp", "fsdp1", "fsdp2", *(pytest.param(k, marks=pytest.mark.long) for k in ("replicate", "replicate_with_fsdp"))],
+)
 def test_a_model_that_something_else_wraps_is_refused_too(kind: str, file: Path) -> None:
     """The model is given itself, or a part of it, or what it is a part of; the wrapper is held elsewhere."""
     model = _model()

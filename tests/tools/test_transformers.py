@@ -70,7 +70,13 @@ TIED: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "auto"), TIED.values(), ids=TIED)
+@pytest.mark.parametrize(
+    ("make", "auto"),
+    [
+        pytest.param(*TIED[name], marks=pytest.mark.long if name in ("llama", "gpt2_tied") else (), id=name)
+        for name in TIED
+    ],
+)
 def test_a_whole_model_is_read_as_the_adapted_one(make: Callable[[], nn.Module], auto: Any, tmp_path: Path) -> None:
     """By from_pretrained, from each checkpoint and from save_model. Training notices nothing, and resumes exactly."""
     model, alone, resumed = patched(make), patched(make), patched(make, seed=2)

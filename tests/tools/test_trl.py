@@ -118,7 +118,7 @@ def losses(run: Any) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", ["SFT", "Reward", "DPO", "GRPO"])
+@pytest.mark.parametrize("name", ["SFT", pytest.param("Reward", marks=pytest.mark.long), "DPO", "GRPO"])
 def test_it_trains_saves_the_adapters_alone_and_goes_on_exactly(name: str, tokenizer: Any, tmp_path: Path) -> None:
     model = patched(name)
     attributes, start = set(vars(model)), trained(model)
@@ -154,7 +154,7 @@ def test_the_reference_is_the_base_and_no_second_model(name: str, tokenizer: Any
     assert same(trained(model), own) and torch.equal(logits(model), policy)
 
 
-@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", pytest.param("RLOO", marks=pytest.mark.long)])
 def test_losses_are_those_with_a_copy_of_the_base(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """As TRL itself makes one: given to it, or read from the base's folder."""
     run = trainer(name, patched(name), tmp_path / "a", tokenizer, max_steps=3)
