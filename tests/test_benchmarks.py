@@ -363,6 +363,17 @@ def test_tracking(tmp_path):
     assert all(row["step_ms"] > row["update_ms"] >= 0 and row["percent_100"] >= 0 for row in rows.values())
 
 
+def test_checks(tmp_path):
+    import checks
+
+    options = ["--mib", "1", "--width", "16", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert checks.main(options) == 0
+    rows = results(tmp_path)
+    assert {row["what"] for row in rows} == {*checks.HASHES, "norm", "fingerprint"} and len(rows) == 9
+    assert all(row["ms"] > 0 and row["gbs"] > 0 for row in rows)
+    assert all(row["to_first"] == 1 for row in rows if row["what"] in ("sha256", "norm"))
+
+
 @pytest.mark.long
 def test_surgery(tmp_path):
     pytest.importorskip("transformers")
