@@ -62,9 +62,9 @@ def check_choice(choice: str) -> None:
 _SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     _ConvNd: ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode"),
     nn.EmbeddingBag: ("mode",),
-    nn.RNNBase: ("mode", "num_layers", "bidirectional", "proj_size"),
+    nn.RNNBase: ("mode", "num_layers", "bidirectional", "proj_size", "batch_first"),
     nn.RNNCell: ("nonlinearity",),
-    nn.MultiheadAttention: ("num_heads",),
+    nn.MultiheadAttention: ("num_heads", "batch_first", "add_zero_attn"),
 }
 """Of layers of torch: what beside their parameters says what they compute."""
 
@@ -72,7 +72,7 @@ _SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
 def acts_as(layer: nn.Module) -> str:
     """What a layer does with its parameters: the class whose forward runs, and its settings."""
     if kind_of(layer) is not None:
-        return "Linear"
+        return f"Linear(bias={getattr(layer, 'bias', None) is not None})"
     original = getattr(layer, "original_class", type(layer))
     owner = next(cls.__name__ for cls in original.__mro__ if "forward" in cls.__dict__)
     names = next((names for cls, names in _SETTINGS.items() if issubclass(original, cls)), ())
@@ -127,11 +127,8 @@ class Base:
 
     def difference(self, trained_on: Base) -> str | None:
         """What to say where this is not the base that an adapter was trained on, as far as can be told; else None."""
-        layers = [self.layer, trained_on.layer]
-        if self.quantised or trained_on.quantised:
-            layers = [layer.partition("(")[0] for layer in layers]
-        if all(layers) and layers[0] != layers[1]:
-            return f" is a {layers[0]}, the adapter was trained on a {layers[1]}"
+        if self.layer and trained_on.layer and self.layer != trained_on.layer:
+            return f" is a {self.layer}, the adapter was trained on a {trained_on.layer}"
         if MOVING in (self.quantised, trained_on.quantised):
             return None
         found, expected = (base.norms.detach().cpu().double().reshape(-1) for base in (self, trained_on))
@@ -204,8 +201,8 @@ Numbers = dict[str, list[Any]]
 Surroundings = dict[str, Numbers]
 """What of a model is neither adapted nor trained: "parameters" and "buffers"."""
 
-_LARGEST = 6e4
-"""Masks hold the largest number of a dtype, or infinity: both are this one, which float16 has as well."""
+_LARGEST, _LARGEST_IN_HALF = 1e30, 6e4
+"""Masks hold the largest number of a dtype, or infinity: each is the first, where float16 is compared the second."""
 
 
 def surroundings_of(root: nn.Module, record: Record, but: Collection[str] = ()) -> Surroundings:
@@ -233,10 +230,9 @@ def unlike(model: nn.Module, expected: Surroundings) -> list[str]:
     paths = names_of(model)
     parameters: dict[str, Tensor] = dict(parameters_of(model))
     here = {"parameters": parameters, "buffers": persistent_buffers(model)}
-    modules = {name for names in paths.values() for name in names}
+    modules = {name: module for module, names in paths.items() for name in names}
     missing = expected["parameters"].keys() - here["parameters"].keys()
-    # A layer that is there, without it, is quantised: it holds its numbers in another way.
-    gone = sorted(name for name in missing if name.rpartition(".")[0] not in modules or "." not in name)
+    gone = sorted(name for name in missing if not _held_otherwise(modules, *name.rpartition(".")[::2]))
     random = _random(paths)
     found = {
         kind: _described(
@@ -249,6 +245,17 @@ def unlike(model: nn.Module, expected: Surroundings) -> list[str]:
         for kind, named in here.items()
     }
     return [*(f"{name} is missing" for name in gone), *differing(found, expected)]
+
+
+def _held_otherwise(modules: Mapping[str, nn.Module], path: str, parameter: str) -> bool:
+    """Whether a layer has a parameter's numbers in another way: quantised, computed from others, in a part of it."""
+    layer = modules.get(path)
+    if layer is None:
+        return False
+    if kind_of(layer) is not None and parameter == "weight":
+        return True
+    tensors = (*layer.named_parameters(), *layer.named_buffers())
+    return any(part.startswith(parameter) for name, _ in tensors for part in name.split("."))
 
 
 def differing(found: Surroundings, expected: Surroundings) -> list[str]:
@@ -274,6 +281,8 @@ def _apart(found: list[Any], expected: list[Any]) -> bool:
         return True
     relative, absolute = 1e-6, 0.0
     if dtypes[0] != dtypes[1]:
+        if torch.float16 in dtypes:
+            here, there = (numbers.clamp(-_LARGEST_IN_HALF, _LARGEST_IN_HALF) for numbers in (here, there))
         known = [info for info in infos if info is not None]
         relative += max(info.eps for info in known)
         absolute = max(info.smallest_normal * info.eps for info in known)

@@ -198,7 +198,7 @@ def _shapes(path: str, entries: dict[str, Any], size: int) -> dict[str, Tensor]:
         if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
             raise _broken(path, f"{name} has {span[1] - span[0]} bytes, and shape {shape} of {dtype}")
         spans.append(span)
-        if math.prod(shape) >= 2**62:
+        if math.prod(max(n, 1) for n in shape) >= 2**62:
             raise _broken(path, f"{name} has shape {shape}")
         shapes[name] = torch.empty(shape, dtype=dtype, device="meta")
     end = 0
@@ -219,7 +219,7 @@ def _parts(path: str, name: str, entry: Any) -> tuple[list[int], list[int], torc
         raise _broken(path, f"{name} has shape {str(shape)[:80]} and bytes {str(span)[:80]}")
     if len(shape) > _MOST_DIMENSIONS:
         raise _broken(path, f"{name} has {len(shape)} dimensions, a tensor at most {_MOST_DIMENSIONS}")
-    if entry["dtype"] not in _DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise _broken(path, f"{name} is of dtype {str(entry['dtype'])[:40]!r}, which is none of {', '.join(_DTYPES)}")
     return shape, span, _DTYPES[entry["dtype"]]
 

@@ -34,12 +34,14 @@ class uninterrupted:  # noqa: N801  (reads as a statement)
                     self._before[number] = handler
                     signal.signal(number, self._hold)
         except BaseException:  # that of a signal whose turn had not come
-            self._put_back()
+            self.__exit__(None, None, None)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._put_back()
-        self._deliver(self._caught)
+        try:
+            self._put_back()
+        finally:  # a handler that was put back may raise at once
+            self._deliver(self._caught)
 
     def _hold(self, number: int, frame: Any) -> None:
         self._caught.append(number)

@@ -369,3 +369,36 @@ def test_what_is_to_be_undone_is_although_its_first_run_fails() -> None:
     with pytest.raises(Failure), undone_by(undo):
         pass
     assert runs == [0, 1]
+
+
+@pytest.mark.parametrize("when", ["begins", "ends"])
+def test_a_handler_that_raises_at_the_edge_of_a_section_loses_no_signal(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal that comes while handlers are exchanged runs its own within `signal.signal`."""
+    came: list[int] = []
+    sent: list[int] = []
+    exchange, calls = signal.signal, iter(range(1_000_000))
+
+    def exchanged(number: int, handler: Any) -> Any:
+        before = exchange(number, handler)
+        if number == signal.SIGUSR1:
+            sent.append(number)
+            signal.raise_signal(signal.SIGUSR1)  # held now, or delivered
+        if number == signal.SIGUSR2 and next(calls) == (0 if when == "begins" else 1):
+            raise Failure
+        return before
+
+    before = [exchange(signal.SIGUSR1, lambda number, frame: came.append(number)), signal.getsignal(signal.SIGUSR2)]
+    exchange(signal.SIGUSR2, lambda number, frame: None)
+    own = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(signal, "signal", exchanged)
+    try:
+        with pytest.raises(Failure), uninterrupted():
+            pass
+        assert signal.getsignal(signal.SIGUSR1) is own
+    finally:
+        monkeypatch.undo()
+        for number, handler in zip((signal.SIGUSR1, signal.SIGUSR2), before, strict=True):
+            signal.signal(number, handler)
+    assert len(sent) >= 2 and came == sent

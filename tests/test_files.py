@@ -129,6 +129,11 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "an entry that is none": (_header({"a": [1]}), "entry of a"),
     "a negative size": (_header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4), "shape"),
     "a size that is true": (_header({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, 4), "shape"),
+    "a dtype that is a list": (_header({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, 4), "dtype"),
+    "strides that overflow": (
+        _header({"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}),
+        "shape",
+    ),
     "sizes that overflow": (
         _header({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}}),
         "0 bytes, and shape",

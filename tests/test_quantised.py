@@ -684,6 +684,37 @@ def test_other_quantised_layers_are_named() -> None:
     assert "Params4bit" in reasons["embedding"] and [layer.path for layer in plan.layers] == ["plain"]
 
 
+def test_no_layer_of_a_patched_model_is_packed_for_inference() -> None:
+    """As bitsandbytes does in eval mode on CPUs with AVX512-BF16: gradients would no longer pass."""
+    pytest.importorskip("bitsandbytes")
+    model, x = nn.Sequential(bnb_4bit(), nn.Linear(M, K), bnb_4bit()), data()
+    for i in (0, 2):
+        model[i].support_avx512bf16_for_cpu = True
+    mapsurgery.patch(model, "0", rank=4)
+    packed = model[2].weight.clone()
+    for _ in range(2):
+        assert not mapsurgery.verify(model, x).failures
+        with torch.no_grad():
+            model.eval()(x)
+        model.train()(x).square().sum().backward()
+        assert model[0].adapter.B.grad.any() and torch.equal(model[2].weight, packed)
+    mapsurgery.merge(copy.deepcopy(model), quantised="dequantise")
+    mapsurgery.unpatch(model)
+    assert model[0].support_avx512bf16_for_cpu and model[2].support_avx512bf16_for_cpu
+    assert not [name for name in vars(model[2]) if "mapsurgery" in name]
+
+
+def test_a_layer_that_was_packed_for_inference_before_is_told() -> None:
+    pytest.importorskip("bitsandbytes")
+    functional = importlib.import_module("bitsandbytes.functional")
+    model = nn.Sequential(nn.Linear(K, K), bnb_4bit())
+    model[1].weight.data, _ = functional._convert_weight_packed_for_cpu(
+        model[1].weight.data, model[1].weight.quant_state
+    )
+    with pytest.warns(UserWarning, match="has packed 1 for inference: no gradient passes"):
+        mapsurgery.patch(model, "0", rank=4)
+
+
 def test_a_weight_that_was_packed_for_inference_is_refused() -> None:
     pytest.importorskip("bitsandbytes")
     functional = importlib.import_module("bitsandbytes.functional")

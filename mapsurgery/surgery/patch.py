@@ -98,8 +98,17 @@ def patch(model: Model, config: Config) -> Model:
     trainers.warn(root, stacklevel=3)
     if plan.warning:
         warnings.warn(plan.warning, stacklevel=3)
+    _warn_of_packed(root)
     make(prepared(root, plan))
     return model
+
+
+def _warn_of_packed(model: nn.Module) -> None:
+    packed = [names[0] for module, names in module_paths(model).items() if kinds.is_packed(module)]
+    if packed:
+        text = f"a forward in eval mode has packed {', '.join(packed[:3])}{' ...' if packed[3:] else ''} for inference"
+        text += ": no gradient passes through it to adapters before it. Load the model anew, and patch it before that"
+        warnings.warn(text, stacklevel=4)
 
 
 def prepared(model: nn.Module, plan: Plan, start: bool = True) -> Change:
@@ -205,6 +214,8 @@ def become_patched(model: nn.Module, adapters: Iterable[Adapter], record: Record
     cut_graphs.install(model, adapters)
     resizing.install(model)
     originals.install(names_of(model), record.originals)
+    for module in model.modules():
+        kinds.keep_from_packing(module)
 
 
 def _keep_padding(model: nn.Module) -> None:
@@ -221,6 +232,8 @@ def become_plain(model: nn.Module, record: Record) -> None:
     cut_graphs.uninstall(model)
     resizing.uninstall(model)
     originals.uninstall(model)
+    for module in model.modules():
+        kinds.let_pack(module)
     _restore_requires_grad(model, record)
     drop_record(model)
 

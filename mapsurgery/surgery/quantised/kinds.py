@@ -239,6 +239,33 @@ def _problem_4bit(layer: Any) -> str | None:
     return None
 
 
+_PACKS = "support_avx512bf16_for_cpu"
+"""Attribute of a 4-bit layer: whether a forward in eval mode packs its weight for inference, after which no gradient
+passes through it. On CPUs with AVX512-BF16 it is True."""
+
+
+def keep_from_packing(module: nn.Module) -> None:
+    """Of a patched model no layer packs itself, adapted or not: gradients have to pass."""
+    if _PACKS in module.__dict__:
+        module.__dict__.setdefault(_PACKED_BEFORE, module.__dict__[_PACKS])
+        module.__dict__[_PACKS] = False
+
+
+def let_pack(module: nn.Module) -> None:
+    """Undo `keep_from_packing`."""
+    if _PACKED_BEFORE in module.__dict__:
+        module.__dict__[_PACKS] = module.__dict__.pop(_PACKED_BEFORE)
+
+
+_PACKED_BEFORE = "_mapsurgery_packs"
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether no gradient passes through a layer any more, because it was packed for inference."""
+    state = getattr(module.__dict__.get("_parameters", {}).get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def _dequantise_4bit(layer: Any) -> Tensor:
     state = copy.copy(_state_4bit(layer))
     state.dtype = torch.float32  # each code times its scale as they are, not rounded to a half type
