@@ -98,7 +98,6 @@ def patch(model: Model, config: Config) -> Model:
     trainers.warn(root, stacklevel=3)
     if plan.warning:
         warnings.warn(plan.warning, stacklevel=3)
-    _warn_of_packed(root)
     make(prepared(root, plan))
     return model
 
@@ -108,11 +107,12 @@ def _warn_of_packed(model: nn.Module) -> None:
     if packed:
         text = f"a forward in eval mode has packed {', '.join(packed[:3])}{' ...' if packed[3:] else ''} for inference"
         text += ": no gradient passes through it to adapters before it. Load the model anew, and patch it before that"
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
 
 
 def prepared(model: nn.Module, plan: Plan, start: bool = True) -> Change:
     """The change that a plan describes, with its adapters. Args: start: False where they are about to be loaded."""
+    _warn_of_packed(model)
     adapters: dict[str, Adapter] = {}
     siblings: dict[Any, Any] = {}
     for layer in progress(plan.layers, "making adapters"):
