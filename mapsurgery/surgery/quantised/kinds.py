@@ -262,8 +262,8 @@ _PACKED_BEFORE = "_mapsurgery_packs"
 
 def is_packed(module: nn.Module) -> bool:
     """Whether no gradient passes through a layer any more, because it was packed for inference."""
-    state = getattr(module.__dict__.get("_parameters", {}).get("weight"), "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
+    weight = module._parameters["weight"] if "weight" in module._parameters else None  # a scripted module's has no get
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def _dequantise_4bit(layer: Any) -> Tensor:
