@@ -262,7 +262,7 @@ _PACKED_BEFORE = "_mapsurgery_packs"
 
 def is_packed(module: nn.Module) -> bool:
     """Whether no gradient passes through a layer any more, because it was packed for inference."""
-    weight = module._parameters["weight"] if "weight" in module._parameters else None  # a scripted module's has no get
+    weight = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401  (a scripted module has no get)
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
