@@ -107,19 +107,21 @@ def fitting(model: nn.Module, state: Mapping[str, Tensor], base: str = "refuse")
     sites = one_per_adapter(all_sites(root))
     metadata = getattr(state, "_metadata", {})
     check_choice(base)
-    problems, differences = [], []
-    for site in sites:
-        described = metadata.get(site.entry(""), {})
-        misfit = site.adapter.misfit(described.get("form"))
-        problems += [misfit] if misfit else []
-        if base != "ignore":
-            differences += _other_base(site, described.get("base"))
-    expected = metadata.get("", {}).get("surroundings")
-    if expected is not None and base != "ignore":
-        differences += differing(surroundings_of(root, record), expected)
+    forms = ((site, metadata.get(site.entry(""), {}).get("form")) for site in sites)
+    problems = [misfit for site, form in forms if (misfit := site.adapter.misfit(form))]
     pairs = _fitting(root, record, state, problems)
-    judge(differences, base, "the adapter", stacklevel=3)
+    if base != "ignore":
+        judge(_other_bases(root, record, sites, metadata), base, "the adapter", stacklevel=3)
     return pairs
+
+
+def _other_bases(
+    root: nn.Module, record: Record, sites: Iterable[Site], metadata: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """What of a patched model is not as `_metadata` describes it."""
+    found = [text for site in sites for text in _other_base(site, metadata.get(site.entry(""), {}).get("base"))]
+    expected = metadata.get("", {}).get("surroundings")
+    return found if expected is None else [*found, *differing(surroundings_of(root, record), expected)]
 
 
 def _other_base(site: Site, described: Mapping[str, Any] | None) -> list[str]:

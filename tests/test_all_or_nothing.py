@@ -31,7 +31,7 @@ from mapsurgery.interrupts import undone_by, uninterrupted
 from mapsurgery.surgery import all_or_nothing
 
 LIBRARY = os.path.dirname(mapsurgery.__file__)
-SOME = 12
+SOME = 24
 
 
 class Failure(Exception):

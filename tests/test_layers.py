@@ -155,7 +155,7 @@ def test_the_direction_has_no_radial_gradient(case: Case, kind: str) -> None:
         assert abs((factor.grad * factor).sum()) <= 1e-12 * factor.grad.norm() * factor.norm() * 100
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 3.0, 1e6])
 @every_layer
 def test_scaling_a_factor_changes_nothing(case: Case, scale: float) -> None:
     _, adapted, x = patched_case(case, dtype=torch.float64, init="zero")

@@ -159,7 +159,12 @@ def test_a_pipeline_of_diffusers_is_cast_and_trains(tmp_path: Path) -> None:
     pipeline.to(torch.bfloat16)
     model = pipeline.unet
     assert dtypes(model) == {torch.float32} and of_base(model) == {torch.bfloat16}
-    assert trained_alpha(model, lambda: model(noise().bfloat16(), 3).sample) > 1e-4  # in float32 one goes 9e-4
+    whole = patched(unet())
+    expected = trained_alphas(whole, lambda: whole(noise(), 3).sample)
+    found = trained_alphas(model, lambda: model(noise().bfloat16(), 3).sample)
+    # A norm takes back the scale of the layer before it: that alpha has no gradient but rounding.
+    moving = [(a, b) for a, b in zip(expected, found, strict=True) if a > 2e-3]
+    assert len(moving) >= 45 and all(b > 1e-3 for _, b in moving)
     mapsurgery.save(model, tmp_path / "unet.safetensors")
     fresh = mapsurgery.load(unet().to(torch.bfloat16), tmp_path / "unet.safetensors")
     with torch.no_grad():
@@ -212,13 +217,18 @@ def test_the_trainer_goes_on_from_a_cast_model(tmp_path: Path) -> None:
 
 def trained_alpha(model: nn.Module, forward: Callable[[], Tensor], steps: int = 10) -> float:
     """The smallest distance that an alpha goes, from where it is, in some steps of AdamW at 1e-3."""
+    return min(trained_alphas(model, forward, steps))
+
+
+def trained_alphas(model: nn.Module, forward: Callable[[], Tensor], steps: int = 10) -> list[float]:
+    """The distance that each goes."""
     before = [a.alpha.detach().float().clone() for a in adapters(model)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
     for _ in range(steps):
         optimizer.zero_grad()
         (100 * forward().float().square().mean()).backward()
         optimizer.step()
-    return min((a.alpha.float() - b).abs().item() for a, b in zip(adapters(model), before, strict=True))
+    return [(a.alpha.float() - b).abs().item() for a, b in zip(adapters(model), before, strict=True)]
 
 
 def one_by_one(model: nn.Module, dtype: torch.dtype) -> nn.Module:

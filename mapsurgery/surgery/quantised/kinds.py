@@ -234,7 +234,7 @@ def _problem_4bit(layer: Any) -> str | None:
     state = _state_4bit(layer)
     if state is None:
         return "not quantised yet: move it to its device first"
-    if getattr(state, "packing_format_for_cpu", False):
+    if is_packed(layer):
         return "a forward in eval mode packed it for inference on this CPU, where it cannot train; patch it before that"
     return None
 
@@ -242,6 +242,9 @@ def _problem_4bit(layer: Any) -> str | None:
 _PACKS = "support_avx512bf16_for_cpu"
 """Attribute of a 4-bit layer: whether a forward in eval mode packs its weight for inference, after which no gradient
 passes through it. On CPUs with AVX512-BF16 it is True."""
+
+_PACKED_BEFORE = "_mapsurgery_packs"
+"""Attribute that holds what it was, while the model is patched."""
 
 
 def keep_from_packing(module: nn.Module) -> None:
@@ -257,12 +260,9 @@ def let_pack(module: nn.Module) -> None:
         module.__dict__[_PACKS] = module.__dict__.pop(_PACKED_BEFORE)
 
 
-_PACKED_BEFORE = "_mapsurgery_packs"
-
-
 def is_packed(module: nn.Module) -> bool:
     """Whether no gradient passes through a layer any more, because it was packed for inference."""
-    weight = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401  (a scripted module has no get)
+    weight = dict(module._parameters.items()).get("weight")  # of a scripted module they are no dictionary
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 

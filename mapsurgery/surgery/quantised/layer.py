@@ -32,10 +32,6 @@ class QuantisedLinear(AdaptedLayer):
     out_features: int
     bias: Tensor | None
 
-    support_avx512bf16_for_cpu = property(lambda self: False, lambda self, value: None)
-    """bitsandbytes 4-bit on CPUs with AVX512-BF16: a forward in eval mode would repack the weight for inference, after
-    which no gradient passes through the layer. A property comes before the object's own attribute."""
-
     def base_of(self, parameter: str) -> Tensor:
         """W, dequantised: (out_features, in_features), float32 (float64 for a float64 kernel)."""
         return dequantised(self)
